@@ -1,0 +1,1 @@
+"""Fine-tune pretrained transformers for little memory and time."""
