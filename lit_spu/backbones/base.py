@@ -1,0 +1,415 @@
+"""What a method may ask of a pretrained model, and no more.
+
+A `Trunk` runs the stacks of an unmodified Hugging Face model and lets a caller read each block's output or step in front
+of a block. A `Backbone` is a trunk with a head that gives `scores [batch, labels]` whatever the family. A side network is
+a trunk too: the same architecture, narrower.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_spu.errors import UserError
+from lit_spu.tasks import Encoding, Task
+
+Batch = Mapping[str, Tensor]
+Head = Literal["classifier", "prompt"]
+Step = Callable[[Tensor], Tensor]
+Enter = Callable[[int, int, Tensor], Tensor]
+"""Called in front of a block with its stream, its position and the state that comes; gives the state that goes in."""
+
+STEPS: Mapping[str, Step] = {"first": lambda hidden: hidden[:, 0], "gelu": F.gelu, "relu": F.relu}
+
+
+class Stream(NamedTuple):
+    """One stack of blocks."""
+
+    depth: int
+    width: int
+    heads: int
+    causal: bool
+    attends_to: int | None
+
+
+class Taps(NamedTuple):
+    """What one stream computed: the first block's input and each block's output, [batch, tokens, width] each."""
+
+    embeddings: Tensor
+    blocks: tuple[Tensor, ...]
+    mask: Tensor | None  # [batch, tokens], 1 where a token is real; None where all are
+
+
+@dataclass(frozen=True)
+class Family:
+    """The names of one Hugging Face `model_type`.
+
+    Paths in `stacks`, `embeddings` and `unused` start at the base model, those of the heads at the model with the head.
+    A head is a chain of modules and of functions in `STEPS`; the last of `vocabulary` is the linear over the vocabulary.
+    """
+
+    shape: type[Backbone]
+    stacks: tuple[str, ...]  # the lists of blocks, one a stream
+    embeddings: tuple[str, ...]  # what comes before the blocks; a side network goes without
+    widths: tuple[str, ...]  # the settings that shrink with a side network
+    vocabulary: tuple[str, ...]  # from the hidden state at the answer to the vocabulary
+    classifier: tuple[str, ...] = ()  # from the last hidden states to the scores
+    depths: tuple[str, ...] = ("num_hidden_layers",)  # the settings that count each stack's blocks
+    head_width: str | None = None  # the setting for the width of one attention head, where there is one
+    output: str = "hidden_size"  # the setting for the width of the last hidden states
+    unused: tuple[str, ...] = ()  # modules of the base model that no head reads through it
+
+
+class Placeholder(nn.Module):
+    """Stands where a side network has no embeddings: hands on embeddings that it is given, else adds nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        return next((a for a in given if a.dim() == 3 and a.is_floating_point()), torch.zeros(()))
+
+
+class Trunk:
+    """The stacks of a Hugging Face base model, run as they are."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model: Any = model
+        self.family = family
+        self.stacks = [list(model.get_submodule(path).children()) for path in family.stacks]
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """One entry a stack, in the order in which they run."""
+        config, last = self.model.config, len(self.stacks) - 1
+        causal = self.family.shape.causal
+        return tuple(
+            Stream(
+                len(stack),
+                config.hidden_size,
+                config.num_attention_heads,
+                causal=causal and i == last,
+                attends_to=i - 1 if i else None,
+            )
+            for i, stack in enumerate(self.stacks)
+        )
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, from the embeddings up."""
+        return [block for stack in self.stacks for block in stack]
+
+    @property
+    def embeddings(self) -> list[nn.Module]:
+        """The modules in front of the blocks."""
+        return [self.model.get_submodule(path) for path in self.family.embeddings if has(self.model, path)]
+
+    def run(self, inputs: Batch) -> Tensor:
+        """The last stream's hidden states after its last norm, [batch, tokens, width]."""
+        hidden: Tensor = self.model(**inputs).last_hidden_state
+        return hidden
+
+    def taps(self, inputs: Batch) -> tuple[Taps, ...]:
+        """Run, and give what every block of every stream computed."""
+        first: list[Tensor] = []
+        outputs: list[list[Tensor]] = [[] for _ in self.stacks]
+
+        def enter(stream: int, position: int, state: Tensor) -> Tensor:
+            if position == 0:
+                first.append(state)
+            return state
+
+        with (
+            self.entered(enter),
+            hooks(
+                block.register_forward_hook(lambda _m, _i, out, into=into: into.append(tensor_of(out)))
+                for stack, into in zip(self.stacks, outputs, strict=True)
+                for block in stack
+            ),
+        ):
+            self.run(inputs)
+        masks = [inputs.get("attention_mask"), *[None] * (len(first) - 1)]
+        return tuple(Taps(*tap) for tap in zip(first, map(tuple, outputs), masks, strict=True))
+
+    @contextmanager
+    def entered(self, enter: Enter) -> Iterator[None]:
+        """Let `enter` replace what goes into each block."""
+
+        def hook(stream: int, position: int) -> Callable[..., Any]:
+            return lambda _block, args, kwargs: ((enter(stream, position, args[0]), *args[1:]), kwargs)
+
+        with hooks(
+            block.register_forward_pre_hook(hook(stream, position), with_kwargs=True)
+            for stream, stack in enumerate(self.stacks)
+            for position, block in enumerate(stack)
+        ):
+            yield
+
+    def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> Trunk:
+        """A new trunk of this architecture at 1/`reduction` of the width, with the `keep` blocks of each stream only.
+
+        It has as many heads, each narrower, and no embeddings: `inputs_like` gives it something to run on, and the
+        caller puts the state in front of the first block. Its weights are new.
+
+        Raises:
+            UserError: if the widths do not divide by `reduction`.
+        """
+        from transformers import AutoModel
+
+        old, family = self.model.config, self.family
+        widths = {name: getattr(old, name) for name in family.widths if getattr(old, name, None) is not None}
+        head = widths.get(family.head_width or "", old.hidden_size // old.num_attention_heads)
+        allowed = [
+            r
+            for r in range(1, head + 1)
+            if not any(w % r for w in widths.values()) and not head % (r * family.shape.pairs)
+        ]
+        if reduction not in allowed:
+            raise UserError(
+                f"model.reduction={reduction} does not divide the backbone's widths ({widths}, {head} a head) evenly."
+                f" Allowed: {', '.join(map(str, allowed))}."
+            )
+        changes: dict[str, Any] = {name: width // reduction for name, width in widths.items()}
+        changes |= {name: len(kept) for name, kept in zip(family.depths, keep, strict=True)}
+        changes |= {"vocab_size": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+        if getattr(old, "layer_types", None):
+            changes["layer_types"] = [old.layer_types[i] for i in keep[0]]
+        config = type(old).from_dict({**copy.deepcopy(old.to_dict()), **changes})
+        model = AutoModel.from_config(config, dtype=torch.float32)
+        for path in (*family.embeddings, *family.unused):
+            if has(model, path):
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, Placeholder() if path in family.embeddings else None)
+        return type(self)(model, family)
+
+    def inputs_like(self, inputs: Batch) -> dict[str, Tensor]:
+        """The same batch for a trunk without embeddings: blank states of its own width, and the same masks."""
+        width, parameter = self.model.config.hidden_size, next(self.model.parameters())
+        blank = {
+            name.replace("input_ids", "inputs_embeds"): parameter.new_zeros(*tensor.shape, width)
+            for name, tensor in inputs.items()
+            if name.endswith("input_ids")
+        }
+        return blank | {name: tensor for name, tensor in inputs.items() if name.endswith("mask")}
+
+
+class Backbone(nn.Module, ABC):
+    """A pretrained model that answers a task with `scores [batch, labels]`.
+
+    Attributes:
+        model: The Hugging Face model, unmodified and with its own parameter names.
+        encoding: How the data module is to write examples for it.
+        name: The name or folder that it was loaded from.
+    """
+
+    words: Tensor
+    causal: ClassVar[bool]  # whether the last stream sees only what came before
+    pairs: ClassVar[int] = 1  # a head's width is a multiple of this
+    trunk_class: ClassVar[type[Trunk]] = Trunk
+
+    def __init__(self, model: nn.Module, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.task = task
+        self.encoding = encoding
+        self.name = name
+        self.stem = self.trunk_class(base_of(model), family)
+        self.classifies = head == "classifier" and bool(family.classifier)
+        self.steps = [STEPS.get(path) or model.get_submodule(path) for path in self._path]
+        self.rows: nn.Parameter | None = None
+        self.row_bias: nn.Parameter | None = None
+        if not self.classifies:
+            self.register_buffer("words", torch.tensor(self.word_ids(head)), persistent=False)
+        self.fingerprint = fingerprint(self.stem.model)
+        self.train()
+
+    @property
+    def _path(self) -> tuple[str, ...]:
+        family = self.stem.family
+        return family.classifier if self.classifies else family.vocabulary[:-1]
+
+    # -- what runs --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The arguments with which the trunk reads a batch."""
+
+    @abstractmethod
+    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The hidden state [batch, width] from which the language-model head answers."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """One entry a stack of blocks."""
+        return self.stem.streams
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, from the embeddings up."""
+        return self.stem.blocks
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores [batch, labels]."""
+        return self.head(self.stem.run(self.inputs(batch)), batch)
+
+    def trunk(self, batch: Batch) -> tuple[Taps, ...]:
+        """What every block computed, per stream."""
+        return self.stem.taps(self.inputs(batch))
+
+    def head(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Scores [batch, labels] from the last stream's hidden states [batch, tokens, width].
+
+        By label words only their rows of the vocabulary are computed, at the answer's position alone. A regression by
+        label words answers with the point between their two poles that the words' probabilities divide.
+        """
+        state = hidden if self.classifies else self.answer(hidden, batch)
+        for step in self.steps:
+            state = step(state)
+        if self.classifies:
+            return state
+        weight, bias = self.word_rows()
+        scores = F.linear(state, weight, bias)
+        if self.task.score_range is None:
+            return scores
+        low, high = self.task.score_range
+        return low + (high - low) * scores.softmax(-1)[:, 1:]
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy over the labels, or the squared error of a regression; a scalar."""
+        if self.task.regression:
+            return F.mse_loss(scores.squeeze(-1), batch["labels"])
+        return F.cross_entropy(scores, batch["labels"])
+
+    def predict(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Prediction [batch] (a label's number, or a value) and scores [batch, labels] as probabilities (or values)."""
+        if self.task.regression:
+            return scores.squeeze(-1), scores
+        return scores.argmax(-1), scores.softmax(-1)
+
+    # -- what learns ------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Freeze all that was pretrained; a new classification head goes on learning."""
+        self.requires_grad_(False)
+        if self.classifies:
+            self._head_modules.requires_grad_(True)
+
+    def untie_head(self) -> None:
+        """Let a language-model head learn apart from the embeddings: its label words' rows become its own weights."""
+        if self.classifies:
+            return
+        weight, bias = self.word_rows()
+        self.rows = nn.Parameter(weight.detach().clone())
+        self.row_bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self._head_modules.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Training mode where something learns; what is frozen stays in evaluation mode, without dropout."""
+        super().train(False)
+        if mode and any(p.requires_grad for p in self.stem.model.parameters()):
+            self.stem.model.train()
+            for part in (*self.stem.embeddings, *self.blocks):
+                part.train(any(p.requires_grad for p in part.parameters()))
+        self._head_modules.train(mode and self.head_learns)
+        return self
+
+    @property
+    def head_learns(self) -> bool:
+        """Whether anything of the head is trained."""
+        return self.rows is not None or any(p.requires_grad for p in self._head_modules.parameters())
+
+    @property
+    def _head_modules(self) -> nn.ModuleList:
+        return nn.ModuleList(step for step in self.steps if isinstance(step, nn.Module))
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states that the head reads."""
+        return int(getattr(self.stem.model.config, self.stem.family.output))
+
+    # -- label words ------------------------------------------------------------------------------------------------
+
+    def word_rows(self) -> tuple[Tensor, Tensor | None]:
+        """The label words' rows of the vocabulary's linear: weight [labels, width] and bias [labels]."""
+        if self.rows is not None:
+            return self.rows, self.row_bias
+        linear = self.model.get_submodule(self.stem.family.vocabulary[-1])
+        return linear.weight[self.words], None if linear.bias is None else linear.bias[self.words]
+
+    def answers(self, head: Head) -> Sequence[str]:
+        """The words that stand for the labels."""
+        return self.task.label_words
+
+    def word_ids(self, head: Head) -> list[int]:
+        """The token that answers for each label, as it reads behind a blank.
+
+        Raises:
+            UserError: if a word is not in the vocabulary, or two labels start with the same token.
+        """
+        tokenizer, before = self.encoding.tokenizer, "It was"
+        skip = len(tokenizer(before, add_special_tokens=False).input_ids)
+        pieces = {
+            word: tokenizer(f"{before} {word}", add_special_tokens=False).input_ids[skip:]
+            for word in self.answers(head)
+        }
+        self.check_words(pieces)
+        first = [ids[0] for ids in pieces.values()]
+        if len(set(first)) < len(first) or tokenizer.unk_token_id in first:
+            spelled = "; ".join(f"{w}: {tokenizer.convert_ids_to_tokens(ids)}" for w, ids in pieces.items())
+            raise UserError(
+                f"The label words of {self.task.name} cannot be told apart by their first token in {self.name}"
+                f" ({spelled}). Give other label_words in the task's YAML file."
+            )
+        return first
+
+    def check_words(self, pieces: Mapping[str, Sequence[int]]) -> None:
+        """Refuse label words that the family cannot answer with."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a model's parameters: their names, shapes and 64 values of each, read at even steps."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def base_of(model: Any) -> nn.Module:
+    """The model below the head; a model without a base of its own is its own base."""
+    base: nn.Module = getattr(model, model.base_model_prefix, model)
+    return base
+
+
+def has(model: nn.Module, path: str) -> bool:
+    """Whether a module lies at `path`."""
+    try:
+        return isinstance(model.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The hidden state of a block's output, which may be a tuple that starts with it."""
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
+@contextmanager
+def hooks(handles: Iterator[Any]) -> Iterator[None]:
+    """Hold hooks for the length of a block, and remove them whatever happens."""
+    held = list(handles)
+    try:
+        yield
+    finally:
+        for handle in held:
+            handle.remove()

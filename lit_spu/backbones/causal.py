@@ -1,0 +1,27 @@
+"""Causal models (GPT-2, OPT, Llama and its like): the answer follows the last token of the prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_spu.backbones.base import Backbone, Batch
+
+
+class Causal(Backbone):
+    """One stream that sees what came before; texts are padded on the right, so padding is never seen."""
+
+    causal = True
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
+        last = batch["attention_mask"].sum(-1) - 1
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+class Rotary(Causal):
+    """A causal model whose heads turn pairs of coordinates, so that a head's width is even."""
+
+    pairs = 2

@@ -1,0 +1,186 @@
+"""The one place that knows a model family's names: how each is laid out, and how one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_spu.backbones.base import Backbone, Family, Head
+from lit_spu.backbones.causal import Causal, Rotary
+from lit_spu.backbones.encoder import Encoder
+from lit_spu.backbones.seq2seq import SENTINEL, Seq2Seq
+from lit_spu.errors import UserError, did_you_mean
+from lit_spu.tasks import Encoding, Format, Task
+
+ASSETS = Path(__file__).parent / "assets"
+
+_BERT = Family(
+    Encoder,
+    stacks=("encoder.layer",),
+    embeddings=("embeddings",),
+    widths=("hidden_size", "intermediate_size"),
+    classifier=("bert.pooler", "dropout", "classifier"),
+    vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
+    unused=("pooler",),
+)
+_LLAMA = Family(
+    Rotary,
+    stacks=("layers",),
+    embeddings=("embed_tokens",),
+    widths=("hidden_size", "intermediate_size", "head_dim"),
+    head_width="head_dim",
+    vocabulary=("lm_head",),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "bert": _BERT,
+    "distilbert": Family(
+        Encoder,
+        stacks=("transformer.layer",),
+        embeddings=("embeddings",),
+        widths=("dim", "hidden_dim"),
+        depths=("n_layers",),
+        classifier=("first", "pre_classifier", "relu", "dropout", "classifier"),
+        vocabulary=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+    ),
+    "roberta": Family(
+        Encoder,
+        stacks=("encoder.layer",),
+        embeddings=("embeddings",),
+        widths=("hidden_size", "intermediate_size"),
+        classifier=("classifier",),
+        vocabulary=("lm_head.dense", "gelu", "lm_head.layer_norm", "lm_head.decoder"),
+        unused=("pooler",),
+    ),
+    "electra": Family(
+        Encoder,
+        stacks=("encoder.layer",),
+        embeddings=("embeddings", "embeddings_project"),
+        widths=("hidden_size", "intermediate_size", "embedding_size"),
+        classifier=("classifier",),
+        vocabulary=("generator_predictions", "generator_lm_head"),
+    ),
+    "deberta-v2": Family(
+        Encoder,
+        stacks=("encoder.layer",),
+        embeddings=("embeddings",),
+        widths=("hidden_size", "intermediate_size"),
+        classifier=("pooler", "dropout", "classifier"),
+        vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
+    ),
+    "t5": Family(
+        Seq2Seq,
+        stacks=("encoder.block", "decoder.block"),
+        embeddings=("shared", "encoder.embed_tokens", "decoder.embed_tokens"),
+        widths=("d_model", "d_ff", "d_kv"),
+        head_width="d_kv",
+        depths=("num_layers", "num_decoder_layers"),
+        vocabulary=("lm_head",),
+    ),
+    "gpt2": Family(
+        Causal,
+        stacks=("h",),
+        embeddings=("wte", "wpe"),
+        widths=("n_embd", "n_inner"),
+        depths=("n_layer",),
+        vocabulary=("lm_head",),
+    ),
+    "opt": Family(
+        Causal,
+        stacks=("decoder.layers",),
+        embeddings=("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
+        widths=("hidden_size", "ffn_dim", "word_embed_proj_dim"),
+        output="word_embed_proj_dim",
+        vocabulary=("lm_head",),
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
+    """The embedded mini model of that name, or the Hugging Face model of that folder or name, in fp32.
+
+    Raises:
+        UserError: if there is no such model, its family is unknown, it lacks the weights or the head that is asked for,
+            or its tokenizer cannot spell the label words.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    embedded = {folder.name: str(folder) for folder in ASSETS.iterdir() if (folder / "config.json").is_file()}
+    source = embedded.get(name, name)
+    if not Path(source).is_dir() and "/" not in name and did_you_mean(name, embedded).startswith("Did"):
+        raise UserError(f"model.backbone: there is no {name!r}. {did_you_mean(name, embedded)}")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.backbone: {name!r} is neither embedded ({', '.join(sorted(embedded))}), nor a folder with a Hugging"
+            f" Face model, nor a model that the hub gives here: {str(error).splitlines()[0]}"
+        ) from error
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(
+            f"model.backbone: {name!r} is of the family {config.model_type!r}, which has no Family record. Give it one"
+            " in lit_spu/backbones/families.py (block lists, embeddings, widths and head), as for"
+            f" {', '.join(FAMILIES)}."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    form, mask = expects(family, head, tokenizer)
+    model = load_model(source, name, family, task, head)
+    return family.shape(model, family, task, head, Encoding(tokenizer, form, mask), name)
+
+
+def expects(family: Family, head: Head, tokenizer: Any) -> tuple[Format, str]:
+    """The format in which a family reads an example for that head, and the text of its blank."""
+    if family.shape is Encoder:
+        return ("pair" if head == "classifier" else "cloze"), tokenizer.mask_token or ""
+    if family.shape is Seq2Seq:
+        return ("named" if head == "classifier" else "cloze"), SENTINEL
+    return "prefix", ""
+
+
+def load_model(source: str, name: str, family: Family, task: Task, head: Head) -> Any:
+    """The weights under the head that is asked for; only a new classification head may be missing from them."""
+    import transformers
+
+    classifies = head == "classifier" and bool(family.classifier)
+    kind = {Encoder: "MaskedLM", Seq2Seq: "Seq2SeqLM"}.get(family.shape, "CausalLM")
+    auto = getattr(transformers, f"AutoModelFor{'SequenceClassification' if classifies else kind}")
+    options: dict[str, Any] = {"num_labels": task.scores} if classifies else {}
+    with quiet_loading():
+        model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    model.config.use_cache = False
+    new = [path for path in family.classifier if "." in path or hasattr(model, path)] if classifies else []
+    missing = [key for key in info["missing_keys"] if not any(key.startswith(f"{path}.") for path in new)]
+    if missing:
+        advice = "Use model.head=classifier, or a model with its language-model head." if not classifies else ""
+        raise UserError(
+            f"model.backbone: {name!r} lacks {len(missing)} of the weights that model.head={head} needs"
+            f" ({', '.join(sorted(missing)[:3])}…): they would be random. {advice}"
+        )
+    return model
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the report of new and unread weights: those of the heads are expected, and others are refused above."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,60 @@
+"""Encoder-decoders (T5): the answer is the decoder's first token after its prefix, one forward for all labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_spu.backbones.base import Backbone, Batch, Head, Trunk
+
+SENTINEL = "<extra_id_0>"  # the blank of span corruption, in a text and in front of what fills it
+
+
+class Seq2SeqTrunk(Trunk):
+    """Two streams; the second attends to the first."""
+
+    def run(self, inputs: Batch) -> Tensor:
+        def of(prefix: str, name: str) -> dict[str, Tensor]:
+            return {name: inputs[prefix + name]} if prefix + name in inputs else {}
+
+        mask = inputs["attention_mask"]
+        encoded = self.model.encoder(attention_mask=mask, **of("", "input_ids"), **of("", "inputs_embeds"))
+        decoded = self.model.decoder(
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=mask,
+            **of("decoder_", "input_ids"),
+            **of("decoder_", "inputs_embeds"),
+        )
+        hidden: Tensor = decoded.last_hidden_state
+        return hidden
+
+
+class Seq2Seq(Backbone):
+    """T5. Plainly asked it answers with the class's name, as it was trained to; prompted, with the label word."""
+
+    causal = True
+    trunk_class = Seq2SeqTrunk
+    prefix: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        start = [self.model.config.decoder_start_token_id]
+        sentinel = [self.encoding.tokenizer.convert_tokens_to_ids(SENTINEL)]
+        prefix = start + sentinel if self.encoding.format == "cloze" else start
+        self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        ids = batch["input_ids"]
+        prefix = self.prefix.expand(len(ids), -1)
+        return {"input_ids": ids, "attention_mask": batch["attention_mask"], "decoder_input_ids": prefix}
+
+    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
+        config = self.model.config
+        return hidden[:, -1] * (config.d_model**-0.5 if config.scale_decoder_outputs else 1.0)
+
+    def answers(self, head: Head) -> Sequence[str]:
+        """Its own names of the classes where it is asked in its own way; a regression answers with its two poles."""
+        return self.task.labels if head == "classifier" and self.task.labels else self.task.label_words
