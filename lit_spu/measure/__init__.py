@@ -1,0 +1,22 @@
+"""The one way to measure: callbacks, studies and benchmarks read these instruments, all in bytes and seconds."""
+
+from lit_spu.measure.accelerator import AcceleratorPeak
+from lit_spu.measure.clocks import Clock, Durations, interleave
+from lit_spu.measure.live import Kind, LiveBytes
+from lit_spu.measure.resident import ResidentPeak
+from lit_spu.measure.saved import SavedForBackward
+
+MIB = 2**20
+"""Bytes in a MiB, the unit of every `…_mib`."""
+
+__all__ = [
+    "MIB",
+    "AcceleratorPeak",
+    "Clock",
+    "Durations",
+    "Kind",
+    "LiveBytes",
+    "ResidentPeak",
+    "SavedForBackward",
+    "interleave",
+]

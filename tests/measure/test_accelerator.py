@@ -1,0 +1,26 @@
+"""The accelerator's peaks, and the plain answer where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_spu.measure import MIB, AcceleratorPeak
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_a_device_without_counters_is_named() -> None:
+    with pytest.raises(RuntimeError, match="no memory counters for cuda:0"):
+        AcceleratorPeak(torch.device("cuda:0"))
+
+
+@pytest.mark.gpu
+def test_sees_a_known_allocation_and_forgets_it() -> None:
+    peak = AcceleratorPeak(torch.device("cuda:0"))
+    before = peak.allocated_bytes()
+    tensor = torch.ones(64 * MIB, device="cuda:0")
+    del tensor
+    assert peak.allocated_bytes() - before == 256 * MIB
+    assert peak.reserved_bytes() >= peak.allocated_bytes()
+    peak.reset()
+    assert peak.allocated_bytes() == before

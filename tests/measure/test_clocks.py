@@ -1,0 +1,67 @@
+"""Durations against times that are known."""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_spu.measure import Clock, Durations, interleave
+
+
+@given(
+    seconds=st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30),
+    warmup=st.integers(0, 5),
+    quantile=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+)
+def test_quantiles_leave_out_the_warmup(seconds: list[float], warmup: int, quantile: float) -> None:
+    durations = Durations(warmup)
+    for value in [1e6] * warmup + seconds:
+        durations.add(value)
+    ordered = sorted(seconds)
+    place = quantile * (len(ordered) - 1)
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
+    assert durations.milliseconds(quantile) == pytest.approx(1000 * (low + (place - int(place)) * (high - low)))
+
+
+def test_a_clock_tells_a_sleep() -> None:
+    clock = Clock(torch.device("cpu"))
+    start = clock.now()
+    time.sleep(0.05)
+    assert 0.05 <= clock.seconds(start, clock.now()) < 0.5
+
+
+def test_interleaved_rounds_take_turns_and_drop_the_warmup() -> None:
+    ticks = count()
+    order: list[str] = []
+
+    def a() -> None:
+        order.append("a")
+
+    def b() -> None:
+        order.append("b")
+        next(ticks)
+
+    seconds = interleave({"a": a, "b": b}, rounds=3, warmup=2, clock=lambda: float(next(ticks)))
+    assert order == ["a", "b"] * 5
+    assert seconds == {"a": [1.0] * 3, "b": [2.0] * 3}  # b itself lets the clock tick once
+
+
+@pytest.mark.gpu
+def test_a_cuda_clock_times_the_device_and_not_the_queueing() -> None:
+    device = torch.device("cuda")
+    clock = Clock(device)
+    matrix = torch.randn(8192, 8192, device=device)
+    matrix @ matrix
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    start = clock.now()
+    for _ in range(20):
+        matrix @ matrix
+    end = clock.now()
+    queued = time.perf_counter() - began
+    assert clock.seconds(start, end) > 2 * queued

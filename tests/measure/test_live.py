@@ -1,0 +1,189 @@
+"""Live bytes against sums done by hand, and against an independent count of all tensors alive."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_spu.measure import Kind, LiveBytes
+
+KIB = 1024
+
+
+def kib(count: int) -> Tensor:
+    return torch.zeros(count * KIB, dtype=torch.uint8)
+
+
+@given(sizes=st.lists(st.integers(1, 64), min_size=1, max_size=8), kept=st.integers(0, 7))
+@settings(deadline=None, max_examples=30)
+def test_peak_is_the_largest_sum_of_what_is_alive(sizes: list[int], kept: int) -> None:
+    alive: list[Tensor] = []
+    most = 0
+    with LiveBytes() as live:
+        for size in sizes:
+            alive.append(kib(size))
+            most = max(most, sum(tensor.nbytes for tensor in alive))
+            del alive[: max(0, len(alive) - kept)]
+    assert live.entry_bytes == 0
+    assert live.peak_bytes == live.above_bytes == most
+    assert live.by_kind[Kind.REST] == most
+
+
+def test_views_count_once_and_a_freed_storage_no_more() -> None:
+    with LiveBytes() as live:
+        tensor = kib(4)
+        view = tensor[: 2 * KIB].view(2, KIB)
+        del tensor
+        other = kib(3)  # 7 KiB: the view keeps all four
+        del view
+        kib(1)
+    assert live.peak_bytes == 7 * KIB
+    assert other.nbytes == 3 * KIB
+
+
+def test_mean_is_over_operators() -> None:
+    with LiveBytes() as live:
+        first = kib(2)
+        second = kib(4)
+        del first
+        third = kib(6)
+    assert live.mean_bytes == pytest.approx((2 + 6 + 10) * KIB / 3)
+    assert second.nbytes + third.nbytes == 10 * KIB
+
+
+def test_what_is_read_from_outside_was_there_from_the_start() -> None:
+    module = nn.Linear(8, 8, bias=False)
+    batch = torch.ones(16, 8)
+    with LiveBytes(module) as live, torch.no_grad():
+        held = kib(1)
+        module(batch)
+    made = held.nbytes + 16 * 8 * 4
+    assert live.entry_bytes == 8 * 8 * 4 + batch.nbytes
+    assert live.above_bytes == made
+    assert live.mean_bytes > live.entry_bytes + held.nbytes
+    assert sum(live.by_kind.values()) == live.peak_bytes
+
+
+def test_a_resized_storage_counts_under_its_new_size() -> None:
+    with LiveBytes() as live:
+        tensor = kib(1)
+        tensor.resize_(5 * KIB)
+        kib(1)
+    assert live.peak_bytes == 6 * KIB
+
+
+def test_kinds_of_a_training_step() -> None:
+    """A chain x → Linear → ReLU → Linear, whose every tensor can be counted on paper."""
+    width, batch = 64, 256
+    model = nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False, fused=True)
+    inputs = torch.randn(batch, width)
+
+    def step() -> None:
+        torch.autograd.backward(model(inputs).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with LiveBytes(model, [optimizer]) as first:
+        step()
+    weights, activation = 2 * width * width * 4, batch * width * 4
+    assert first.entry_bytes == weights + inputs.nbytes
+    with LiveBytes(model, [optimizer]) as second:
+        step()
+    state = 2 * weights
+    assert second.by_kind[Kind.WEIGHTS] == weights
+    assert state <= second.by_kind[Kind.OPTIMIZER] <= state + 64  # and a step counter a parameter
+    # The largest moment is in the backward pass: the second weight's gradient is there, x and relu(x) are saved (the
+    # latter once, for the ReLU and the Linear), and the gradients of relu(x) and of its input are on their way.
+    assert second.by_kind[Kind.ACTIVATIONS] == 2 * activation
+    assert second.by_kind[Kind.GRADIENTS] == weights // 2
+    assert second.by_kind[Kind.REST] <= 2 * activation + 64
+
+
+def test_gradients_and_state_are_known_by_what_they_become() -> None:
+    """Weights so large that the step itself is the peak: weights, gradients and both moments."""
+    model = nn.Linear(512, 512, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with LiveBytes(model, [optimizer]) as live:
+        torch.autograd.backward(model(torch.ones(1, 512)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = 512 * 512 * 4
+    assert live.by_kind[Kind.WEIGHTS] == weights
+    assert live.by_kind[Kind.GRADIENTS] == weights
+    assert live.by_kind[Kind.OPTIMIZER] == pytest.approx(2 * weights, abs=64)
+    assert live.by_kind[Kind.REST] < 0.01 * weights
+
+
+def test_gradients_are_the_same_as_without_the_tracker() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    inputs = torch.randn(3, 4)
+    plain = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
+    with LiveBytes(model):
+        tracked = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(plain, tracked, strict=True))
+
+
+def test_nothing_stays_behind() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    module = nn.Module()
+    module.parameter = parameter
+
+    def fail() -> None:
+        torch.autograd.backward((parameter * 2).sum())
+        raise RuntimeError("not a step")
+
+    live = LiveBytes(module)
+    with pytest.raises(RuntimeError, match="not a step"), live:
+        fail()
+    assert not parameter._post_accumulate_grad_hooks
+    peak = live.peak_bytes
+    assert peak > 0
+    kib(1)
+    assert live.peak_bytes == peak
+
+
+class _Gc(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Another way to count: after each operator, every tensor that the garbage collector can find."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before = self._count()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.peak = max(self.peak, self._count() - self.before)
+        return result
+
+    @staticmethod
+    def _count() -> int:  # by type(): some objects warn when isinstance asks for their __class__
+        storages = {tensor.untyped_storage() for tensor in gc.get_objects() if issubclass(type(tensor), Tensor)}
+        return sum(storage.nbytes() for storage in storages)
+
+
+def test_agrees_with_the_garbage_collector() -> None:
+    """In a forward pass without gradients every tensor has a Python object, so the collector sees them all."""
+    model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(4)])
+    inputs = torch.randn(64, 128)
+    gc.collect()
+
+    def forward() -> None:
+        hidden = [inputs]
+        for layer in model:
+            hidden.append(layer(hidden[-1]).relu())
+
+    with torch.no_grad():
+        with _Gc() as collector:
+            forward()
+        with LiveBytes(model) as live:
+            forward()
+    assert live.above_bytes == pytest.approx(collector.peak, rel=0.03)
