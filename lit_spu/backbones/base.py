@@ -1,8 +1,8 @@
 """What a method may ask of a pretrained model, and no more.
 
-A `Trunk` runs the stacks of an unmodified Hugging Face model and lets a caller read each block's output or step in front
-of a block. A `Backbone` is a trunk with a head that gives `scores [batch, labels]` whatever the family. A side network is
-a trunk too: the same architecture, narrower.
+A `Trunk` runs the stacks of an unmodified Hugging Face model and lets a caller read each block's output or step in
+front of a block. A `Backbone` is a trunk with a head that gives `scores [batch, labels]` whatever the family. A side
+network is a trunk too: the same architecture, narrower.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Family:
     """The names of one Hugging Face `model_type`.
 
     Paths in `stacks`, `embeddings` and `unused` start at the base model, those of the heads at the model with the head.
-    A head is a chain of modules and of functions in `STEPS`; the last of `vocabulary` is the linear over the vocabulary.
+    A head is a chain of modules and of functions in `STEPS`; `vocabulary` ends in the linear over the vocabulary.
     """
 
     shape: type[Backbone]
@@ -105,6 +105,11 @@ class Trunk:
     def blocks(self) -> list[nn.Module]:
         """All blocks, from the embeddings up."""
         return [block for stack in self.stacks for block in stack]
+
+    @property
+    def output_width(self) -> int:
+        """Width of the last hidden states, which a head reads."""
+        return int(getattr(self.model.config, self.family.output))
 
     @property
     def embeddings(self) -> list[nn.Module]:
@@ -227,7 +232,7 @@ class Backbone(nn.Module, ABC):
         self.row_bias: nn.Parameter | None = None
         if not self.classifies:
             self.register_buffer("words", torch.tensor(self.word_ids(head)), persistent=False)
-        self.fingerprint = fingerprint(self.stem.model)
+        self.fingerprint = fingerprint([*self.stem.embeddings, *self.blocks])
         self.train()
 
     @property
@@ -332,7 +337,7 @@ class Backbone(nn.Module, ABC):
     @property
     def width(self) -> int:
         """Width of the hidden states that the head reads."""
-        return int(getattr(self.stem.model.config, self.stem.family.output))
+        return self.stem.output_width
 
     # -- label words ------------------------------------------------------------------------------------------------
 
@@ -373,10 +378,10 @@ class Backbone(nn.Module, ABC):
         """Refuse label words that the family cannot answer with."""
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A digest of a model's parameters: their names, shapes and 64 values of each, read at even steps."""
+def fingerprint(parts: Sequence[nn.Module]) -> str:
+    """A digest of the modules' parameters: their names, shapes and 64 values of each, read at even steps."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in nn.ModuleList(parts).named_parameters():
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

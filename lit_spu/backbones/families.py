@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lit_spu import hub
 from lit_spu.backbones.base import Backbone, Family, Head
 from lit_spu.backbones.causal import Causal, Rotary
 from lit_spu.backbones.encoder import Encoder
@@ -118,8 +119,9 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     if not Path(source).is_dir() and "/" not in name and did_you_mean(name, embedded).startswith("Did"):
         raise UserError(f"model.backbone: there is no {name!r}. {did_you_mean(name, embedded)}")
     try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        local = Path(source).is_dir() or not hub.reachable()
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.backbone: {name!r} is neither embedded ({', '.join(sorted(embedded))}), nor a folder with a Hugging"
@@ -135,7 +137,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     form, mask = expects(family, head, tokenizer)
-    model = load_model(source, name, family, task, head)
+    model = load_model(source, name, family, task, head, local)
     return family.shape(model, family, task, head, Encoding(tokenizer, form, mask), name)
 
 
@@ -148,7 +150,7 @@ def expects(family: Family, head: Head, tokenizer: Any) -> tuple[Format, str]:
     return "prefix", ""
 
 
-def load_model(source: str, name: str, family: Family, task: Task, head: Head) -> Any:
+def load_model(source: str, name: str, family: Family, task: Task, head: Head, local: bool) -> Any:
     """The weights under the head that is asked for; only a new classification head may be missing from them."""
     import transformers
 
@@ -157,7 +159,9 @@ def load_model(source: str, name: str, family: Family, task: Task, head: Head) -
     auto = getattr(transformers, f"AutoModelFor{'SequenceClassification' if classifies else kind}")
     options: dict[str, Any] = {"num_labels": task.scores} if classifies else {}
     with quiet_loading():
-        model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, local_files_only=local, **options
+        )
     model.config.use_cache = False
     new = [path for path in family.classifier if "." in path or hasattr(model, path)] if classifies else []
     missing = [key for key in info["missing_keys"] if not any(key.startswith(f"{path}.") for path in new)]

@@ -1,0 +1,7 @@
+"""The methods, one a module. Every module here is imported, so that a class is found by its name and listed nowhere."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

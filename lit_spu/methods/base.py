@@ -1,0 +1,226 @@
+"""What all methods share: a backbone, its task, a step, the metrics, and a checkpoint of what was trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lit_spu.backbones import Batch, Head, load_backbone
+from lit_spu.errors import UserError
+from lit_spu.optim import schedules
+from lit_spu.tasks import Encoding, Metric, Task, load_task
+
+
+class Method(LightningModule, ABC):
+    """A way to fine-tune. A subclass freezes, inserts or attaches in its constructor and overrides what it changes.
+
+    Args:
+        backbone: An embedded mini model (mini-bert, mini-t5), or a Hugging Face name or folder.
+        task: A task's name, or the YAML file of one's own; on the command line it is that of the data.
+        head: A new classification head, or the language-model head at the prompt's blank. T5 and causal models always
+            answer by their language-model head.
+        lr: Peak learning rate.
+        optimizer: AdamW, or Adafactor with its step scaled by each weight's size.
+        weight_decay: Decoupled weight decay of the matrices; biases and norms have none.
+        warmup: Share of all steps over which the learning rate rises, before it falls to zero linearly.
+        activation_checkpointing: Recompute the backbone's blocks in the backward pass instead of storing them.
+
+    Raises:
+        UserError: if the backbone or the task cannot be had, or do not fit each other.
+    """
+
+    @abstractmethod
+    def __init__(
+        self,
+        backbone: str = "mini-bert",
+        task: str | dict[str, Any] = "sst2",
+        head: Head = "classifier",
+        lr: float = 1e-3,
+        optimizer: Literal["adamw", "adafactor"] = "adamw",
+        weight_decay: float = 0.0,
+        warmup: float = 0.06,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.weight_decay, self.warmup, self.optimizer = lr, weight_decay, warmup, optimizer
+        self.task = load_task(task)
+        self.backbone = load_backbone(backbone, self.task, head)
+        if activation_checkpointing:
+            self.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.metrics: dict[str, Any] = {}
+        self.total_steps: int | None = None
+
+    # -- what a method may change -----------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores [batch, labels]."""
+        scores: Tensor = self.backbone(batch)
+        return scores
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The training loss of a batch, a scalar."""
+        return self.backbone.loss(self(batch), batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what is trained, and linear warm-up and decay by step."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
+        else:
+            optimizer = torch.optim.Adafactor(groups, lr=self.lr)
+        schedule = schedules.linear(optimizer, self.warmup, self._steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError(
+                "The learning rate falls to zero over the whole run, but this run has no end:"
+                " set --trainer.max_epochs or --trainer.max_steps."
+            )
+        if self.total_steps not in (None, int(steps)):
+            rank_zero_warn(
+                f"This run is resumed with {int(steps)} steps in all instead of {self.total_steps}:"
+                " the learning rate follows the new schedule from here on."
+            )
+        self.total_steps = int(steps)
+        return self.total_steps
+
+    # -- what is the same for all -----------------------------------------------------------------------------------
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the data module writes examples for this method's backbone."""
+        return self.backbone.encoding
+
+    def setup(self, stage: str) -> None:
+        self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_fit_start(self) -> None:
+        self.train()  # from_pretrained leaves models in evaluation mode, and Lightning leaves them as they are
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, self._prefix("val", dataloader_idx))
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, self._prefix("test", dataloader_idx))
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """The rows' numbers [batch], predictions [batch] and scores [batch, labels]."""
+        prediction, scores = self.backbone.predict(self(batch))
+        return {"index": batch["index"], "prediction": prediction, "scores": scores}
+
+    def _prefix(self, stage: str, dataloader_idx: int) -> str:
+        """`val/`, or `val/mismatched_` where a task has a second validation set of that name."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [""])
+        name = names[dataloader_idx] if dataloader_idx < len(names) else str(dataloader_idx)
+        return f"{stage}/{name}_" if name else f"{stage}/"
+
+    def _evaluate(self, batch: Batch, prefix: str) -> None:
+        if prefix not in self.metrics:
+            self.metrics[prefix] = task_metrics(self.task).to(self.device)
+        if bool((batch["labels"] == -1).all()) and not self.task.regression:
+            raise UserError("This split has no labels, so there is nothing to score: use predict.")
+        scores = self(batch)
+        size = len(scores)
+        self.log(
+            f"{prefix}loss",
+            self.backbone.loss(scores, batch),
+            batch_size=size,
+            on_epoch=True,
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
+        self.metrics[prefix].update(self.backbone.predict(scores)[0], batch["labels"])
+
+    def _log_metrics(self) -> None:
+        for prefix, metrics in self.metrics.items():
+            for name, value in metrics.compute().items():
+                # correlations are undefined where all predictions are equal, and count as none
+                self.log(f"{prefix}{name}", value.nan_to_num(0.0), prog_bar=True, sync_dist=True)
+            metrics.reset()
+        self.metrics.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics()
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained, and name the backbone that it belongs to."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in self.trained}
+        checkpoint["backbone"] = {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
+        checkpoint["total_steps"] = self.total_steps
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": self._task_spec()}
+
+    def _task_spec(self) -> str | dict[str, Any]:
+        """The task by name, or, if it is the user's own, whole: its file may be gone when the checkpoint is read."""
+        given = self.hparams["task"]
+        return given if given == self.task.name else self.task.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refill what was frozen, so that Lightning's own load stays strict.
+
+        Raises:
+            UserError: if the checkpoint belongs to another backbone or another method.
+        """
+        stored: Mapping[str, str] = checkpoint.get("backbone", {})
+        if stored.get("fingerprint") != self.backbone.fingerprint:
+            raise UserError(
+                f"This checkpoint was trained on the backbone {stored.get('name')!r} (fingerprint"
+                f" {stored.get('fingerprint')}), not on {self.backbone.name!r} ({self.backbone.fingerprint})."
+            )
+        state, own = checkpoint["state_dict"], self.state_dict()
+        needed = {name for name, p in self.named_parameters() if p.requires_grad}
+        wrong = sorted((set(state) - set(own)) | (needed - set(state)))
+        if wrong:
+            raise UserError(
+                f"This checkpoint was not made by {type(self).__name__} with these settings: {len(wrong)} of the"
+                f" weights do not match ({', '.join(wrong[:3])}…)."
+            )
+        checkpoint["state_dict"] = {**own, **state}
+        self.total_steps = checkpoint.get("total_steps")
+
+
+def task_metrics(task: Task) -> Any:
+    """The task's metrics by name, as GLUE defines them: accuracy over all examples, F1 of the second label."""
+    from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+    from torchmetrics.classification import (
+        BinaryF1Score,
+        MulticlassAccuracy,
+        MulticlassF1Score,
+        MulticlassMatthewsCorrCoef,
+    )
+
+    labels = len(task.labels)
+    make: dict[Metric, Callable[[], Any]] = {
+        "accuracy": lambda: MulticlassAccuracy(labels, average="micro"),
+        "f1": lambda: BinaryF1Score() if labels == 2 else MulticlassF1Score(labels, average="macro"),
+        "matthews": lambda: MulticlassMatthewsCorrCoef(labels),
+        "pearson": PearsonCorrCoef,
+        "spearman": SpearmanCorrCoef,
+    }
+    return MetricCollection({name: make[name]() for name in task.metrics})

@@ -1,0 +1,14 @@
+"""Full fine-tuning: train every weight. The yardstick of all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_spu.methods.base import Method
+
+
+class FullFineTuning(Method):
+    """Train every weight of the backbone and its head."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)

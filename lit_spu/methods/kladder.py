@@ -1,0 +1,39 @@
+"""k-ladder LST: rungs that read a window of the backbone's blocks instead of one.
+
+The generalisation of ladder side-tuning that the project's slides and the k-LST report describe: rung i sees the blocks
+i−k … i+k. With k = 0 and the `gated` fusion it is LST.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+from lit_spu.errors import UserError
+from lit_spu.methods.ladder import LadderSideTuning
+from lit_spu.nn import fusion as fusions
+from lit_spu.nn.ladder import Ladder
+
+
+class KLadder(LadderSideTuning):
+    """Ladder side-tuning with windows of 2k+1 blocks.
+
+    Args:
+        k: Radius of the windows; 0 reads one block, as LST does.
+        fusion: How a window's taps join the side state: LST's gate on their learned mean, their plain sum, a gate of
+            each example's own, or attention of each token over its taps.
+        share_projections: One down-projection a block for all windows, instead of one for every slot of every rung.
+    """
+
+    def __init__(
+        self,
+        k: int = 1,
+        fusion: Literal["gated", "additive", "dynamic", "attention"] = "gated",
+        share_projections: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if k < 0:
+            raise UserError(f"model.k={k} is the radius of the windows: give 0 (LST) or more.")
+        how = getattr(fusions, fusion.capitalize())
+        self.side.climb(partial(Ladder, fusion=how, radius=k, shared=share_projections))

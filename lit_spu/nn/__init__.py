@@ -1,0 +1,1 @@
+"""The maths of the methods as plain torch modules."""

@@ -1,0 +1,127 @@
+"""Ladder side networks (LST, https://arxiv.org/abs/2206.06522): a narrow copy of the backbone reads it, rung by rung.
+
+The backbone runs first, without gradient, and leaves each block's output; the side network runs on those alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from lit_spu.backbones.base import Backbone, Batch, Stream, Taps
+from lit_spu.errors import UserError
+from lit_spu.nn.fusion import Fusion, Gate
+
+
+class Ladder(nn.Module):
+    """The rungs of one stream: rung i reads the backbone's block i, projected down, in front of side block i.
+
+    With a `radius` of k, rung i reads the window of blocks i−k … i+k; blocks beyond the ends are zero. Windows share
+    each block's down-projection unless `shared` is off, when every slot of every rung has its own.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        kept: Sequence[int],
+        width: int,
+        fusion: type[Fusion] = Gate,
+        radius: int = 0,
+        shared: bool = True,
+    ) -> None:
+        super().__init__()
+        self.kept, self.depth, self.radius, self.shared = tuple(kept), stream.depth, radius, shared
+        self.first = projection(stream.width, width)
+        read = [(i, j) for i in kept for j in self.window(i) if 0 <= j < stream.depth]
+        names = dict.fromkeys(self.name(i, j) for i, j in read)
+        self.down = nn.ModuleDict({name: projection(stream.width, width) for name in names})
+        self.fusion = fusion(stream.depth, kept, 2 * radius + 1, width)
+
+    def window(self, i: int) -> range:
+        """The backbone's blocks that rung i reads."""
+        return range(i - self.radius, i + self.radius + 1)
+
+    def name(self, i: int, j: int) -> str:
+        """The name of the down-projection with which rung i reads block j."""
+        return str(j) if self.shared else f"{i}<{j}"
+
+    def forward(self, taps: Taps) -> Callable[[int, Tensor], Tensor]:
+        """Project the taps down; gives the state that enters the n-th side block, from n and the state that comes."""
+        zero = taps.embeddings.new_zeros(()).expand(*taps.embeddings.shape[:2], self.first.out_features)
+        projected: dict[str, Tensor] = {}
+
+        def tap(i: int, j: int) -> Tensor:
+            if not 0 <= j < self.depth:
+                return zero
+            name = self.name(i, j)
+            if name not in projected:
+                projected[name] = self.down[name](taps.blocks[j])
+            return projected[name]
+
+        def enter(n: int, state: Tensor) -> Tensor:
+            i = self.kept[n]
+            with record_function(f"rung {i}"):
+                if n == 0:
+                    state = self.first(taps.embeddings)
+                fused: Tensor = self.fusion(i, state, [tap(i, j) for j in self.window(i)], taps.mask)
+                return fused
+
+        return enter
+
+
+class SideNetwork(nn.Module):
+    """The backbone's own architecture at 1/`reduction` of its width, one side stack a stream, fed by a ladder a stream.
+
+    Args:
+        backbone: What it stands beside; it is read, not held.
+        reduction: The backbone's width over the side network's (r in the paper).
+        drop_layers: Blocks of every stream beside which the side network has none (0 is the lowest).
+
+    Raises:
+        UserError: if `reduction` does not divide the widths, or `drop_layers` leaves a stream without blocks.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reduction: int,
+        drop_layers: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.streams = backbone.streams
+        deepest = max(stream.depth for stream in self.streams) - 1
+        self.kept = [[i for i in range(stream.depth) if i not in drop_layers] for stream in self.streams]
+        if not all(self.kept) or not all(0 <= layer <= deepest for layer in drop_layers):
+            raise UserError(
+                f"model.drop_layers={list(drop_layers)}: layers are 0 to {deepest}, and one of each stack must stay."
+            )
+        self.trunk = backbone.stem.shrunk(reduction, self.kept)
+        self.model = self.trunk.model
+        self.climb(Ladder)
+        self.up = projection(self.trunk.output_width, backbone.width)
+
+    def climb(self, ladder: Callable[[Stream, Sequence[int], int], Ladder]) -> None:
+        """Put new rungs in: `ladder` makes those of a stream from it, its kept blocks and the side network's width."""
+        width = self.trunk.streams[0].width
+        self.ladders = nn.ModuleList(
+            ladder(stream, kept, width) for stream, kept in zip(self.streams, self.kept, strict=True)
+        )
+
+    def forward(self, taps: Sequence[Taps], inputs: Batch) -> Tensor:
+        """The hidden states [batch, tokens, width of the backbone] that the backbone's head reads."""
+        enters = [ladder(tap) for ladder, tap in zip(self.ladders, taps, strict=True)]
+        with self.trunk.entered(lambda stream, n, state: enters[stream](n, state)):
+            hidden = self.trunk.run(self.trunk.inputs_like(inputs))
+        up: Tensor = self.up(hidden)
+        return up
+
+
+def projection(wide: int, narrow: int) -> nn.Linear:
+    """A linear that starts as the published ones do: weights of standard deviation 0.01, no bias."""
+    linear = nn.Linear(wide, narrow)
+    torch.nn.init.normal_(linear.weight, std=0.01)
+    torch.nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,109 @@
+"""Fusions against plain formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lit_spu.nn.fusion import Additive, Attention, Dynamic, Fusion, Gate, Gated
+
+DEPTH, WIDTH = 3, 4
+
+
+def tensors(slots: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    state, *taps = (torch.randn(2, 5, WIDTH, generator=draw, dtype=torch.float64) for _ in range(slots + 1))
+    return state, taps
+
+
+@given(alpha=st.floats(-0.5, 0.5))
+@settings(max_examples=20, deadline=None)
+def test_the_gate_is_the_published_one(alpha: float) -> None:
+    gate = Gate(DEPTH, range(DEPTH), 1, WIDTH).double()
+    torch.nn.init.constant_(gate.alpha, alpha)
+    state, taps = tensors(1)
+    g = 1 / (1 + math.exp(-alpha / 0.1))
+    torch.testing.assert_close(gate(1, state, taps, None), g * state + (1 - g) * taps[0])
+
+
+def test_the_gate_starts_halfway_with_slope_two_and_a_half() -> None:
+    gate = Gate(DEPTH, range(DEPTH), 1, WIDTH).double()
+    state, taps = torch.ones(1, 1, WIDTH, dtype=torch.float64), [torch.zeros(1, 1, WIDTH, dtype=torch.float64)]
+    out = gate(0, state, taps, None)
+    assert float(out[0, 0, 0].detach()) == 0.5
+    out[0, 0, 0].backward()
+    assert gate.alpha.grad is not None
+    torch.testing.assert_close(gate.alpha.grad, torch.tensor([2.5, 0, 0], dtype=torch.float64))
+
+
+def test_gated_with_one_slot_is_the_gate_bitwise() -> None:
+    state, taps = tensors(1)
+    plain, windowed = Gate(DEPTH, range(DEPTH), 1, WIDTH), Gated(DEPTH, range(DEPTH), 1, WIDTH)
+    state32, tap32 = state.float(), taps[0].float().requires_grad_()
+    outs = [fusion(1, state32, [tap32], None) for fusion in (plain, windowed)]
+    assert torch.equal(*outs)
+    grads = [
+        torch.autograd.grad(out.square().sum(), [tap32, f.alpha])
+        for out, f in zip(outs, (plain, windowed), strict=True)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("slot", range(3))
+def test_a_one_hot_slot_reads_that_tap_alone(slot: int) -> None:
+    fusion = Gated(DEPTH, range(DEPTH), 3, WIDTH).double()
+    torch.nn.init.constant_(fusion.slots, -1e9)
+    fusion.slots.data[:, slot] = 0.0
+    state, taps = tensors(3)
+    assert torch.equal(fusion(0, state, taps, None), 0.5 * state + 0.5 * taps[slot])
+
+
+def test_additive_is_the_sum() -> None:
+    state, taps = tensors(3)
+    torch.testing.assert_close(Additive(DEPTH, range(DEPTH), 3, WIDTH)(0, state, taps, None), state + sum(taps))
+
+
+def test_dynamic_gates_each_example_by_its_real_tokens() -> None:
+    fusion = Dynamic(DEPTH, range(DEPTH), 3, WIDTH).double()
+    state, taps = tensors(3)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    torch.testing.assert_close(fusion(0, state, taps, mask), 0.5 * state + 0.5 * sum(taps) / 3)  # it starts as `gated`
+    torch.nn.init.normal_(fusion.pooled, std=3.0)
+    out = fusion(0, state, taps, mask)
+    for row, real in enumerate((3, 5)):
+        mean = torch.stack([tap[row, :real].mean(0) for tap in taps]).mean(0)
+        g = torch.sigmoid(mean @ fusion.pooled[0])
+        torch.testing.assert_close(out[row], g * state[row] + (1 - g) * sum(tap[row] for tap in taps) / 3)
+
+
+def test_attention_is_a_loop_over_tokens() -> None:
+    torch.manual_seed(0)
+    fusion = Attention(DEPTH, range(DEPTH), 3, WIDTH).double()
+    torch.nn.init.normal_(fusion.origin)
+    state, taps = tensors(3)
+    out = fusion(1, state, taps, None)
+    query, key, value, last = (modules["1"] for modules in (fusion.query, fusion.key, fusion.value, fusion.out))
+    for row in range(2):
+        for token in range(5):
+            memory = torch.stack([tap[row, token] + fusion.origin[1, slot] for slot, tap in enumerate(taps)])
+            shares = (key(memory) @ query(state[row, token]) / WIDTH**0.5).softmax(0)
+            expected = state[row, token] + last(shares @ value(memory))
+            torch.testing.assert_close(out[row, token], expected)
+
+
+@pytest.mark.parametrize("kind", [Gate, Gated, Additive, Dynamic, Attention])
+def test_gradients_are_right(kind: type[Fusion]) -> None:
+    torch.manual_seed(0)
+    slots = 1 if kind is Gate else 3
+    fusion = kind(DEPTH, range(DEPTH), slots, WIDTH).double()
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state, taps = tensors(slots)
+    inputs = [tensor.requires_grad_() for tensor in (state, *taps)]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert torch.autograd.gradcheck(lambda s, *t: fusion(2, s, t, mask), inputs)
