@@ -24,7 +24,7 @@ class Clock:
     def now(self) -> Instant:
         """This instant."""
         if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
             return event
         if self._device.type != "cpu":

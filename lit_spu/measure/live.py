@@ -43,7 +43,7 @@ class _Lifetime:
     died: float = math.inf
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors while it is entered; the figures are there once it is left.
 
     Held are the tensors of `module` and `optimizers`, whatever operators make meanwhile, and whatever from outside they
@@ -83,7 +83,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._classify()
         for parameter in self._parameters():
             if parameter.requires_grad and parameter.is_leaf:
-                handle = parameter.register_post_accumulate_grad_hook(self._classify_gradient)  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(self._classify_gradient)
                 self._hooks.callback(handle.remove)
         # Detached, because a saved tensor that is its own node's output would otherwise keep that node alive for ever.
         self._hooks.enter_context(saved_tensors_hooks(self._pack, lambda packed: packed))

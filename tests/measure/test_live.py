@@ -151,7 +151,7 @@ def test_nothing_stays_behind() -> None:
     assert live.peak_bytes == peak
 
 
-class _Gc(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Gc(TorchDispatchMode):
     """Another way to count: after each operator, every tensor that the garbage collector can find."""
 
     def __init__(self) -> None:

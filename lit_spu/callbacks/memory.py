@@ -1,0 +1,130 @@
+"""The memory that training takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_spu.callbacks.loggers import log_now
+from lit_spu.measure import MIB, AcceleratorPeak, Kind, LiveBytes, ResidentPeak
+
+LIVE_STEPS = 2
+"""Steps of which the live bytes are counted: the first makes the optimizer's state, the second starts with it."""
+
+LIVE_BATCHES = 32
+"""The counting ends after so many batches, should the steps not come."""
+
+
+class Memory(Callback):
+    """Measures the peak of every training step, in MiB (2**20 bytes), each rank its own.
+
+    - `memory/peak_mib`: on an accelerator what tensors took; on a CPU the resident memory of the process, with the
+      interpreter, imports and what malloc keeps: compare differences.
+    - `memory/reserved_mib`: on an accelerator, what the allocator took from the device.
+    - `memory/mean_mib`: the mean of the steps' peaks so far.
+    - `memory/inference_peak_mib`: the peak over a validation, test or predict epoch.
+
+    Live bytes are exact and repeatable on every device: tensors alone, counted at every operator of the first two
+    steps (which this slows down; `Latency` drops them as warm-up). The kinds are those of the largest moment and add
+    up to it.
+
+    - `memory/live_peak_mib`, `memory/live_mean_mib`: most at once, and the mean over the operators.
+    - `memory/weights_mib`, `memory/gradients_mib`, `memory/optimizer_mib`, `memory/activations_mib` (what autograd
+      saves for the backward pass), `memory/rest_mib`.
+
+    Args:
+        live: Count live bytes too.
+
+    Attributes:
+        summary: The largest of each figure so far; the mean of the means.
+    """
+
+    def __init__(self, live: bool = True) -> None:
+        self.live = live
+        self.summary: dict[str, float] = {}
+        self._gauge: ResidentPeak | AcceleratorPeak | None = None
+        self._tracker: LiveBytes | None = None
+        self._batches = self._first_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose what the device can tell."""
+        device = trainer.strategy.root_device
+        try:
+            self._gauge = ResidentPeak() if device.type == "cpu" else AcceleratorPeak(device)
+        except RuntimeError as error:
+            rank_zero_info(f"Memory: {error}; only live bytes are measured.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches, self._first_step = 0, trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._leave()  # a batch that the module skipped has no end
+        if self._gauge:
+            self._gauge.reset()
+        if self.live and trainer.global_step - self._first_step < LIVE_STEPS and self._batches < LIVE_BATCHES:
+            self._tracker = LiveBytes(pl_module, trainer.optimizers).__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        figures = self._read()
+        if figures:
+            mean = self.summary.get("memory/mean_mib", 0.0)
+            mean += (figures["memory/peak_mib"] - mean) / (self._batches + 1)
+            self._note(figures)
+            self.summary["memory/mean_mib"] = figures["memory/mean_mib"] = mean
+        self._batches += 1
+        if tracker := self._leave():
+            live = {
+                "memory/live_peak_mib": tracker.peak_bytes / MIB,
+                "memory/live_mean_mib": tracker.mean_bytes / MIB,
+                **{f"memory/{kind.name.lower()}_mib": tracker.by_kind[kind] / MIB for kind in reversed(Kind)},
+            }
+            if live["memory/live_peak_mib"] > self.summary.get("memory/live_peak_mib", 0.0):
+                self.summary |= live  # the kinds of one moment belong together
+            figures |= live
+        pl_module.log_dict(figures, on_step=True, on_epoch=False)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._gauge:
+            self._gauge.reset()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if figures := self._read():
+            figures = {"memory/inference_peak_mib": figures["memory/peak_mib"]}
+            self._note(figures)
+            log_now(trainer, figures)
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+        if isinstance(self._gauge, ResidentPeak):
+            self._gauge.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "exception")
+
+    def _leave(self) -> LiveBytes | None:
+        """End the counting of live bytes, if it is going on."""
+        tracker, self._tracker = self._tracker, None
+        if tracker:
+            tracker.__exit__(None, None, None)
+        return tracker
+
+    def _read(self) -> dict[str, float]:
+        if isinstance(self._gauge, ResidentPeak):
+            return {"memory/peak_mib": self._gauge.peak_bytes() / MIB}
+        if isinstance(self._gauge, AcceleratorPeak):
+            return {
+                "memory/peak_mib": self._gauge.allocated_bytes() / MIB,
+                "memory/reserved_mib": self._gauge.reserved_bytes() / MIB,
+            }
+        return {}
+
+    def _note(self, figures: dict[str, float]) -> None:
+        """Keep the largest of each in the summary."""
+        self.summary |= {name: max(value, self.summary.get(name, 0.0)) for name, value in figures.items()}

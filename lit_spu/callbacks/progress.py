@@ -1,0 +1,19 @@
+"""The progress bar."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+
+
+class MetricProgressBar(RichProgressBar):
+    """Lightning's Rich bar with what matters: the training loss and the metric that selects the best checkpoint."""
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """`train/loss` and the monitored metric, as far as they are known."""
+        checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        names = ["train/loss", *(callback.monitor for callback in checkpoints if callback.monitor)]
+        known = trainer.callback_metrics
+        return {name: known[name].item() for name in dict.fromkeys(names) if name in known}

@@ -1,0 +1,94 @@
+"""Memory against allocations and sizes that are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_spu.callbacks.memory import Memory
+from lit_spu.measure import MIB
+from tests.callbacks.conftest import QUIET, MakeTrainer, Manual, Tiny, logged
+
+pytestmark = QUIET
+
+
+class Hungry(Tiny):
+    """Holds 128 MiB in its third batch, and 160 MiB when it validates."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if batch_idx == 2:
+            torch.ones(128 * MIB // 4)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        torch.ones(160 * MIB // 4)
+        super().validation_step(batch, batch_idx)
+
+
+def test_sees_a_step_that_holds_more(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    memory = Memory(live=False)
+    make_trainer(memory).fit(Hungry())
+    peaks = logged(tmp_path, "memory/peak_mib")
+    others = peaks[:2] + peaks[3:]
+    assert peaks[2] - max(others) == pytest.approx(128, rel=0.05)
+    assert memory.summary["memory/peak_mib"] == max(peaks) == peaks[2]
+    assert memory.summary["memory/mean_mib"] == pytest.approx(sum(peaks) / len(peaks))
+    assert memory.summary["memory/inference_peak_mib"] - max(others) == pytest.approx(160, rel=0.1)
+    assert "memory/live_peak_mib" not in memory.summary
+
+
+def test_live_bytes_by_kind(make_trainer: MakeTrainer) -> None:
+    module, memory = Tiny(), Memory()
+    module.layer = torch.nn.Linear(8, 65536, bias=False)  # so wide that AdamW's own step is the largest moment
+    make_trainer(memory, limit_val_batches=0).fit(module)
+    weights = 8 * 65536 * 4 / MIB
+    summary = memory.summary
+    assert summary["memory/weights_mib"] == weights
+    assert summary["memory/gradients_mib"] == weights
+    assert summary["memory/optimizer_mib"] == pytest.approx(2 * weights, rel=0.01)
+    kinds = ("weights", "gradients", "optimizer", "activations", "rest")
+    assert sum(summary[f"memory/{kind}_mib"] for kind in kinds) == pytest.approx(summary["memory/live_peak_mib"])
+    assert summary["memory/live_mean_mib"] < summary["memory/live_peak_mib"]
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [(Tiny, {}), (Tiny, {"accumulate_grad_batches": 4}), (Manual, {})],
+    ids=["plain", "accumulated", "by hand"],
+)
+def test_live_bytes_see_the_optimizer_however_it_steps(
+    module: type[Tiny], settings: dict[str, Any], make_trainer: MakeTrainer
+) -> None:
+    memory = Memory()
+    make_trainer(memory, limit_val_batches=0, **settings).fit(module())
+    assert memory.summary["memory/optimizer_mib"] >= 2 * (8 * 2 + 2) * 4 / MIB
+
+
+def test_a_failing_step_leaves_no_tracker_behind(make_trainer: MakeTrainer) -> None:
+    class Failing(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            raise RuntimeError("not this one")
+
+    module, memory = Failing(), Memory()
+    with pytest.raises(RuntimeError, match="not this one"):
+        make_trainer(memory).fit(module)
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert not module.layer.weight._post_accumulate_grad_hooks
+
+
+@pytest.mark.gpu
+def test_on_cuda_allocated_and_reserved(make_trainer: MakeTrainer) -> None:
+    class HungryOnCuda(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if batch_idx == 2:
+                torch.ones(128 * MIB // 4, device=self.device)
+            return super().training_step(batch, batch_idx)
+
+    memory = Memory()
+    make_trainer(memory, accelerator="cuda", devices=1).fit(HungryOnCuda())
+    assert 128 < memory.summary["memory/peak_mib"] < 128 + 64
+    assert memory.summary["memory/reserved_mib"] >= memory.summary["memory/peak_mib"]
