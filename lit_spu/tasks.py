@@ -384,4 +384,5 @@ def _columns(values: Mapping[str, Any], text_fields: Iterable[str], where: str) 
 
 def _files(given: Mapping[str, Any], where: str) -> Files:
     _check_keys(given, Files, f"{where}: files")
-    return Files(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return Files(**values)

@@ -1,0 +1,1 @@
+"""Examples from files, the hub or a generator, as batches of tokens."""
