@@ -1,0 +1,6 @@
+"""The door of lit_spu: `python cli.py fit --config configs/kladder.yaml`."""
+
+from lit_spu.__main__ import main
+
+if __name__ == "__main__":
+    main()
