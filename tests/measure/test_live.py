@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +123,28 @@ def test_gradients_and_state_are_known_by_what_they_become() -> None:
     assert live.by_kind[Kind.GRADIENTS] == weights
     assert live.by_kind[Kind.OPTIMIZER] == pytest.approx(2 * weights, abs=64)
     assert live.by_kind[Kind.REST] < 0.01 * weights
+
+
+def test_agrees_with_the_profiler(tmp_path: Path) -> None:
+    """The allocator's own account of a whole training step, to the byte but for tiny scalars that make no operator."""
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, 64), nn.Dropout(0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    inputs = torch.randn(128, 64)
+
+    def step() -> None:
+        torch.autograd.backward(model(inputs).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with LiveBytes(model, [optimizer]) as live:
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    assert live.above_bytes == pytest.approx(max(accumulate(change for _, change in changes)), rel=0.01)
 
 
 def test_gradients_are_the_same_as_without_the_tracker() -> None:

@@ -1,0 +1,46 @@
+"""The benchmark's rows against counts by hand, on a backbone of a few thousand weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import data, methods, models
+from lit_spu.data.batching import BucketSampler, Examples, Loader
+from lit_spu.data.text import Tokens
+from lit_spu.measure import MIB
+from lit_spu.tasks import TASKS
+
+
+def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
+    from transformers import DistilBertConfig
+
+    config = DistilBertConfig(
+        vocab_size=1000, dim=64, hidden_dim=128, n_layers=3, n_heads=4, dropout=0.0, attention_dropout=0.0
+    )
+    task = TASKS["sst2"]
+    found = methods.methods(models.save(config, tmp_path, task), task)
+    batch = methods.batch_of(32, 32, task)
+    rows = {cost.name: cost for cost in methods.costs(found, batch, rounds=1)}
+    named = {path.stem for path in methods.CONFIGS.glob("*.yaml") if "class_path" in path.read_text()}
+    assert rows.keys() == named | {"forward"}
+    full, forward = rows["full"], rows["forward"]
+    backbone = sum(parameter.numel() for parameter in found["full"].backbone.parameters())
+    assert full.trainable == backbone
+    assert (full.to_full, full.memory_to_full, forward.to_forward) == (1.0, 1.0, 1.0)
+    assert full.above_mib > 2 * 4 * backbone / MIB  # two moments a weight, and activations
+    assert forward.above_mib < rows["lst"].above_mib < 0.5 * full.above_mib
+    assert 0 < forward.to_full < 1
+
+
+def test_padding_is_counted() -> None:
+    lengths = np.array([2, 4, 4, 8])
+    tokens = Tokens(np.zeros(18, dtype=np.int32), np.array([0, 2, 6, 10, 18]), None)
+    loader = Loader(
+        Examples(tokens, [0] * 4, pad_id=0), batch_size=None, sampler=BucketSampler(lengths, 2, shuffle=False)
+    )
+    found = data.measure("four", loader, lengths, batch_size=2)
+    assert found.bucketed == (8 + 8 + 4 + 4) / 18
+    assert found.to_max_length == 4 * 128 / 18
+    assert found.longest_in_batch == 24 / 18  # however they are drawn
