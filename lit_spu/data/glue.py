@@ -56,7 +56,8 @@ class GLUE(LightningDataModule):
         cache: Folder that keeps the tokenised examples; by default that of the user's caches.
 
     Raises:
-        UserError: if a value cannot be used; once the data are asked for, if these cannot.
+        UserError: if a value cannot be used; once the data are asked for, if these cannot, or if the model was made for
+            another task.
     """
 
     def __init__(
@@ -145,18 +146,7 @@ class GLUE(LightningDataModule):
                 self._tokenise(portion)
 
     def setup(self, stage: str) -> None:
-        """Read the cache.
-
-        Raises:
-            UserError: if the model was made for another task.
-        """
-        model = self.trainer.lightning_module if self.trainer is not None else None
-        its_task = getattr(model, "task", self.task)
-        if its_task != self.task:
-            raise UserError(
-                f"The model was made for the task {its_task.name!r}, the data are those of {self.task.name!r}"
-                f"{', described otherwise' if its_task.name == self.task.name else ''}: give both the same."
-            )
+        """Read the cache."""
         # Rows are tokenised already, so a batch takes a tenth of a millisecond.
         warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
         for portion in _PORTIONS[stage]:
@@ -196,6 +186,12 @@ class GLUE(LightningDataModule):
 
     def _encoding(self) -> Encoding:
         model = self.trainer.lightning_module if self.trainer is not None else None
+        its_task = getattr(model, "task", self.task)
+        if its_task != self.task:
+            raise UserError(
+                f"The model was made for the task {its_task.name!r}, the data are those of {self.task.name!r}"
+                f"{', described otherwise' if its_task.name == self.task.name else ''}: give both the same."
+            )
         encoding = self.encoding or getattr(model, "encoding", None)
         if encoding is None:
             raise UserError(

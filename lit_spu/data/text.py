@@ -244,7 +244,7 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 def _read(path: Path) -> Tokens:
-    with np.load(path) as arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
         return Tokens(arrays["ids"], arrays["starts"], arrays.get("types"))
 
 

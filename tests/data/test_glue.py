@@ -1,0 +1,326 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_spu.data import text as text_module
+from lit_spu.data.batching import Batch, BucketSampler
+from lit_spu.data.glue import GLUE
+from lit_spu.errors import UserError
+from lit_spu.tasks import TASKS, Encoding, Task
+from tests.data.conftest import WORDS, word_encoding
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*:FutureWarning",  # lightning 2.6 asks torch 2.13 for it
+)
+
+
+class Recorder(LightningModule):
+    """Trains one weight, and writes down which rows it was given."""
+
+    def __init__(self, encoding: Encoding, task: Task = TASKS["sst2"]) -> None:
+        super().__init__()
+        self.encoding = encoding
+        self.task = task
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: dict[str, list[list[int]]] = {"train": [], "val": [], "test": []}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.seen["train"].append(batch["index"].tolist())
+        return (self.weight - batch["input_ids"].float().mean()).square().sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not self.trainer.sanity_checking:
+            self.seen["val"].append([dataloader_idx, *batch["index"].tolist()])
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.seen["test"].append([dataloader_idx, *batch["index"].tolist()])
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return batch["index"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+    }
+    return Trainer(**(quiet | kwargs))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """50 training, 21 validation and 9 test examples, each of its own length."""
+    for name, count in (("train", 50), ("dev", 21), ("test", 9)):
+        path = tmp_path / "glue" / "SST-2" / f"{name}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [
+            " ".join(WORDS[i : 2 * i % 37 + i + 1]) + (f"\t{i % 2}" if name != "test" else "") for i in range(count)
+        ]
+        path.write_text("\n".join(["sentence\tlabel" if name != "test" else "sentence", *lines]))
+    return str(tmp_path / "glue")
+
+
+def data(source: str, tmp_path: Path, **kwargs: Any) -> GLUE:
+    settings: dict[str, Any] = {"source": source, "batch_size": 8, "cache": str(tmp_path / "cache")}
+    return GLUE(**(settings | kwargs))
+
+
+def test_a_trainer_gets_its_batches(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    model, glue = Recorder(encoding), data(source, tmp_path)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(model, glue)
+    first, second = model.seen["train"][:7], model.seen["train"][7:]
+    for epoch in (first, second):
+        assert sorted(i for batch in epoch for i in batch) == list(range(50))
+    assert first != second
+    assert len(model.seen["val"]) == 2 * 3
+    assert sorted(i for batch in model.seen["val"][:3] for i in batch[1:]) == list(range(21))
+    predictions: Any = run.predict(model, glue)
+    assert sorted(i for batch in predictions for i in batch.tolist()) == list(range(9))
+    run.test(model, glue)
+    assert sorted(i for batch in model.seen["test"] for i in batch[1:]) == list(range(9))
+    assert [row["label"] for row in glue.examples("test")] == [-1] * 9
+
+
+def test_batches_hold_the_rows_that_they_name(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    glue = data(source, tmp_path)
+    glue.encoding = encoding
+    glue.setup("fit")
+    rows = glue.examples("train")
+    for batch in glue.train_dataloader():
+        for ids, mask, label, i in zip(
+            *(batch[k] for k in ("input_ids", "attention_mask", "labels", "index")), strict=True
+        ):
+            oracle: Any = encoding.tokenizer(rows[i]["sentence"])
+            assert ids[mask.bool()].tolist() == oracle["input_ids"]
+            assert label == rows[i]["label"]
+
+
+def test_the_order_follows_from_the_global_seed(
+    source: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def order(seed: str) -> list[list[int]]:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        glue = data(source, tmp_path)
+        glue.encoding = encoding
+        glue.setup("fit")
+        return [batch["index"].tolist() for batch in glue.train_dataloader()]
+
+    assert order("1") == order("1") != order("2")
+
+
+def test_rows_are_tokenised_once_for_all_runs(
+    source: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(tmp_path, max_epochs=1).fit(Recorder(encoding), data(source, tmp_path))
+    monkeypatch.setattr(text_module, "encode", None)
+    trainer(tmp_path, max_epochs=1).fit(Recorder(encoding), data(source, tmp_path))
+
+
+def test_the_cache_lies_with_the_users_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert GLUE().cache == tmp_path / "lit_spu"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert GLUE().cache == Path.home() / ".cache" / "lit_spu"
+
+
+# --- Parts, limits, shots --------------------------------------------------------------------------------------------
+
+
+def test_mnli_has_two_validation_sets(tmp_path: Path) -> None:
+    folder = tmp_path / "MNLI"
+    folder.mkdir()
+    for name, count in (("train", 4), ("dev_matched", 3), ("dev_mismatched", 5)):
+        lines = [f"w{i}\tw{count}\tneutral" for i in range(count)]
+        (folder / f"{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tgold_label", *lines]))
+    model, glue = Recorder(word_encoding(), TASKS["mnli"]), data(str(tmp_path), tmp_path, task="mnli")
+    trainer(tmp_path).validate(model, glue)
+    assert glue.validation_names == ["", "mismatched"]
+    assert Counter(batch[0] for batch in model.seen["val"] for _ in batch[1:]) == {0: 3, 1: 5}
+    assert {row["hypothesis"] for row in glue.examples("validation", "mismatched")} == {"w5"}
+
+
+def test_limits_nest_and_keep_the_order(source: str, tmp_path: Path) -> None:
+    whole = [row["sentence"] for row in data(source, tmp_path).examples("train")]
+    chosen = {
+        n: [whole.index(row["sentence"]) for row in data(source, tmp_path, limit_train=n).examples("train")]
+        for n in (5, 20)
+    }
+    assert {n: len(rows) for n, rows in chosen.items()} == {5: 5, 20: 20}
+    assert set(chosen[5]) < set(chosen[20])
+    assert chosen[20] == sorted(chosen[20]) != list(range(20))
+    assert len(data(source, tmp_path, limit_train=999).examples("train")) == 50
+    glue = data(source, tmp_path, limit_validation=4, limit_test=3)
+    assert (len(glue.examples("train")), len(glue.examples("validation")), len(glue.examples("test"))) == (50, 4, 3)
+    other = data(source, tmp_path, limit_train=5, split_seed=1).examples("train")
+    assert [whole.index(row["sentence"]) for row in other] != chosen[5]
+
+
+def test_shots_test_on_what_validates_otherwise(source: str, tmp_path: Path) -> None:
+    glue = data(source, tmp_path, shots=3)
+    assert Counter(row["label"] for row in glue.examples("train")) == {0: 3, 1: 3}
+    assert Counter(row["label"] for row in glue.examples("validation")) == {0: 3, 1: 3}
+    assert glue.examples("test") == data(source, tmp_path).examples("validation")
+
+
+# --- Templates -------------------------------------------------------------------------------------------------------
+
+
+def test_the_backbone_says_how_to_write_and_the_user_may_say_otherwise(source: str, tmp_path: Path) -> None:
+    words = [*WORDS, "It", "was", ".", "Well", ",", "sst2", "sentence", ":"]
+
+    def first(template: str, encoding: Encoding) -> str:
+        glue = data(source, tmp_path, template=template)
+        glue.encoding = encoding
+        glue.setup("validate")
+        batch = next(iter(glue.val_dataloader()[0]))
+        return str(encoding.tokenizer.decode(batch["input_ids"][-1][batch["attention_mask"][-1].bool()]))
+
+    start, end = "[CLS] w", " [SEP]"
+    assert first("auto", word_encoding("cloze", words)).endswith(" It was [MASK] ." + end)
+    assert first("auto", word_encoding("prefix", words)).endswith(" It was" + end)
+    assert first("auto", word_encoding("named", words)).startswith("[CLS] sst2 sentence : w")
+    assert first("auto", word_encoding("pair", words)).startswith(start)
+    assert first("cloze", word_encoding("pair", words)).endswith(" It was [MASK] ." + end)
+    assert first("Well , {sentence} {mask}", word_encoding("cloze", words)).startswith("[CLS] Well , w")
+    with pytest.raises(UserError, match=r"data\.template: \{text\} is no field"):
+        first("{text}", word_encoding("pair", words))
+
+
+# --- Predicting what was given ---------------------------------------------------------------------------------------
+
+
+def test_a_sentence_is_predicted(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    glue = data(source, tmp_path, text="w1 w2 w3")
+    predictions: Any = trainer(tmp_path).predict(Recorder(encoding), glue)
+    assert [batch.tolist() for batch in predictions] == [[0]]
+    assert glue.examples("predict") == [{"sentence": "w1 w2 w3", "label": -1}]
+
+
+def test_standard_input_is_predicted(
+    source: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"w{i}\n" for i in range(11))))
+    glue = data(source, tmp_path, text="-")
+    predictions: Any = trainer(tmp_path).predict(Recorder(encoding), glue)
+    assert sorted(i for batch in predictions for i in batch.tolist()) == list(range(11))
+    assert glue.examples("predict")[10]["sentence"] == "w10"
+
+
+# --- Mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length", "shots", "limit_train", "limit_validation", "limit_test"])
+def test_numbers_below_one_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{name}=0: a whole number of at least 1"):
+        data("sample", Path(), **{name: 0})
+
+
+def test_a_model_for_another_task_is_refused(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    with pytest.raises(UserError, match="made for the task 'rte', the data are those of 'sst2'"):
+        trainer(tmp_path, max_epochs=1).fit(Recorder(encoding, TASKS["rte"]), data(source, tmp_path))
+
+
+def test_without_an_encoding_it_asks_for_one(source: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="use it with a model that has an `encoding`"):
+        data(source, tmp_path).setup("fit")
+
+
+def test_overfit_batches_has_a_better_flag(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    with pytest.raises(UserError, match=r"set --data\.limit_train instead"):
+        trainer(tmp_path, overfit_batches=2, max_epochs=1).fit(Recorder(encoding), data(source, tmp_path))
+
+
+# --- Going on, and several devices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves nothing
+@pytest.mark.parametrize(("num_workers", "limit"), [(0, 1.0), (0, 5), (2, 1.0)])
+def test_an_interrupted_run_goes_on_to_the_letter(
+    source: str, tmp_path: Path, encoding: Encoding, num_workers: int, limit: float
+) -> None:
+    settings: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": limit, "val_check_interval": 0.5}
+
+    def run(ckpt_path: str | None = None, **kwargs: Any) -> Recorder:
+        model = Recorder(encoding)
+        trainer(tmp_path, **(settings | kwargs)).fit(
+            model, data(source, tmp_path, num_workers=num_workers), ckpt_path=ckpt_path
+        )
+        return model
+
+    folder = tmp_path / "checkpoints"
+    each_step = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    each_epoch = ModelCheckpoint(folder, "end-{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    whole = run(callbacks=[each_step, each_epoch], enable_checkpointing=True)
+    steps = len(whole.seen["train"])
+    saved = {int(path.stem.rpartition("=")[2]): path for path in sorted(folder.iterdir())}
+    ends = [path for path in folder.iterdir() if path.stem.startswith("end")]
+    assert set(saved) == set(range(1, steps + 1))
+    assert len(ends) == 3
+    tried = [*saved.items(), *((int(path.stem.rpartition("=")[2]), path) for path in ends)]
+    for step, path in tried if num_workers == 0 else tried[2:9:3] + tried[-3:]:  # workers take their time to start
+        resumed = run(str(path))
+        assert resumed.seen["train"] == whole.seen["train"][step:], path.name
+        assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_lightning_leaves_the_sampler_in_its_place(
+    source: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glue = data(source, tmp_path)
+    run = trainer(tmp_path, max_epochs=1)
+    glue.trainer = run
+    monkeypatch.setattr(type(run), "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 1})
+    glue.encoding = encoding
+    glue.setup("fit")
+    loader = glue.train_dataloader()
+    assert isinstance(loader.sampler, BucketSampler)
+    assert (loader.sampler.num_replicas, loader.sampler.rank) == (2, 1)
+    monkeypatch.setattr(type(run._accelerator_connector), "is_distributed", True)
+    assert not run._data_connector._requires_distributed_sampler(loader)
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    one = Recorder(encoding)
+    trainer(tmp_path, max_epochs=2).fit(one, data(source, tmp_path, batch_size=8))
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from tests.data.conftest import word_encoding\n"
+        "from tests.data.test_glue import Recorder, data, trainer\n"
+        "source, folder = sys.argv[1], Path(sys.argv[2])\n"
+        "model = Recorder(word_encoding())\n"
+        "run = trainer(folder, max_epochs=2, devices=2, strategy='ddp')\n"
+        "run.fit(model, data(source, folder, batch_size=4))\n"
+        "(folder / f'rank{run.global_rank}.json').write_text(json.dumps(model.seen))\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script), source, str(tmp_path)], check=True, env=environment, cwd=tmp_path)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert len(ranks[0]["train"]) == len(one.seen["train"])
+    for whole, *shares in zip(one.seen["train"], *(rank["train"] for rank in ranks), strict=True):
+        assert sorted(whole) == sorted(shares[0] + shares[1])
+    counted = Counter(i for rank in ranks for batch in rank["val"] for i in batch[1:])
+    assert counted == dict.fromkeys(range(21), 2)  # once in each of two epochs
+    assert len(ranks[0]["val"]) == len(ranks[1]["val"])

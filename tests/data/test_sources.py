@@ -1,0 +1,433 @@
+import csv
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_spu.data import sources
+from lit_spu.data.sources import few_shot, load, parse
+from lit_spu.errors import UserError
+from lit_spu.tasks import TASKS, Split, Task, load_task
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_task"
+OWN = load_task({"name": "own", "fields": ["text"], "labels": ["bad", "good"]})
+
+
+def put(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def rows_of(task: Task, tmp_path: Path, name: str, content: str | bytes, split: Split = "train") -> list[Any]:
+    put(tmp_path, name, content)
+    return load(task, str(tmp_path), split)[""]
+
+
+# --- Files as they are -----------------------------------------------------------------------------------------------
+
+COUNTS = {  # of ../shared/glue/SOURCES.md: train, validation
+    "sst2": (67349, [872]),
+    "cola": (8551, [1043]),
+    "mrpc": (3668, [408]),
+    "stsb": (5749, [1500]),
+    "qqp": (23497, [8404]),
+    "mnli": (15130, [9815, 1000]),
+    "rte": (2490, [277]),
+    "wnli": (635, [71]),
+    "snli": (15203, [9842]),
+    "trec": (5452, [500]),
+}
+LABELS = {  # of their validation sets, in the order of the task's labels; of trec's train set
+    "sst2": [428, 444],
+    "cola": [322, 721],
+    "mrpc": [129, 279],
+    "qqp": [5365, 3039],
+    "mnli": [3479, 3123, 3213],
+    "rte": [146, 131],
+    "wnli": [40, 31],
+    "snli": [3329, 3235, 3278],
+    "trec": [1162, 1250, 86, 1223, 835, 896],
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_official_files_hold_what_they_should(shared: Path, name: str) -> None:
+    train = load(TASKS[name], str(shared / "glue"), "train")
+    validation = load(TASKS[name], str(shared / "glue"), "validation")
+    assert (len(train[""]), [len(rows) for rows in validation.values()]) == COUNTS[name]
+    assert list(validation) == (["", "mismatched"] if name == "mnli" else [""])
+    if name in LABELS:
+        counts = Counter(row["label"] for row in (train if name == "trec" else validation)[""])
+        assert [counts[label] for label in range(len(TASKS[name].labels))] == LABELS[name]
+    else:
+        assert all(0 <= row["label"] <= 5 for row in train[""])
+
+
+@pytest.mark.parametrize("name", ["sst2", "snli", "mnli", "rte", "trec"])
+@pytest.mark.parametrize("seed", [13, 42])
+def test_ready_made_few_shot_splits_are_found(shared: Path, name: str, seed: int) -> None:
+    task, source = TASKS[name], str(shared / "glue" / "k-shot-1k-test")
+    for split in ("train", "validation"):
+        counts = Counter(row["label"] for row in load(task, source, split, 16, seed)[""])
+        assert counts == dict.fromkeys(range(len(task.labels)), 16)
+    test = load(task, source, "test", 16, seed)
+    assert list(test) == (["", "mismatched"] if name == "mnli" else [""])
+    assert len(test[""]) == {"sst2": 872, "rte": 277, "trec": 500}.get(name, 1000)
+
+
+def test_first_rows_are_read_to_the_letter(shared: Path) -> None:
+    glue = str(shared / "glue")
+    assert load(TASKS["cola"], glue, "train")[""][0] == {
+        "sentence": "Our friends won't buy this analysis, let alone the next one we propose.",
+        "label": 1,
+    }
+    assert load(TASKS["mrpc"], glue, "validation")[""][0]["sentence2"].startswith('" The foodservice pie')
+    assert load(TASKS["stsb"], glue, "train")[""][0]["label"] == 5.0
+    assert load(TASKS["trec"], glue, "train")[""][0] == {
+        "sentence": "How did serfdom develop in and then leave Russia ?",
+        "label": 0,
+    }
+    assert any("ð" in row["sentence"] for row in load(TASKS["trec"], glue, "train")[""])  # the one byte of Latin-1
+
+
+# --- TSV -------------------------------------------------------------------------------------------------------------
+
+CELL = st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(texts=st.lists(CELL, min_size=1, max_size=8), bom=st.booleans(), crlf=st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_tsv_gives_back_whatever_texts_went_in(tmp_path: Path, texts: list[str], bom: bool, crlf: bool) -> None:
+    texts = ['"', "N/A", "null", "nan", "None", "a\x85b", "c\u2028d", *texts]
+    end = "\r\n" if crlf else "\n"
+    lines = ["index\tsentence\tlabel", *(f"{i}\t{text}\t{i % 2}" for i, text in enumerate(texts))]
+    content = ("\ufeff" if bom else "") + end.join(lines) + end
+    rows = rows_of(TASKS["sst2"], tmp_path, "SST-2/train.tsv", content)
+    assert rows == [{"sentence": text.strip(), "label": i % 2} for i, text in enumerate(texts)]
+
+
+def test_a_header_is_recognised_where_the_task_has_none(tmp_path: Path) -> None:
+    rows = rows_of(TASKS["cola"], tmp_path, "CoLA/test.tsv", "index\tsentence\n0\tBill whistled.\n", "test")
+    assert rows == [{"sentence": "Bill whistled.", "label": -1}]
+    rows = rows_of(TASKS["cola"], tmp_path, "CoLA/dev.tsv", "gj04\t0\t*\tA sentence\n", "validation")
+    assert rows == [{"sentence": "A sentence", "label": 0}]
+
+
+@pytest.mark.parametrize("label", ["", "-1"])
+def test_a_test_split_may_go_without_labels(tmp_path: Path, label: str) -> None:
+    content = f"sentence1\tsentence2\tscore\na\tb\t{label}\nc\td\t2.5\n"
+    rows = rows_of(TASKS["stsb"], tmp_path, "STS-B/test.tsv", content, "test")
+    assert [row["label"] for row in rows] == [-1.0, 2.5]
+    assert all(isinstance(row["label"], float) for row in rows)
+
+
+SST2 = "SST-2/train.tsv"
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content", "expected"),
+    [
+        ("sst2", SST2, "sentence\tlabel\na\t1\nb\n", r"train\.tsv, line 3: 1 columns found, 2 expected"),
+        ("sst2", SST2, "sentence\tlabel\na\tb\t1\n", r"line 2: 3 columns found, 2 expected"),
+        ("sst2", SST2, "sentence\tlabel\n\n \t1\n", r"line 3: the sentence is empty; a text was expected"),
+        (
+            "sst2",
+            SST2,
+            "sentence\tlabel\na\t2\n",
+            r"line 2: '2' is no label of sst2; expected negative, positive, or 0",
+        ),
+        ("sst2", SST2, "sentence\tlabel\na\t-1\n", r"line 2: the label '-1' says nothing"),
+        ("sst2", SST2, "sentence\tlabel\na\t\n", r"line 2: the label '' says nothing"),
+        ("sst2", SST2, b"sentence\tlabel\na\t1\nb\xff\t0\n", r"line 3: the byte 0xff found is no UTF-8"),
+        ("sst2", SST2, "text\tlabel\na\t1\n", r"line 1: there are the columns text, label; the sentence .* 'sentence'"),
+        ("sst2", SST2, "sentence\tlable\na\t1\n", r"line 1: there are the columns .*; the label of sst2 was expected"),
+        ("sst2", SST2, "", r"train\.tsv: the file is empty"),
+        ("sst2", SST2, "sentence\tlabel\n", r"train\.tsv: no examples found"),
+        (
+            "stsb",
+            "STS-B/train.tsv",
+            "sentence1\tsentence2\tscore\na\tb\t5.1\n",
+            r"'5\.1' .* a number from 0\.0 to 5\.0",
+        ),
+        ("stsb", "STS-B/train.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", r"'nan' is no label of stsb"),
+        ("cola", "CoLA/train.tsv", "gj04\t1\n", r"line 1: there are 2 columns and no header; the sentence of cola"),
+        ("trec", "TREC/train.label", "NUM:dist How far ?\nwhat\n", r"line 2: 'what' found; `COARSE:fine question`"),
+        ("trec", "TREC/train.label", "FOO:bar How far ?\n", r"line 1: 'FOO' is no label of trec"),
+        (
+            "mnli",
+            "MNLI/train.tsv",
+            "sentence1\tsentence2\tgold_label\na\tb\t-\n",
+            r"line 2: the label '-' says nothing",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, task: str, file: str, content: str | bytes, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        rows_of(TASKS[task], tmp_path, file, content)
+
+
+def test_known_gaps_are_left_out_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = "sentence1\tsentence2\tgold_label\na\tb\tneutral\nc\td\t-\ne\t\tneutral\nf\ng\th\tentailment\n"
+    with caplog.at_level(logging.INFO):
+        rows = rows_of(TASKS["snli"], tmp_path, "SNLI/train.tsv", content)
+    assert [(row["premise"], row["label"]) for row in rows] == [("a", 1), ("g", 0)]
+    assert "2 examples of" in caplog.text
+    assert "3 left out for want of a text, a column or an agreed label (lines 3, 4, 5)" in caplog.text
+    with pytest.raises(UserError, match="line 2: 'maybe' is no label"):  # gaps are no licence for mistakes
+        rows_of(TASKS["snli"], tmp_path, "SNLI/train.tsv", "sentence1\tsentence2\tgold_label\na\tb\tmaybe\n")
+
+
+def test_a_part_of_a_split_will_do_but_the_whole_is_better(tmp_path: Path) -> None:
+    part = rows_of(TASKS["sst2"], tmp_path, "SST-2/train_subset.tsv", "sentence\tlabel\na\t1\n")
+    whole = rows_of(TASKS["sst2"], tmp_path, "SST-2/train.tsv", "sentence\tlabel\na\t1\nb\t0\n")
+    assert (len(part), len(whole)) == (1, 2)
+
+
+@pytest.mark.parametrize("folder", ["SST-2", "sst-2", "sst2"])
+def test_the_folder_may_be_spelled_otherwise(tmp_path: Path, folder: str) -> None:
+    assert len(rows_of(TASKS["sst2"], tmp_path, f"{folder}/train.tsv", "sentence\tlabel\na\t1\n")) == 1
+
+
+def test_what_is_missing_is_listed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere\."):
+        load(TASKS["sst2"], str(tmp_path / "nowhere"), "train")
+    put(tmp_path, "RTE/x", "")
+    with pytest.raises(UserError, match=r"looked in .* for SST-2 or sst-2 or sst2; there is RTE/\."):
+        load(TASKS["sst2"], str(tmp_path), "train")
+    put(tmp_path, "SST-2/notes.txt", "")
+    with pytest.raises(UserError, match=r"looked in .*SST-2 for train\.\{tsv,.*\}; there is notes\.txt\."):
+        load(TASKS["sst2"], str(tmp_path), "train")
+    put(tmp_path, "SST-2/16-42/train.tsv", "")
+    with pytest.raises(UserError, match=r"chosen by --data\.shots"):
+        load(TASKS["sst2"], str(tmp_path), "train")
+    put(tmp_path, "MNLI/dev_mismatched.tsv", "sentence1\tsentence2\tgold_label\na\tb\tneutral\n")
+    with pytest.raises(UserError, match=r"for dev_matched\."):  # the second part cannot stand for the first
+        load(TASKS["mnli"], str(tmp_path), "validation")
+
+
+# --- A task of one's own, in any format ------------------------------------------------------------------------------
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "csv": write_csv,
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_holds_the_same(tmp_path: Path, kind: str) -> None:
+    rows = [{"id": 7, "text": 'say "no",\nor\tso', "label": "bad"}, {"id": 8, "text": "null", "label": "1"}]
+    WRITERS[kind](tmp_path / f"train.{kind}", rows)
+    assert load(OWN, str(tmp_path), "train") == {
+        "": [{"text": 'say "no",\nor\tso', "label": 0}, {"text": "null", "label": 1}]
+    }
+
+
+def test_a_name_beats_a_number(tmp_path: Path) -> None:
+    stars = load_task({"name": "stars", "fields": ["text"], "labels": ["1", "2", "3"]})
+    rows = rows_of(stars, tmp_path, "train.csv", "text,label\na,1\nb,3\nc,0\n")
+    assert [row["label"] for row in rows] == [0, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["dev.csv", "validation.csv"])
+def test_validation_files_go_by_two_names(tmp_path: Path, name: str) -> None:
+    assert len(rows_of(OWN, tmp_path, name, "text,label\na,bad\n", "validation")) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("train.csv", 'text,label\n"a\nb",bad\nc,awful\n', r"train\.csv, line 4: 'awful' is no label"),
+        ("train.csv", 'text,label\na,bad\n"b,good\n', r"train\.csv, line 3: .*comma-separated"),
+        ("train.jsonl", '{"text": "a", "label": "bad"}\n{"text": "b"}\n', r"line 2: no 'label' found"),
+        ("train.jsonl", '{"text": "a", "label": "bad"}\n\n["b"]\n', r"line 3: '\[\"b\"\]' found; a JSON object"),
+        ("train.jsonl", '{"text": "a"', r"line 1: .*; a JSON object was expected"),
+        ("train.jsonl", '{"text": null, "label": "bad"}', r"line 1: the text is empty"),
+        ("train.parquet", "no parquet", r"train\.parquet cannot be read as parquet"),
+        ("train.tsv", "a\tbad\nb\tgood\n", r"there are the columns a, bad; the text of own was expected .*`columns`"),
+    ],
+)
+def test_bad_rows_of_other_formats_are_named(tmp_path: Path, file: str, content: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        rows_of(OWN, tmp_path, file, content)
+
+
+def test_the_example_can_be_read() -> None:
+    task = load_task(str(EXAMPLE / "task.yaml"))
+    for split, count in (("train", 16), ("validation", 8)):
+        rows = load(task, str(EXAMPLE), split)[""]  # type: ignore[arg-type]
+        assert Counter(row["label"] for row in rows) == {0: count // 2, 1: count // 2}
+
+
+def test_the_hubs_parquet_files_are_read_by_the_names_of_their_classes(tmp_path: Path) -> None:
+    import datasets
+
+    hub = datasets.Dataset.from_dict(
+        {"text": ["How far ?", "Who ?", "What ?"], "coarse_label": [5, 3, 2], "fine_label": [1, 2, 3]},
+        features=datasets.Features(
+            {
+                "text": datasets.Value("string"),
+                "coarse_label": datasets.ClassLabel(names=["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]),
+                "fine_label": datasets.Value("int64"),
+            }
+        ),
+    )
+    (tmp_path / "trec").mkdir()
+    hub.select([0, 1]).to_parquet(tmp_path / "trec" / "train-00000-of-00002.parquet")
+    hub.select([2]).to_parquet(tmp_path / "trec" / "train-00001-of-00002.parquet")
+    labels = [TASKS["trec"].labels[row["label"]] for row in load(TASKS["trec"], str(tmp_path), "train")[""]]
+    assert labels == ["number", "human", "description"]
+
+
+# --- The hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreachable_hub_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"data\.source=hub: nyu-mll/glue .*--data\.source=<folder.*sample"):
+        load(TASKS["sst2"], "hub", "train")
+    assert time.monotonic() - start < 5
+    assert datasets.config.HF_HUB_OFFLINE is False  # others may still reach theirs
+
+
+def test_a_task_of_ones_own_is_not_on_the_hub() -> None:
+    with pytest.raises(UserError, match="own is a task of your own"):
+        load(OWN, "hub", "train")
+
+
+def test_the_hubs_splits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def split(premise: str, label: int) -> Any:
+        labels = datasets.ClassLabel(names=list(TASKS["mnli"].labels))
+        text = datasets.Value("string")
+        return datasets.Dataset.from_dict(
+            {"premise": [premise], "hypothesis": ["h"], "label": [label]},
+            features=datasets.Features({"premise": text, "hypothesis": text, "label": labels}),
+        )
+
+    hub = {name: split(name, -1 if "test" in name else 2) for name in ("train", "validation_matched", "test_matched")}
+    monkeypatch.setattr(sources, "_download", lambda path, config: hub)
+    assert load(TASKS["mnli"], "hub", "train") == {"": [{"premise": "train", "hypothesis": "h", "label": 2}]}
+    with pytest.raises(UserError, match="mnli has no split 'validation_mismatched', only train,"):
+        load(TASKS["mnli"], "hub", "validation")
+    hub |= {name: split(name, -1 if "test" in name else 0) for name in ("validation_mismatched", "test_mismatched")}
+    validation = load(TASKS["mnli"], "hub", "validation")
+    assert {part: (rows[0]["premise"], rows[0]["label"]) for part, rows in validation.items()} == {
+        "": ("validation_matched", 2),
+        "mismatched": ("validation_mismatched", 0),
+    }
+    assert [rows[0]["label"] for rows in load(TASKS["mnli"], "hub", "test").values()] == [-1, -1]
+
+
+def test_trecs_test_split_stands_in_for_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    hub = {"test": datasets.Dataset.from_dict({"text": ["Who ?"], "coarse_label": ["HUM"]})}
+    monkeypatch.setattr(sources, "_download", lambda path, config: hub)
+    assert load(TASKS["trec"], "hub", "validation")[""] == [{"sentence": "Who ?", "label": 3}]
+
+
+# --- Few shots -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    counts=st.lists(st.integers(0, 12), min_size=3, max_size=3),
+    shots=st.integers(1, 5),
+    seed=st.integers(0, 9),
+    order=st.randoms(use_true_random=False),
+)
+def test_few_shots_are_balanced_and_apart(counts: list[int], shots: int, seed: int, order: Any) -> None:
+    task = TASKS["snli"]
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    order.shuffle(labels)
+    rows = [{"premise": str(i), "hypothesis": "h", "label": label} for i, label in enumerate(labels)]
+    if min(counts) < 2 * shots:
+        with pytest.raises(UserError, match=rf"data\.shots={shots} takes {2 * shots} examples of each label"):
+            few_shot(task, rows, shots, seed)
+        return
+    drawn = few_shot(task, rows, shots, seed)
+    for split in ("train", "validation"):
+        assert Counter(row["label"] for row in drawn[split]) == {0: shots, 1: shots, 2: shots}
+    chosen = [row["premise"] for split in drawn.values() for row in split]
+    assert len(set(chosen)) == len(chosen)
+    assert few_shot(task, rows, shots, seed) == drawn
+
+
+def test_few_shots_follow_the_papers_protocol(tmp_path: Path) -> None:
+    put(tmp_path, "SST-2/train.tsv", "sentence\tlabel\n" + "".join(f"t{i}\t{i % 2}\n" for i in range(40)))
+    put(tmp_path, "SST-2/dev.tsv", "sentence\tlabel\n" + "".join(f"d{i}\t{i % 2}\n" for i in range(10)))
+    drawn = {s: load(TASKS["sst2"], str(tmp_path), s, 4, 13)[""] for s in ("train", "validation", "test")}
+    texts = {split: {row["sentence"] for row in rows} for split, rows in drawn.items()}
+    assert {split: len(rows) for split, rows in drawn.items()} == {"train": 8, "validation": 8, "test": 10}
+    assert all(text.startswith("t") for text in texts["train"] | texts["validation"])
+    assert not texts["train"] & texts["validation"]
+    assert texts["test"] == {f"d{i}" for i in range(10)}
+    other = load(TASKS["sst2"], str(tmp_path), "train", 4, 14)[""]
+    assert {row["sentence"] for row in other} != texts["train"]
+
+
+# --- The sample, and texts given by hand -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_sample_data_fit_every_task(task: Task) -> None:
+    rows = load(task, "sample", "validation")[""]
+    allowed = range(len(task.labels))
+    for row in rows:
+        assert set(row) == {*task.fields, "label"}
+        assert (
+            task.score_range[0] <= row["label"] <= task.score_range[1] if task.score_range else row["label"] in allowed
+        )
+
+
+def test_lines_become_examples() -> None:
+    assert parse(TASKS["sst2"], ["fine\n", " dull "], "here") == [
+        {"sentence": "fine", "label": -1},
+        {"sentence": "dull", "label": -1},
+    ]
+    assert parse(TASKS["stsb"], ["a\tb"], "here") == [{"sentence1": "a", "sentence2": "b", "label": -1.0}]
+
+
+@pytest.mark.parametrize(
+    ("task", "lines", "expected"),
+    [
+        ("rte", ["a\tb", "a"], r"here, line 2: 'a' has 1 text\(s\), but rte takes 2: sentence1 <tab> sentence2"),
+        ("sst2", ["a\tb"], r"line 1: .* has 2 text\(s\), but sst2 takes 1: sentence"),
+        ("sst2", ["a", "\n"], r"line 2: '' has 0 text\(s\)"),
+        ("sst2", [], r"here: nothing was given"),
+    ],
+)
+def test_lines_that_are_no_examples_are_explained(task: str, lines: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse(TASKS[task], lines, "here")
