@@ -26,7 +26,8 @@ FAMILIES = (
 )
 
 _TEXT = """[PAD] [UNK] [CLS] [SEP] [MASK] </s> <extra_id_0> great terrible Yes No Maybe negative positive entailment
-neutral contradiction It was . ? , : the film a dull bright story sst2 stsb mnli sentence sentence1 sentence2 not good bad"""
+neutral contradiction It was . ? , : the film a dull bright story sst2 stsb mnli sentence sentence1 sentence2 not good
+bad"""
 WORDS = tuple(_TEXT.split())
 
 

@@ -13,11 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Task
@@ -115,6 +117,13 @@ class Trunk:
     def embeddings(self) -> list[nn.Module]:
         """The modules in front of the blocks."""
         return [self.model.get_submodule(path) for path in self.family.embeddings if has(self.model, path)]
+
+    def recompute(self) -> None:
+        """Recompute blocks that train in the backward pass instead of storing what they hold.
+
+        transformers' own switch would also make the embeddings require a gradient, and so run it through frozen blocks.
+        """
+        self.model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
 
     def run(self, inputs: Batch) -> Tensor:
         """The last stream's hidden states after its last norm, [batch, tokens, width]."""

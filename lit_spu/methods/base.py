@@ -29,7 +29,7 @@ class Method(LightningModule, ABC):
         optimizer: AdamW, or Adafactor with its step scaled by each weight's size.
         weight_decay: Decoupled weight decay of the matrices; biases and norms have none.
         warmup: Share of all steps over which the learning rate rises, before it falls to zero linearly.
-        activation_checkpointing: Recompute the backbone's blocks in the backward pass instead of storing them.
+        activation_checkpointing: Recompute the blocks that train in the backward pass rather than store what they keep.
 
     Raises:
         UserError: if the backbone or the task cannot be had, or do not fit each other.
@@ -53,7 +53,7 @@ class Method(LightningModule, ABC):
         self.task = load_task(task)
         self.backbone = load_backbone(backbone, self.task, head)
         if activation_checkpointing:
-            self.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.backbone.stem.recompute()
         self.metrics: dict[str, Any] = {}
         self.total_steps: int | None = None
 

@@ -24,12 +24,22 @@ class LadderSideTuning(Method):
     Args:
         reduction: The backbone's width over the side network's (r).
         drop_layers: Blocks beside which the side network has none, in every stack; 0 is the lowest.
+        activation_checkpointing: Recompute the side network's blocks in the backward pass, which costs little: they are
+            narrow. Off, a step takes a little less time and half as much memory again.
     """
 
-    def __init__(self, reduction: int = 8, drop_layers: Sequence[int] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        reduction: int = 8,
+        drop_layers: Sequence[int] = (),
+        activation_checkpointing: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.backbone.freeze()
         self.side = SideNetwork(self.backbone, reduction, drop_layers)
+        if activation_checkpointing:
+            self.side.trunk.recompute()
 
     def forward(self, batch: Batch) -> Tensor:
         with torch.no_grad(), record_function("backbone"):
