@@ -1,8 +1,7 @@
-"""Latency against modules that sleep for a known time."""
+"""Latency against modules that take a known time, by a clock that only they move."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,30 @@ from torch import Tensor, nn
 
 from lit_spu.callbacks.latency import Latency
 from lit_spu.errors import UserError
+from lit_spu.measure import clocks
 from tests.callbacks.conftest import QUIET, MakeTrainer, Manual, Tiny, logged
 
 pytestmark = QUIET
+
+
+class Time:
+    """Stands still but for `sleep`."""
+
+    now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+TIME = Time()
+
+
+@pytest.fixture(autouse=True)
+def _own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocks, "time", TIME)
 
 
 class Sleep(nn.Module):
@@ -25,7 +45,7 @@ class Sleep(nn.Module):
         self.milliseconds = milliseconds
 
     def forward(self, tensor: Tensor) -> Tensor:
-        time.sleep(self.milliseconds / 1000)
+        TIME.sleep(self.milliseconds / 1000)
         return tensor
 
 
@@ -40,45 +60,39 @@ class Sleepy(Tiny):
     def forward(self, batch: Tensor) -> Tensor:
         scores: Tensor = self.layer(self.other(self.slow(batch)))
         if not self.trainer.training:
-            time.sleep(0.02)
+            TIME.sleep(0.02)
         return scores
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        time.sleep(0.06)
+        TIME.sleep(0.06)
         return super().training_step(batch, batch_idx)
-
-
-def near(milliseconds: float, batches: int = 1) -> Any:
-    slack = 9 * batches  # sleeps never end early; what is beside them takes some time
-    return pytest.approx(milliseconds + slack, abs=slack)
 
 
 def test_tells_step_forward_inference_and_parts_apart(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     latency = Latency(warmup=2, modules=["sl*"])
     make_trainer(latency).fit(Sleepy())
     summary = latency.summary
-    assert summary["latency/step_ms"] == near(100)
-    assert summary["latency/forward_ms"] == near(40)
-    assert summary["latency/inference_ms"] == near(60)
-    assert summary["latency/forward/slow_ms"] == near(20)
-    assert summary["latency/inference/slow_ms"] == near(20)
+    assert summary["latency/step_ms"] == pytest.approx(100)
+    assert summary["latency/forward_ms"] == pytest.approx(40)
+    assert summary["latency/inference_ms"] == pytest.approx(60)
+    assert summary["latency/forward/slow_ms"] == pytest.approx(20)
+    assert summary["latency/inference/slow_ms"] == pytest.approx(20)
     assert "latency/forward/other_ms" not in summary
     steps = logged(tmp_path, "latency/step_ms")
-    assert len(steps) == 6  # of eight
-    assert summary["latency/step_ms"] == pytest.approx(sorted(steps)[2] / 2 + sorted(steps)[3] / 2)
+    assert steps == pytest.approx([100] * 6)  # of eight
     assert logged(tmp_path, "latency/step_p95_ms") == pytest.approx([summary["latency/step_p95_ms"]], rel=1e-5)
 
 
 def test_warmup_is_dropped_and_p95_sees_the_slow_ones(make_trainer: MakeTrainer) -> None:
     class Uneven(Tiny):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            time.sleep({0: 0.5, 1: 0.5, 7: 0.1}.get(batch_idx, 0.0))
+            TIME.sleep({0: 0.5, 1: 0.5, 7: 0.1}.get(batch_idx, 0.0))
             return super().training_step(batch, batch_idx)
 
     latency = Latency(warmup=2)
     make_trainer(latency, limit_val_batches=0).fit(Uneven())
-    assert latency.summary["latency/step_ms"] < 10
-    assert 70 < latency.summary["latency/step_p95_ms"] < 110  # three quarters of the way from the fifth to the sixth
+    assert latency.summary["latency/step_ms"] == pytest.approx(0)
+    assert latency.summary["latency/step_p95_ms"] == pytest.approx(75)  # three quarters of the way to the sixth of six
 
 
 @pytest.mark.parametrize(
@@ -87,7 +101,7 @@ def test_warmup_is_dropped_and_p95_sees_the_slow_ones(make_trainer: MakeTrainer)
 def test_a_step_is_all_its_batches(module: type[Tiny], settings: dict[str, Any], make_trainer: MakeTrainer) -> None:
     class Slow(module):  # type: ignore[misc, valid-type]
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            time.sleep(0.02)
+            TIME.sleep(0.02)
             return super().training_step(batch, batch_idx)
 
     latency = Latency(warmup=1)
@@ -96,7 +110,7 @@ def test_a_step_is_all_its_batches(module: type[Tiny], settings: dict[str, Any],
     assert trainer.global_step == 4
     assert len(latency._durations["step"].seconds) == 3
     assert len(latency._durations["forward"].seconds) == 15
-    assert latency.summary["latency/step_ms"] == near(80, batches=4)
+    assert latency.summary["latency/step_ms"] == pytest.approx(80)
 
 
 def test_of_nested_calls_the_innermost_counts(make_trainer: MakeTrainer) -> None:
@@ -107,12 +121,12 @@ def test_of_nested_calls_the_innermost_counts(make_trainer: MakeTrainer) -> None
             return super().forward(batch) if inner else self.training_step(batch, 0)
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            time.sleep(0.06)
+            TIME.sleep(0.06)
             return self(batch, inner=True).square().mean()  # type: ignore[no-any-return]
 
     latency, module = Latency(warmup=0), Nested()
     make_trainer(latency, limit_val_batches=0).fit(module)
-    assert latency.summary["latency/forward_ms"] == near(40)
+    assert latency.summary["latency/forward_ms"] == pytest.approx(40)
 
 
 def test_a_strategy_that_wraps_the_module_changes_nothing(make_trainer: MakeTrainer) -> None:
@@ -121,13 +135,13 @@ def test_a_strategy_that_wraps_the_module_changes_nothing(make_trainer: MakeTrai
         make_trainer(latency, limit_val_batches=0, strategy="ddp", devices=1).fit(Sleepy())
     finally:
         torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the program
-    assert latency.summary["latency/forward_ms"] == near(40)
+    assert latency.summary["latency/forward_ms"] == pytest.approx(40)
 
 
 def test_predict_alone_is_timed(make_trainer: MakeTrainer) -> None:
     latency = Latency(warmup=1)
     make_trainer(latency).predict(Sleepy())
-    assert latency.summary["latency/inference_ms"] == near(60)
+    assert latency.summary["latency/inference_ms"] == pytest.approx(60)
     assert not any("step" in name for name in latency.summary)
 
 
