@@ -109,7 +109,7 @@ CELL = st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=["C
 def test_a_tsv_gives_back_whatever_texts_went_in(tmp_path: Path, texts: list[str], bom: bool, crlf: bool) -> None:
     texts = ['"', "N/A", "null", "nan", "None", "a\x85b", "c\u2028d", *texts]
     end = "\r\n" if crlf else "\n"
-    lines = ["index\tsentence\tlabel", *(f"{i}\t{text}\t{i % 2}" for i, text in enumerate(texts))]
+    lines = ["sentence\tindex\tlabel", *(f"{text}\t{i}\t{i % 2}" for i, text in enumerate(texts))]
     content = ("\ufeff" if bom else "") + end.join(lines) + end
     rows = rows_of(TASKS["sst2"], tmp_path, "SST-2/train.tsv", content)
     assert rows == [{"sentence": text.strip(), "label": i % 2} for i, text in enumerate(texts)]

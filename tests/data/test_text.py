@@ -207,7 +207,7 @@ def test_rows_are_tokenised_once(cached: Cached, encoding: Encoding, monkeypatch
 
 def test_whatever_matters_makes_other_tokens(cached: Cached, tmp_path: Path) -> None:
     cached()
-    cached(rows=[*ROWS[:-1], {"sentence1": "w19", "sentence2": "w1 w2"}])  # the same words, cut apart elsewhere
+    cached(rows=[*ROWS[:-1], {"sentence1": "w19", "sentence2": " w1w2"}])  # the same words, cut apart elsewhere
     cached(rows=ROWS[::-1])
     cached(max_length=15)
     cached(template="{sentence1} {sentence2}")
