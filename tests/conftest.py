@@ -97,17 +97,17 @@ def tiny_byte_tokenizer() -> Any:
 
 
 def tiny_model(family: str) -> Any:
-    """A random model of the family with its language-model head: 4 blocks of width 16, 4 heads, no dropout."""
+    """A random model of the family with its language-model head: 4 blocks of width 32, 4 heads, no dropout."""
     import transformers
 
     hf: Any = transformers
     torch.manual_seed(0)
     bert: dict[str, Any] = {
         "vocab_size": len(WORDS),
-        "hidden_size": 16,
+        "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "intermediate_size": 32,
+        "intermediate_size": 64,
         "max_position_embeddings": 40,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -115,9 +115,9 @@ def tiny_model(family: str) -> Any:
     }
     t5: dict[str, Any] = {
         "vocab_size": len(WORDS),
-        "d_model": 16,
-        "d_kv": 4,
-        "d_ff": 32,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
         "num_layers": 4,
         "num_heads": 4,
         "dropout_rate": 0.0,
@@ -128,10 +128,10 @@ def tiny_model(family: str) -> Any:
     llama = {k: v for k, v in bert.items() if "dropout" not in k} | {"num_key_value_heads": 2, "eos_token_id": 5}
     opt = {
         "vocab_size": len(WORDS),
-        "hidden_size": 16,
+        "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "ffn_dim": 32,
+        "ffn_dim": 64,
         "max_position_embeddings": 40,
         "dropout": 0.0,
         "pad_token_id": 0,
@@ -142,11 +142,11 @@ def tiny_model(family: str) -> Any:
         "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**bert)),
         "distilbert": lambda: hf.DistilBertForMaskedLM(
             hf.DistilBertConfig(
-                vocab_size=len(WORDS), dim=16, n_layers=4, n_heads=4, hidden_dim=32, dropout=0.0, attention_dropout=0.0
+                vocab_size=len(WORDS), dim=32, n_layers=4, n_heads=4, hidden_dim=64, dropout=0.0, attention_dropout=0.0
             )
         ),
         "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**bert)),
-        "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**bert, embedding_size=8)),
+        "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**bert, embedding_size=16)),
         "deberta-v2": lambda: hf.DebertaV2ForMaskedLM(
             hf.DebertaV2Config(**bert, relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm")
         ),
@@ -157,7 +157,7 @@ def tiny_model(family: str) -> Any:
         "gpt2": lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(
                 vocab_size=len(WORDS),
-                n_embd=16,
+                n_embd=32,
                 n_layer=4,
                 n_head=4,
                 n_positions=40,
@@ -168,8 +168,8 @@ def tiny_model(family: str) -> Any:
                 eos_token_id=5,
             )
         ),
-        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**opt, word_embed_proj_dim=16)),
-        "opt-projected": lambda: hf.OPTForCausalLM(hf.OPTConfig(**opt, word_embed_proj_dim=8)),
+        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**opt, word_embed_proj_dim=32)),
+        "opt-projected": lambda: hf.OPTForCausalLM(hf.OPTConfig(**opt, word_embed_proj_dim=16)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**llama, bos_token_id=5)),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**llama | {"vocab_size": 400}, bos_token_id=5)),
     }

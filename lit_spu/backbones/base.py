@@ -327,6 +327,7 @@ class Backbone(nn.Module, ABC):
     def train(self, mode: bool = True) -> Backbone:
         """Training mode where something learns; what is frozen stays in evaluation mode, without dropout."""
         super().train(False)
+        self.training = self.model.training = mode
         if mode and any(p.requires_grad for p in self.stem.model.parameters()):
             self.stem.model.train()
             for part in (*self.stem.embeddings, *self.blocks):

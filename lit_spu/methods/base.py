@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -113,6 +115,8 @@ class Method(LightningModule, ABC):
         return self.backbone.encoding
 
     def setup(self, stage: str) -> None:
+        # what is frozen is in evaluation mode on purpose
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
         self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
 
     def on_fit_start(self) -> None:
@@ -215,12 +219,21 @@ def task_metrics(task: Task) -> Any:
         MulticlassMatthewsCorrCoef,
     )
 
+    class Matthews(MulticlassMatthewsCorrCoef):
+        """Zero where one label is predicted throughout: torchmetrics gives such a collapsed run up to 0.2."""
+
+        def compute(self) -> Tensor:
+            value = super().compute()
+            return value if int((self.confmat.sum(0) > 0).sum()) > 1 else torch.zeros_like(value)
+
     labels = len(task.labels)
     make: dict[Metric, Callable[[], Any]] = {
         "accuracy": lambda: MulticlassAccuracy(labels, average="micro"),
         "f1": lambda: BinaryF1Score() if labels == 2 else MulticlassF1Score(labels, average="macro"),
-        "matthews": lambda: MulticlassMatthewsCorrCoef(labels),
+        "matthews": lambda: Matthews(labels),
         "pearson": PearsonCorrCoef,
         "spearman": SpearmanCorrCoef,
     }
-    return MetricCollection({name: make[name]() for name in task.metrics})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*will save all targets and predictions")  # two numbers an example are little
+        return MetricCollection({name: make[name]() for name in task.metrics})

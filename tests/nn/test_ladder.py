@@ -195,7 +195,7 @@ def test_windows_equal_a_zero_padded_loop(tiny: Tiny, radius: int, shared: bool)
     taps = backbone.trunk(batch)[0]
     ladder: Any = side.ladders[0]
     enter = ladder(taps)
-    state = torch.randn(*taps.embeddings.shape[:2], 8, dtype=torch.float64)
+    state = torch.randn(*taps.embeddings.shape[:2], 16, dtype=torch.float64)
     for n, i in enumerate(ladder.kept):
         mean = torch.zeros_like(state)
         for slot, share in enumerate(ladder.fusion.slots[i].softmax(0)):
@@ -219,10 +219,10 @@ def test_a_one_hot_window_is_lst(tiny: Tiny) -> None:
 
 
 def test_impossible_side_networks_are_refused(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"model.reduction=3 .* Allowed: 1, 2, 4\."):
+    with pytest.raises(UserError, match=r"model.reduction=3 .* Allowed: 1, 2, 4, 8\."):
         build(tiny("bert"), reduction=3)
-    with pytest.raises(UserError, match=r"Allowed: 1, 2\."):  # a rotary head is at least a pair wide
-        build(tiny("llama"), reduction=4)
+    with pytest.raises(UserError, match=r"Allowed: 1, 2, 4\."):  # a rotary head is at least a pair wide
+        build(tiny("llama"), reduction=8)
     with pytest.raises(UserError, match="one of each stack must stay"):
         build(tiny("t5"), drop=(0, 1, 2, 3))
     with pytest.raises(UserError, match="layers are 0 to 3"):

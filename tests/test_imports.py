@@ -1,0 +1,88 @@
+"""Who may import whom: the arrows of the design, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "lit_spu"
+
+# What each part may import of the others. `errors` and `hub` know nothing of the project, so all may use them.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "hub": set(),
+    "tasks": set(),
+    "optim": set(),
+    "measure": set(),
+    "discovery": set(),
+    "backbones": {"tasks"},
+    "data": {"tasks"},
+    "nn": {"backbones.base"},
+    "callbacks": {"measure"},
+    "methods": {"nn", "optim", "backbones", "tasks"},
+}
+DOOR = {"__init__", "__main__", "cli", "parser", "predictions", "runs"}  # the top may import everything below it
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The project's modules that a file imports, without the package's name, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module] if node.module != "lit_spu" else [f"lit_spu.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("lit_spu.") for name in names if name.startswith("lit_spu."))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_part_is_in_the_design() -> None:
+    assert {part(path) for path in modules()} == set(ARROWS) | DOOR
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path: Path) -> None:
+    own = part(path)
+    if own in DOOR:
+        return
+    allowed = ARROWS[own] | {own, "errors", "hub"}
+    for name in imports(path):
+        assert any(name == target or name.startswith(f"{target}.") for target in allowed), f"{own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_backbones_and_data_know_transformers(path: Path) -> None:
+    names = {
+        node.module.partition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    if part(path) in ("methods", "nn", "optim", "measure", "callbacks"):
+        assert "transformers" not in names
+
+
+def test_no_method_imports_a_sibling_but_to_be_one() -> None:
+    for path in (ROOT / "methods").glob("*.py"):
+        siblings = {name for name in imports(path) if name.startswith("methods.") and name != "methods.base"}
+        bases = {
+            base.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ClassDef)
+            for base in node.bases
+            if isinstance(base, ast.Name)
+        }
+        assert len(siblings) <= 1, path
+        if siblings:
+            assert "Method" not in bases, path
