@@ -72,7 +72,8 @@ class RunSummary(Callback):
             record = fit | added
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
-        _print(f"{command.value} {status}", record, folder)
+        if status != "failed":  # then the error is what to read
+            _print(f"{command.value} {status}", record, folder)
 
     def _record(self, trainer: Trainer) -> dict[str, Any]:
         device = trainer.strategy.root_device
