@@ -77,9 +77,8 @@ class SpuCLI(LightningCLI):
             save_config_callback=SaveRun,
             save_config_kwargs={"command": self.args, "overwrite": True},  # a resumed run's, perhaps of more epochs
             seed_everything_default=42,
-            parser_kwargs={
-                name: {"description": text, "default_config_files": defaults} for name, text in SUBCOMMANDS.items()
-            },
+            parser_kwargs={"prog": "lit-spu"}
+            | {name: {"description": text, "default_config_files": defaults} for name, text in SUBCOMMANDS.items()},
             parser_class=Parser,
             subclass_mode_model=True,
             args=self.args,
@@ -221,11 +220,12 @@ class SpuCLI(LightningCLI):
             return [Predictions(self._outputs())]
         if self.subcommand != "fit" or self._get(self.config, "trainer").enable_checkpointing is False:
             return [RunSummary()]
+        folder = Path(str(self.run_dir), "checkpoints")  # given, Lightning makes it absolute, and knows it again
         return [
-            ModelCheckpoint(filename="best", monitor=self.model.task.monitor, mode="max", enable_version_counter=False),
+            ModelCheckpoint(folder, "best", self.model.task.monitor, mode="max", enable_version_counter=False),
             # one of its own, for save_last would save when there is a new best one only
             ModelCheckpoint(
-                filename="last", save_on_exception=True, save_on_train_epoch_end=True, enable_version_counter=False
+                folder, "last", save_on_exception=True, save_on_train_epoch_end=True, enable_version_counter=False
             ),
             RunSummary(),
         ]
@@ -286,6 +286,8 @@ def _quiet() -> Iterator[None]:
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     log.addFilter(wanted)
     with warnings.catch_warnings():
+        # Lightning's use of what jsonargparse 5 removes, which we bound it below
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(lightning|jsonargparse)\.")
         # torch on Lightning's use of its pytrees, in every run
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         # a frozen backbone is in evaluation mode on purpose, and Method puts all else into train mode

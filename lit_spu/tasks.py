@@ -124,7 +124,7 @@ TASKS: Mapping[str, Task] = {
             cloze=_SST_CLOZE,
             prefix=_SST_PREFIX,
             metrics=("accuracy",),
-            files=Files("SST-2", ("nyu-mll/glue", "sst2")),
+            files=Files("SST-2", ("nyu-mll/glue", "sst2"), spelling=("0", "1")),
         ),
         Task(
             name="cola",
@@ -135,7 +135,7 @@ TASKS: Mapping[str, Task] = {
             prefix="{sentence} This is {mask}",
             metrics=("matthews", "accuracy"),
             columns={"sentence": 3, "label": 1},
-            files=Files("CoLA", ("nyu-mll/glue", "cola")),
+            files=Files("CoLA", ("nyu-mll/glue", "cola"), spelling=("0", "1")),
         ),
         Task(
             name="mrpc",
@@ -146,7 +146,7 @@ TASKS: Mapping[str, Task] = {
             prefix="{sentence1}\n{sentence2}\nDo these sentences mean the same? Yes or No?\n{mask}",
             metrics=("accuracy", "f1"),
             columns={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
-            files=Files("MRPC", ("nyu-mll/glue", "mrpc")),
+            files=Files("MRPC", ("nyu-mll/glue", "mrpc"), spelling=("0", "1")),
         ),
         Task(
             name="stsb",
@@ -169,7 +169,7 @@ TASKS: Mapping[str, Task] = {
             prefix="{question1}\n{question2}\nAre these questions the same? Yes or No?\n{mask}",
             metrics=("accuracy", "f1"),
             columns={"label": "is_duplicate"},
-            files=Files("QQP", ("nyu-mll/glue", "qqp"), incomplete=True),
+            files=Files("QQP", ("nyu-mll/glue", "qqp"), incomplete=True, spelling=("0", "1")),
         ),
         Task(
             name="mnli",
@@ -210,7 +210,7 @@ TASKS: Mapping[str, Task] = {
             cloze="{sentence1:cut}? {mask}, {sentence2:uncap}",
             prefix='{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n{mask}',
             metrics=("accuracy",),
-            files=Files("WNLI", ("nyu-mll/glue", "wnli")),
+            files=Files("WNLI", ("nyu-mll/glue", "wnli"), spelling=("0", "1")),
         ),
         Task(
             name="snli",

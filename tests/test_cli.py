@@ -1,0 +1,504 @@
+"""The command line, in-process: settings, the run directory, checkpoints, predictions and answers to mistakes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+import lit_spu
+from lit_spu import runs
+from lit_spu.__main__ import main
+from lit_spu.data.glue import GLUE
+from lit_spu.errors import UserError
+from lit_spu.predictions import Predictions
+from lit_spu.tasks import TASKS
+
+CHECKOUT = Path(__file__).parents[1]
+CONFIGS = CHECKOUT / "configs"
+
+pytestmark = [
+    # the tiny runs of these tests are shorter than any sensible logging interval
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+
+class Interrupt(Callback):
+    """Ctrl-C after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.steps:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a run of seconds: 96 examples, a tiny random backbone."""
+    return [
+        f"--model.backbone={tiny('bert')}",
+        f"--data.cache={tmp_path_factory.mktemp('cache')}",
+        "--data.batch_size=16",
+        "--data.limit_train=96",
+        "--data.limit_validation=40",
+        "--data.limit_test=30",
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run of two epochs. Its parent is the working directory that it was run in."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(
+            [
+                "fit",
+                "--model=LadderSideTuning",
+                "--model.reduction=2",
+                "--model.lr=0.02",
+                "--trainer.max_epochs=2",
+                "--seed_everything=7",
+                "--run_dir={task}-{method}-{seed}",
+                *small,
+            ]
+        )
+    return folder / "sst2-LadderSideTuning-7"
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command line that is refused prints, at most two lines of it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = "\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith("error: ")) :])
+    assert message.count("\n") <= 1
+    return message
+
+
+def printed_config(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    """The settings that `--print_config` shows."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([*args, "--print_config"])
+    assert exit_.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def metrics(run: Path, name: str, file_name: str = "metrics.csv") -> list[float]:
+    with (run / file_name).open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def load(file: Path) -> Any:
+    return torch.load(file, weights_only=True)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_later_configs_win_and_flags_win_over_them(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "mine.yaml").write_text("model: {init_args: {lr: 0.5, k: 2}}\ntrainer: {max_epochs: 9}\n")
+    given = ["fit", f"--config={CONFIGS}/kladder.yaml", "--config=mine.yaml", "--trainer.max_epochs=4"]
+    config = printed_config(given, capsys)
+    assert config["model"]["init_args"]["k"] == 2
+    assert config["model"]["init_args"]["lr"] == 0.5
+    assert config["trainer"]["max_epochs"] == 4
+    assert config["seed_everything"] == 42
+    assert config["data"]["source"] == "sample"
+
+
+def test_glue_yaml_makes_a_methods_run_real(capsys: pytest.CaptureFixture[str]) -> None:
+    for file in sorted(CONFIGS.glob("*.yaml")):
+        method = yaml.safe_load(file.read_text())["model"].get("class_path")
+        if method is None:
+            continue
+        config = printed_config(["fit", f"--config={file}", f"--config={CONFIGS}/glue.yaml"], capsys)
+        assert config["model"]["class_path"].rpartition(".")[2] == method.rpartition(".")[2]
+        assert config["model"]["init_args"]["backbone"] == "distilbert-base-uncased"
+        assert config["data"]["source"] == "hub"
+
+
+def test_a_methods_help_shows_its_own_settings_and_those_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--model.help", "LadderSideTuning"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "--model.reduction REDUCTION" in text
+    assert "--model.backbone BACKBONE" in text
+    assert "side network" in text  # from the docstring
+
+
+def test_the_task_of_the_data_is_that_of_the_model(run: Path) -> None:
+    hyper_parameters = load(run / "checkpoints" / "best.ckpt")["hyper_parameters"]
+    assert hyper_parameters["task"] == "sst2"
+    assert hyper_parameters["reduction"] == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model.task=rte"],
+        ["--model.init_args.task", "rte"],
+        ["--model.task=sst2", "--data.task=rte"],
+        ["--config=conflict.yaml"],
+    ],
+)
+def test_a_second_task_is_refused(given: list[str], work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "conflict.yaml").write_text("model: {init_args: {task: rte}}\n")
+    message = refusal(["fit", "--model=FullFineTuning", *given], capsys)
+    assert "--model.task" in message
+    assert "--data.task" in message
+    assert list(work.iterdir()) == [work / "conflict.yaml"]
+
+
+def test_the_same_task_twice_is_no_conflict(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["fit", "--model=FullFineTuning", "--model.task=rte", "--data.task=rte"]
+    assert printed_config(given, capsys)["data"]["task"] == "rte"
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("ft", ["'ft'", "Did you mean fit?", "predict"]),
+        ("fit", ["--model", "KLadder", "HeadOnly"]),
+        ("fit --model Kladdr", ["--model", "'Kladdr'", "Did you mean KLadder?", "HeadOnly"]),
+        ("fit --model lit_spu.methods.lader.KLadder", ["--model", "lader", "Did you mean KLadder?"]),
+        ("fit --config method.yaml", ["model", "method.yaml", "'Kladdr'", "Did you mean KLadder?"]),
+        ("fit --config setting.yaml", ["redution", "setting.yaml", "Did you mean reduction?"]),
+        ("fit --config trainer.yaml", ["trainer.max_epoch", "trainer.yaml", "--trainer.max_epochs"]),
+        ("fit --config broken.yaml", ["broken.yaml", "line 2"]),
+        ("fit --config absent.yaml", ["--config", "absent.yaml", "does not exist"]),
+        ("fit --model KLadder --model.kk 2", ["--model.kk", "Did you mean k?"]),
+        ("fit --model KLadder --model.k two", ["--model.k", "int", "'two'"]),
+        ("fit --model KLadder --model.head clasifier", ["--model.head", "'clasifier'", "classifier", "prompt"]),
+        ("fit --modl KLadder", ["--modl", "Did you mean --model?"]),
+        ("fit --model KLadder --trainer.max_epoch 3", ["--trainer.max_epoch ", "Did you mean --trainer.max_epochs?"]),
+        ("fit --model KLadder --trainer.max_epochs many", ["--trainer.max_epochs", "int", "'many'"]),
+        ("fit --model KLadder --trainer.callbacks Memry", ["--trainer.callbacks", "'Memry'", "Did you mean Memory?"]),
+        ("fit --model KLadder --trainer.precision 17", ["--trainer.precision", "'17'", "bf16-mixed"]),
+        ("fit --model KLadder --data.task sst", ["data.task", "'sst'", "Did you mean sst5?", "rte"]),
+        ("fit --model KLadder --model.backbone mini-brt", ["mini-brt"]),
+        ("fit --model KLadder surplus", ["'surplus'"]),
+        ("fit --model.help Kladdr", ["--model.help", "Did you mean KLadder?"]),
+        ("test --ckpt_path absent", ["--ckpt_path", "absent"]),
+        ("test --ckpt_path broken.yaml", ["--ckpt_path", "broken.yaml"]),
+    ],
+)
+def test_a_mistake_is_answered_in_two_lines(
+    args: str, said: list[str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "method.yaml").write_text("model: {class_path: Kladdr}\n")
+    (work / "setting.yaml").write_text("model: {class_path: LadderSideTuning, init_args: {redution: 4}}\n")
+    (work / "trainer.yaml").write_text("trainer: {max_epoch: 4}\n")
+    (work / "broken.yaml").write_text("model: [\n")
+    before = set(work.iterdir())
+    message = refusal(args.split(), capsys)
+    for text in said:
+        assert text in message
+    assert set(work.iterdir()) == before
+
+
+def test_what_the_trainer_refuses_is_told_as_shortly(
+    small: list[str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(["fit", "--model=HeadOnly", "--trainer.strategy=dpp", *small], capsys)
+    assert "--trainer" in message
+    assert "dpp" in message
+    assert list(work.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_SPU_DEBUG", "1")
+    with pytest.raises(UserError, match="no checkpoint"):
+        main(["test", "--ckpt_path=absent"])
+
+
+@pytest.mark.parametrize("placeholder", ["{tsk}", "{}", "{task"])
+def test_a_wrong_placeholder_is_named(placeholder: str) -> None:
+    with pytest.raises(UserError, match="--run_dir"):
+        runs.directory(f"runs/{placeholder}", task="sst2", method="KLadder", seed=1)
+
+
+def test_a_run_directory_is_never_used_twice(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"task": "rte", "method": "KLadder", "seed": 3}
+    pattern = str(tmp_path / "{task}/{method}/{seed}/{time}")
+    first = runs.directory(pattern, **names)
+    assert first.parent == tmp_path / "rte" / "KLadder" / "3"
+    assert runs.directory(pattern, **names) != first
+    first.mkdir(parents=True)
+    (first / "config.yaml").touch()
+    with pytest.raises(UserError, match="holds a run already"):
+        runs.directory(str(first), **names)
+
+
+# -- the run directory -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_into_its_directory_alone(run: Path) -> None:
+    assert list(run.parent.iterdir()) == [run]
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "hparams.yaml",
+        "launches.jsonl",
+        "metrics.csv",
+        "summary.json",
+        "tensorboard",
+    }
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_what_was_run_can_be_told_from_its_directory(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == 0.02
+    assert config["seed_everything"] == 7
+    (launch,) = map(json.loads, (run / "launches.jsonl").read_text().splitlines())
+    assert shlex.split(launch["command"])[:3] == ["lit-spu", "fit", "--model=LadderSideTuning"]
+    assert launch["torch"] == torch.__version__
+    head = subprocess.run(
+        ["git", "-C", str(CHECKOUT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    assert (launch["git"] or "").removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_the_best_checkpoint_is_the_best_and_the_last_the_last(run: Path) -> None:
+    scores = metrics(run, "val/accuracy")
+    assert len(scores) == 2
+    best, last = (load(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert best["epoch"] == scores.index(max(scores))
+    assert (last["epoch"], last["global_step"]) == (1, 12)
+
+
+def test_the_same_config_gives_the_same_run(run: Path, work: Path) -> None:
+    main(["fit", f"--config={run}/config.yaml", "--run_dir=again"])
+    first, again = (load(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (run, work / "again"))
+    assert first.keys() == again.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(again[name], weight, rtol=0, atol=0)
+
+
+def test_the_start_is_quiet(small: list[str], work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["validate", "--model=FullFineTuning", "--run_dir=run", *small])
+    text = "".join(capfd.readouterr())
+    for noise in ("Tip", "litlogger", "TPU", "deprecated", "does not have many workers"):
+        assert noise not in text
+    assert "No --ckpt_path" in text
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_alone_is_enough_to_evaluate(run: Path, work: Path) -> None:
+    for number, path in enumerate((run, run / "checkpoints" / "best.ckpt")):
+        main(["validate", f"--ckpt_path={path}", f"--run_dir={number}"])
+        assert metrics(work / str(number), "val/accuracy") == [max(metrics(run, "val/accuracy"))]
+
+
+def test_flags_win_over_a_checkpoint_and_say_so(run: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["validate", f"--ckpt_path={run}", "--model.lr=0.5", "--data.limit_validation=8", "--run_dir=run"])
+    config = yaml.safe_load((work / "run" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == 0.5
+    assert config["model"]["init_args"]["reduction"] == 2
+    assert config["data"]["limit_validation"] == 8
+    assert "--model.lr=0.5 (checkpoint: 0.02)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["validate", "--model.reduction=4"], ["--model.reduction=4 (checkpoint: 2)"]),
+        (["fit", "--model.lr=0.5", "--model.warmup=0"], ["--model.lr=0.5 (checkpoint: 0.02)", "--model.warmup=0"]),
+        (["fit", "--data.task=rte"], ["--data.task=rte (checkpoint: sst2)"]),
+        (["fit", "--model=HeadOnly"], ["HeadOnly", "LadderSideTuning"]),
+    ],
+)
+def test_what_a_checkpoint_cannot_follow_is_refused(
+    args: list[str], said: list[str], run: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal([*args, f"--ckpt_path={run}", "--run_dir=run"], capsys)
+    for text in said:
+        assert text in message
+
+
+@pytest.fixture(scope="module")
+def resumed(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run like `run` that was interrupted after 8 of 12 steps and then continued."""
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    given = ["--model=LadderSideTuning", "--model.reduction=2", "--model.lr=0.02", "--seed_everything=7"]
+    stop = ["--trainer.callbacks+=tests.test_cli.Interrupt", "--trainer.callbacks.steps=8"]
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *given, "--trainer.max_epochs=2", f"--run_dir={folder}", *small, *stop])
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores all that come after the first
+    assert exit_.value.code != 0
+    assert load(folder / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    main(["fit", f"--ckpt_path={folder}"])
+    return folder
+
+
+def test_a_resumed_run_goes_on_in_its_directory_and_loses_nothing(resumed: Path) -> None:
+    assert list(resumed.parent.iterdir()) == [resumed]
+    assert load(resumed / "checkpoints" / "last.ckpt")["global_step"] == 12
+    assert len((resumed / "launches.jsonl").read_text().splitlines()) == 2
+    assert len(metrics(resumed, "val/accuracy", "metrics.1.csv")) == 1  # of the first epoch, before the interruption
+    assert len(metrics(resumed, "val/accuracy")) == 1
+    assert json.loads((resumed / "summary.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.xfail(strict=True, reason="Lightning leaves loaders that the schedule asked for early without their state")
+def test_a_resumed_run_ends_as_if_never_interrupted(run: Path, resumed: Path) -> None:
+    ours, straight = (load(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (resumed, run))
+    for name, weight in straight.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # so it has: the best one so far is the other run's
+@pytest.mark.filterwarnings("ignore:This run is resumed with 18 steps")
+def test_a_checkpoint_file_begins_a_run_of_its_own(run: Path, work: Path) -> None:
+    before = load(run / "checkpoints" / "last.ckpt")["global_step"]
+    main(["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", "--trainer.max_epochs=3", "--run_dir=longer"])
+    assert load(work / "longer" / "checkpoints" / "last.ckpt")["global_step"] == 18
+    assert load(run / "checkpoints" / "last.ckpt")["global_step"] == before
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_are_those_of_the_method_row_by_row(run: Path, work: Path) -> None:
+    main(["predict", f"--ckpt_path={run}", "--run_dir=run"])
+    method = lit_spu.load(run)
+    data = GLUE(batch_size=1, limit_test=30, cache=str(work / "cache"))
+    data.encoding = method.encoding
+    data.setup("predict")
+    (loader,) = data.predict_dataloader()
+    expected: dict[int, list[float]] = {}
+    with torch.no_grad():
+        for batch in loader:
+            expected[int(batch["index"])] = method(batch).softmax(-1)[0].tolist()
+    rows = [json.loads(line) for line in (work / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(30)) == sorted(expected)
+    for row, example in zip(rows, data.examples("predict"), strict=True):
+        assert row["sentence"] == example["sentence"]
+        assert list(row["scores"]) == ["negative", "positive"]
+        assert list(row["scores"].values()) == pytest.approx(expected[row["index"]], abs=1e-5)
+        assert row["label"] == max(row["scores"], key=row["scores"].get)
+    header, *lines = (work / "run" / "predictions.tsv").read_text().splitlines()
+    assert header == "index\tprediction"
+    assert lines == [f"{row['index']}\t{TASKS['sst2'].labels.index(row['label'])}" for row in rows]
+
+
+def test_output_names_the_file(run: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["predict", f"--ckpt_path={run}", "--run_dir=run", "--output=answers/mine.tsv"])
+    assert len((work / "answers" / "mine.tsv").read_text().splitlines()) == 31
+    assert not list((work / "run").glob("predictions*"))
+    assert "'mine.csv'" in refusal(["predict", f"--ckpt_path={run}", "--run_dir=other", "--output=mine.csv"], capsys)
+
+
+def test_sentences_are_answered_a_line_each_and_nothing_is_written(
+    run: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(*args: str) -> list[str]:
+        capsys.readouterr()
+        main(["predict", f"--ckpt_path={run}", *args])
+        return capsys.readouterr().out.splitlines()
+
+    sentences = ["It was great .", "the film was not good", "a dull story"]
+    single = [line for sentence in sentences for line in answers("--data.text", sentence)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sentences) + "\n"))
+    assert answers("--data.text=-") == single
+    for line in single:
+        label, scores = line.split("\t")
+        negative, positive = (float(score) for score in scores.split()[1::2])
+        assert label == ("positive" if positive > negative else "negative")
+        assert negative + positive == pytest.approx(1, abs=2e-4)
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "prediction", "line"),
+    [
+        ("sst2", 1, "1"),
+        ("cola", 0, "0"),
+        ("mrpc", 1, "1"),
+        ("qqp", 0, "0"),
+        ("wnli", 1, "1"),
+        ("rte", 1, "not_entailment"),
+        ("qnli", 0, "entailment"),
+        ("mnli", 2, "contradiction"),
+        ("stsb", 3.14159, "3.142"),
+    ],
+)
+def test_the_servers_form_spells_labels_as_the_official_files_do(
+    task: str, prediction: float, line: str, tmp_path: Path
+) -> None:
+    description = TASKS[task]
+    scores = [0.0] * description.scores
+    row = dict.fromkeys(description.fields, "text")
+    files = [tmp_path / "out.tsv", tmp_path / "out.jsonl"]
+    Predictions(files)._write("", [row, row], {1: (prediction, scores)}, description)
+    assert files[0].read_text() == f"index\tprediction\n1\t{line}\n"
+    answer = json.loads(files[1].read_text())
+    assert answer["index"] == 1
+    if description.regression:
+        assert answer["label"] == pytest.approx(prediction, abs=1e-3)
+    else:
+        assert answer["label"] == description.labels[int(prediction)]
+
+
+def test_a_second_test_set_gets_files_of_its_own(tmp_path: Path) -> None:
+    row = {"premise": "a", "hypothesis": "b"}
+    Predictions([tmp_path / "out.tsv"])._write("mismatched", [row], {0: (1, [0.0, 1.0, 0.0])}, TASKS["mnli"])
+    assert (tmp_path / "out.mismatched.tsv").read_text() == "index\tprediction\n0\tneutral\n"
+
+
+@pytest.mark.slow
+def test_two_devices_share_a_directory_and_answer_each_row_once(run: Path, small: list[str], work: Path) -> None:
+    door = [sys.executable, str(CHECKOUT / "cli.py")]
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    fit = ["fit", "--model=LadderSideTuning", "--model.reduction=2", "--trainer.max_epochs=1", *small]
+    subprocess.run([*door, *fit, *devices], check=True)
+    (directory,) = work.glob("runs/*/*/*/*")
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert len((directory / "launches.jsonl").read_text().splitlines()) == 1
+
+    subprocess.run([*door, "predict", f"--ckpt_path={run}", "--run_dir=two", *devices], check=True)
+    main(["predict", f"--ckpt_path={run}", "--run_dir=one"])
+    one, two = (
+        [json.loads(line) for line in (work / name / "predictions.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [row["index"] for row in two] == list(range(30))
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs["label"] == ours["label"]
+        assert theirs["scores"] == pytest.approx(ours["scores"], abs=1e-5)

@@ -1,0 +1,85 @@
+"""What starts without torch, and that the quick answers agree with the real parser."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lit_spu import __version__
+from lit_spu.__main__ import SUBCOMMANDS, main
+
+CHECKOUT = Path(__file__).parents[1]
+HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "datasets")
+
+
+def heavy_imports(statement: str) -> list[str]:
+    """Which heavy packages a fresh interpreter has imported after `statement`."""
+    code = f"import sys\n{statement}\nprint(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT)
+    return done.stderr.split()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import lit_spu",
+        "import lit_spu; lit_spu.__version__; hasattr(lit_spu, 'nothing')",
+        "from lit_spu import errors",
+        "from lit_spu.__main__ import main; main([])",
+        "from lit_spu.__main__ import main; main(['--help'])",
+        "from lit_spu.__main__ import main; main(['--version'])",
+    ],
+)
+def test_nothing_heavy_is_imported(statement: str) -> None:
+    assert heavy_imports(statement) == []
+
+
+def test_the_probe_sees_heavy_imports() -> None:
+    assert "torch" in heavy_imports("import torch")
+
+
+def test_the_quick_help_lists_the_real_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    from lit_spu.cli import SpuCLI
+
+    assert set(SpuCLI.subcommands()) == set(SUBCOMMANDS)
+    main(["--help"])
+    text = capsys.readouterr().out
+    for name, description in SUBCOMMANDS.items():
+        assert f"  {name}" in text
+        assert description in text
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert description in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_of_fit_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    from lit_spu import discovery
+    from lit_spu.methods.base import Method
+
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    methods = [cls.__name__ for cls in discovery.classes("lit_spu.methods") if issubclass(cls, Method)]
+    assert len(methods) > 1
+    for name in methods:
+        assert name == "Method" or name in text
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"lit-spu {__version__}\n"
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+    assert project["scripts"]["lit-spu"] == "lit_spu.__main__:main"
+
+
+@pytest.mark.parametrize("door", [["cli.py"], ["-m", "lit_spu"]])
+def test_every_door_leads_to_the_same_place(door: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *door, "--version"], capture_output=True, text=True, check=True, cwd=CHECKOUT
+    )
+    assert done.stdout == f"lit-spu {__version__}\n"
