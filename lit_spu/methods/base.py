@@ -76,6 +76,11 @@ class Method(LightningModule, ABC):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and drop the gradients at once: Lightning would keep them through the next forward pass."""
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad()
+
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, and linear warm-up and decay by step."""
         trained = [p for p in self.parameters() if p.requires_grad]

@@ -1,0 +1,60 @@
+"""Runs one method twice, each in processes of its own: on one device, and on two with half the batch each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run_both(model: dict[str, Any], backbone: str, folder: Path) -> list[dict[str, Any]]:
+    """The trained weights and the metrics of both runs: one device, then two."""
+    results = []
+    for devices in (1, 2):
+        out = folder / f"{devices}.pt"
+        settings = {"model": model, "backbone": backbone, "devices": devices, "out": str(out), "cache": str(folder)}
+        command = [sys.executable, "-m", "tests.ddp", json.dumps(settings)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(out))
+    return results
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Train and validate; rank zero saves what came out."""
+    from lightning.pytorch import Trainer, seed_everything
+
+    from lit_spu import discovery
+    from lit_spu.data.glue import GLUE
+
+    name = settings["model"]["class_path"].rpartition(".")[2]
+    (cls,) = (c for c in discovery.classes("lit_spu.methods") if c.__name__ == name)
+    devices = settings["devices"]
+    seed_everything(0)
+    method = cls(**{**settings["model"].get("init_args", {}), "backbone": settings["backbone"]})  # without dropout
+    data = GLUE(batch_size=8 // devices, limit_train=40, limit_validation=21, cache=settings["cache"])
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_epochs=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(method, data)
+    (metrics, *_) = trainer.validate(method, data, verbose=False)
+    if trainer.is_global_zero:
+        torch.save({"weights": method.state_dict(), "metrics": metrics}, settings["out"])
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

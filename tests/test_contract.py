@@ -1,0 +1,125 @@
+"""What every method keeps, found by discovery: a new method is held to it without a line here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from lit_spu import discovery
+from lit_spu.data.glue import GLUE
+from lit_spu.methods.base import Method
+from tests.conftest import encode
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS}
+METHODS = {name: config for name, config in METHODS.items() if "class_path" in config.get("model", {})}
+CLASSES = [
+    cls for cls in discovery.classes("lit_spu.methods") if issubclass(cls, Method) and not inspect.isabstract(cls)
+]
+FAMILIES = ("bert", "t5", "gpt2")
+
+Tiny = Callable[[str], str]
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+
+def build(config: str, backbone: str) -> Method:
+    """The method as its config sets it, on another backbone."""
+    model = METHODS[config]["model"]
+    (cls,) = (c for c in CLASSES if model["class_path"] in (c.__name__, f"{c.__module__}.{c.__name__}"))
+    torch.manual_seed(0)
+    method: Method = cls(**{**model.get("init_args", {}), "backbone": backbone})
+    return method
+
+
+def fit(method: Method, folder: Path, **settings: Any) -> Trainer:
+    data = GLUE(batch_size=8, limit_train=32, limit_validation=16, cache=str(folder))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+    trainer.fit(method, data)
+    return trainer
+
+
+def test_there_are_methods() -> None:
+    assert METHODS
+    assert CLASSES
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_method_has_a_config_a_test_and_a_page(cls: type[Method]) -> None:
+    paths = {cls.__name__, f"{cls.__module__}.{cls.__name__}"}
+    assert any(config["model"]["class_path"] in paths for config in METHODS.values()), "no configs/*.yaml"
+    assert (ROOT / "tests" / "methods" / f"test_{cls.__module__.rpartition('.')[2]}.py").is_file()
+    assert inspect.getmodule(cls).__doc__
+    page = cls.__doc__ or ""
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
+            assert f"{name}:" in page, f"{cls.__name__} does not document {name}"
+
+
+@pytest.mark.parametrize("config", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_moves_and_what_is_frozen_stays(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
+    method = build(config, tiny(family))
+    trained = {name for name, p in method.named_parameters() if p.requires_grad}
+    assert trained
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    global_step = fit(method, tmp_path).global_step
+    assert global_step == 3
+    moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= trained
+    assert len(moved) > len(trained) / 2
+    for name, parameter in method.named_parameters():
+        assert name in trained or parameter.grad is None, name
+
+
+@pytest.mark.parametrize("config", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reloaded_method_answers_the_same(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
+    method = build(config, tiny(family))
+    fit(method, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    torch.manual_seed(1)
+    again = type(method).load_from_checkpoint(tmp_path / "x.ckpt").eval()
+    batch = encode(method.backbone)
+    with torch.no_grad():
+        scores = method.eval()(batch)
+        assert torch.equal(again(batch), scores)
+    assert scores.shape == (4, 2)
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_a_seed_decides_a_run(tiny: Tiny, tmp_path: Path, config: str) -> None:
+    runs = []
+    for _ in range(2):
+        method = build(config, tiny("bert"))
+        fit(method, tmp_path)
+        runs.append(method.state_dict())
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", METHODS)
+def test_two_processes_equal_one(tiny: Tiny, tmp_path: Path, config: str) -> None:
+    """Two ranks of 4 examples train on the same global batches as one of 8, and score each validation example once."""
+    from tests.ddp import run_both
+
+    one, two = run_both(METHODS[config]["model"], tiny("bert"), tmp_path)
+    for name, tensor in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+    assert two["metrics"]["val/accuracy"] == pytest.approx(one["metrics"]["val/accuracy"], abs=1e-6)
+    assert two["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], abs=1e-4)
