@@ -18,11 +18,12 @@ ARROWS: dict[str, set[str]] = {
     "optim": set(),
     "measure": set(),
     "discovery": set(),
+    "metrics": {"tasks"},
     "backbones": {"tasks"},
     "data": {"tasks"},
     "nn": {"backbones.base"},
     "callbacks": {"measure"},
-    "methods": {"nn", "optim", "backbones", "tasks"},
+    "methods": {"nn", "optim", "backbones", "metrics", "tasks"},
 }
 DOOR = {"__init__", "__main__", "cli", "parser", "predictions", "runs"}  # the top may import everything below it
 

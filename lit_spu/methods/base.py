@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lit_spu.backbones import Batch, Head, load_backbone
 from lit_spu.errors import UserError
+from lit_spu.metrics import task_metrics
 from lit_spu.optim import schedules
-from lit_spu.tasks import Encoding, Metric, Task, load_task
+from lit_spu.tasks import Encoding, load_task
 
 
 class Method(LightningModule, ABC):
@@ -145,28 +146,22 @@ class Method(LightningModule, ABC):
         return f"{stage}/{name}_" if name else f"{stage}/"
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:
+        labels = batch["labels"]
+        if bool((labels == -1).all()) and not self.task.regression:
+            raise UserError("This split has no labels, so there is nothing to score: use predict.")
         if prefix not in self.metrics:
             self.metrics[prefix] = task_metrics(self.task).to(self.device)
-        if bool((batch["labels"] == -1).all()) and not self.task.regression:
-            raise UserError("This split has no labels, so there is nothing to score: use predict.")
         scores = self(batch)
-        size = len(scores)
-        self.log(
-            f"{prefix}loss",
-            self.backbone.loss(scores, batch),
-            batch_size=size,
-            on_epoch=True,
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
-        self.metrics[prefix].update(self.backbone.predict(scores)[0], batch["labels"])
+        # the loss too is a metric of its own: Lightning's mean over ranks rounds the number of examples
+        self.metrics[prefix]["loss"].update(self.backbone.loss(scores, batch), len(labels))
+        for name in self.task.metrics:
+            self.metrics[prefix][name].update(self.backbone.predict(scores)[0], labels)
 
     def _log_metrics(self) -> None:
         for prefix, metrics in self.metrics.items():
             for name, value in metrics.compute().items():
                 # correlations are undefined where all predictions are equal, and count as none
                 self.log(f"{prefix}{name}", value.nan_to_num(0.0), prog_bar=True, sync_dist=True)
-            metrics.reset()
         self.metrics.clear()
 
     def on_validation_epoch_end(self) -> None:
@@ -182,6 +177,7 @@ class Method(LightningModule, ABC):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in self.trained}
         checkpoint["backbone"] = {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
+        checkpoint["method"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["total_steps"] = self.total_steps
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": self._task_spec()}
 
@@ -212,33 +208,3 @@ class Method(LightningModule, ABC):
             )
         checkpoint["state_dict"] = {**own, **state}
         self.total_steps = checkpoint.get("total_steps")
-
-
-def task_metrics(task: Task) -> Any:
-    """The task's metrics by name, as GLUE defines them: accuracy over all examples, F1 of the second label."""
-    from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
-    from torchmetrics.classification import (
-        BinaryF1Score,
-        MulticlassAccuracy,
-        MulticlassF1Score,
-        MulticlassMatthewsCorrCoef,
-    )
-
-    class Matthews(MulticlassMatthewsCorrCoef):
-        """Zero where one label is predicted throughout: torchmetrics gives such a collapsed run up to 0.2."""
-
-        def compute(self) -> Tensor:
-            value = super().compute()
-            return value if int((self.confmat.sum(0) > 0).sum()) > 1 else torch.zeros_like(value)
-
-    labels = len(task.labels)
-    make: dict[Metric, Callable[[], Any]] = {
-        "accuracy": lambda: MulticlassAccuracy(labels, average="micro"),
-        "f1": lambda: BinaryF1Score() if labels == 2 else MulticlassF1Score(labels, average="macro"),
-        "matthews": lambda: Matthews(labels),
-        "pearson": PearsonCorrCoef,
-        "spearman": SpearmanCorrCoef,
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*will save all targets and predictions")  # two numbers an example are little
-        return MetricCollection({name: make[name]() for name in task.metrics})

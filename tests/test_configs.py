@@ -1,0 +1,62 @@
+"""Every config runs as it stands, on both embedded backbones, through the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_spu.__main__ import main
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+METHODS = [path for path in CONFIGS if "class_path" in yaml.safe_load(path.read_text()).get("model", {})]
+OVERLAYS = [path for path in CONFIGS if path not in METHODS]
+
+pytestmark = [
+    # the tiny runs of these tests are shorter than any sensible logging interval
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+
+def test_there_are_configs() -> None:
+    assert len(METHODS) >= 5
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_states_only_what_differs(config: Path) -> None:
+    lines = [line for line in config.read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 15
+
+
+@pytest.mark.parametrize("backbone", ["mini-bert", "mini-t5"])
+@pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
+def test_config_on_backbone(tmp_path: Path, config: Path, backbone: str) -> None:
+    run = tmp_path / "run"
+    small = ["--data.limit_train=64", "--data.limit_validation=50", f"--data.cache={tmp_path}", "--trainer.max_epochs=1"]
+    main(["fit", f"--config={config}", f"--model.backbone={backbone}", f"--run_dir={run}", *small])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {name: float(value) for row in rows for name, value in row.items() if value}
+    assert 0 <= logged["val/accuracy"] <= 1
+    assert math.isfinite(logged["val/loss"])
+    assert (run / "config.yaml").is_file()
+    assert list(run.glob("**/*.ckpt"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
+def test_an_overlay_fits_every_config(config: Path, overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={config}", f"--config={overlay}", "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    ours, laid = yaml.safe_load(config.read_text()), yaml.safe_load(overlay.read_text())
+    assert printed["model"]["class_path"].endswith(ours["model"]["class_path"].rpartition(".")[2])
+    assert printed["model"]["init_args"]["backbone"] == laid["model"]["init_args"]["backbone"]
+    assert printed["data"]["source"] == laid["data"]["source"]
