@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -186,6 +186,8 @@ class SpuCLI(LightningCLI):
         """
         given = self._get(self.config_init, "trainer")["callbacks"] or []
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
+        if self._get(self.config, "trainer").enable_progress_bar is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         if self._get(self.config, "data").text is None:
             self.run_dir = self._run_directory()
             kwargs["default_root_dir"] = self.run_dir
@@ -290,8 +292,6 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(lightning|jsonargparse)\.")
         # torch on Lightning's use of its pytrees, in every run
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-        # a frozen backbone is in evaluation mode on purpose, and Method puts all else into train mode
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         # a resumed run goes on in its own directory, and its metrics have been moved aside
         warnings.filterwarnings("ignore", message="(Experiment logs|Checkpoint) directory .* exists and is not empty")
         try:

@@ -390,7 +390,6 @@ def test_a_resumed_run_goes_on_in_its_directory_and_loses_nothing(resumed: Path)
     assert json.loads((resumed / "summary.json").read_text())["status"] == "completed"
 
 
-@pytest.mark.xfail(strict=True, reason="Lightning leaves loaders that the schedule asked for early without their state")
 def test_a_resumed_run_ends_as_if_never_interrupted(run: Path, resumed: Path) -> None:
     ours, straight = (load(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (resumed, run))
     for name, weight in straight.items():

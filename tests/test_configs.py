@@ -39,7 +39,7 @@ def test_config_on_backbone(tmp_path: Path, config: Path, backbone: str) -> None
     small = ["--data.limit_train=64", "--data.limit_validation=50", f"--data.cache={tmp_path}", "--trainer.max_epochs=1"]
     main(["fit", f"--config={config}", f"--model.backbone={backbone}", f"--run_dir={run}", *small])
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["status"] == "finished"
+    assert summary["status"] == "completed"
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     logged = {name: float(value) for row in rows for name, value in row.items() if value}

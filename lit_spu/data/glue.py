@@ -104,6 +104,8 @@ class GLUE(LightningDataModule):
         self.cache = Path(cache) if cache else _user_cache()
         self.encoding: Encoding | None = None
         """How to write the examples, where no model that is trained tells."""
+        self._train: Loader | None = None
+        self._place: dict[str, int] = {}
         self._rows: dict[Portion, Parts] = {}
         self._examples: dict[Portion, list[Examples]] = {}
 
@@ -154,7 +156,20 @@ class GLUE(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches of texts of like length."""
-        return self._loaders("train", shuffle=True)[0]
+        self._train = self._loaders("train", shuffle=True)[0]
+        if self._place:
+            self._train.load_state_dict(self._place)
+            self._place = {}
+        return self._train
+
+    # Lightning restores a loader too, but not one that the schedule asked for before, to count its batches.
+    def state_dict(self) -> dict[str, int]:
+        """The place in the training data."""
+        return self._train.state_dict() if self._train is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next training run at that place."""
+        self._place = state_dict
 
     def val_dataloader(self) -> list[Loader]:
         """One loader for each of `validation_names`."""
