@@ -1,0 +1,1 @@
+"""Things that are run once, by hand."""
