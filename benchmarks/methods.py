@@ -38,6 +38,14 @@ class Cost:
     memory_to_full: float
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    FULL: {"activation_checkpointing": True},
+    "kladder": {"k": 2},
+    "lst": {"activation_checkpointing": False},
+}
+"""Rows beyond the configs' own: a config, and what is set otherwise."""
+
+
 def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Method]:
     """Every method that a config names, with that config's settings, on the backbone in that folder."""
     classes = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods")}
@@ -47,8 +55,12 @@ def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Me
         if "class_path" in model:
             cls = classes[model["class_path"].rpartition(".")[2]]
             settings = model.get("init_args", {}) | {"backbone": str(backbone), "task": task.name}
-            torch.manual_seed(0)
-            found[path.stem] = cast(Method, cls(**settings))
+            settings.pop("reduction", None)  # the configs' is for the narrow mini models; here the default's
+            for changed in ({}, VARIANTS.get(path.stem)):
+                if changed is not None:
+                    name = " ".join([path.stem, *(f"{key}={value}" for key, value in changed.items())])
+                    torch.manual_seed(0)
+                    found[name] = cast(Method, cls(**settings | changed))
     if FULL not in found:
         raise FileNotFoundError(f"{configs}/{FULL}.yaml: the method that all others are compared with")
     return found
