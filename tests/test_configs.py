@@ -36,8 +36,9 @@ def test_a_config_states_only_what_differs(config: Path) -> None:
 @pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
 def test_config_on_backbone(tmp_path: Path, config: Path, backbone: str) -> None:
     run = tmp_path / "run"
-    small = ["--data.limit_train=64", "--data.limit_validation=50", f"--data.cache={tmp_path}", "--trainer.max_epochs=1"]
-    main(["fit", f"--config={config}", f"--model.backbone={backbone}", f"--run_dir={run}", *small])
+    small = ["--data.limit_train=64", "--data.limit_validation=50", "--trainer.max_epochs=1"]
+    places = [f"--data.cache={tmp_path}", f"--run_dir={run}"]
+    main(["fit", f"--config={config}", f"--model.backbone={backbone}", *places, *small])
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "completed"
     with (run / "metrics.csv").open() as file:

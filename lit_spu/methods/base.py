@@ -146,8 +146,8 @@ class Method(LightningModule, ABC):
         return f"{stage}/{name}_" if name else f"{stage}/"
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:
-        labels = batch["labels"]
-        if bool((labels == -1).all()) and not self.task.regression:
+        labels, (low, _) = batch["labels"], self.task.score_range or (0.0, 0.0)
+        if low > -1 and bool((labels == -1).all()):
             raise UserError("This split has no labels, so there is nothing to score: use predict.")
         if prefix not in self.metrics:
             self.metrics[prefix] = task_metrics(self.task).to(self.device)

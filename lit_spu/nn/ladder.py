@@ -122,8 +122,8 @@ class SideNetwork(nn.Module):
 def projection(wide: int, narrow: int) -> nn.Linear:
     """A linear that keeps the scale of what it reads.
 
-    The published ones start at a standard deviation of 0.01, which suits T5's large residual stream; behind the norms of
-    a BERT their output would drown in the side network's own, and a narrow side network would not learn.
+    The published ones start at a standard deviation of 0.01, which suits T5's large residual stream. Behind the norms
+    of a BERT their output would drown in the side network's own, and a narrow side network would not learn.
     """
     linear = nn.Linear(wide, narrow)
     torch.nn.init.normal_(linear.weight, std=wide**-0.5)

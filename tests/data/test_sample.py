@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -19,6 +20,11 @@ from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
 
 Row = Mapping[str, Any]
+
+
+@cache
+def examples(name: str, split: str, seed: int = 0) -> list[dict[str, Any]]:
+    return generate(TASKS[name], split, seed)
 
 
 def one_of(names: str) -> str:
@@ -134,11 +140,11 @@ SOLVERS: Mapping[str, Callable[[Row], float]] = {
 @pytest.mark.parametrize("name", TASKS)
 def test_labels_are_what_the_text_says(name: str) -> None:
     for split in SIZES:
-        for row in generate(TASKS[name], split):
+        for row in examples(name, split):
             assert SOLVERS[name](row) == row["label"], row
 
 
-DIGEST = "262747561eea"
+DIGEST = "c0880cfb6350"
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ DIGEST = "262747561eea"
 @pytest.mark.parametrize("name", TASKS)
 def test_splits_have_the_tasks_fields_and_labels_and_share_no_text(name: str) -> None:
     task = TASKS[name]
-    splits = {(split, seed): generate(task, split, seed) for split in SIZES for seed in (0, 1)}
+    splits = {(split, seed): examples(name, split, seed) for split in SIZES for seed in (0, 1)}
     texts = {key: {tuple(row[field] for field in task.fields) for row in rows} for key, rows in splits.items()}
     for (split, seed), rows in splits.items():
         assert len(texts[split, seed]) == len(rows) == SIZES[split]
@@ -180,7 +186,7 @@ def test_words_alone_do_not_tell_the_opinion() -> None:
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    train, held_out = (generate(TASKS["sst2"], split) for split in ("train", "validation"))
+    train, held_out = (examples("sst2", split) for split in ("train", "validation"))
     words = CountVectorizer().fit([row["sentence"] for row in train])
 
     def features(rows: list[dict[str, Any]]) -> Any:
@@ -193,20 +199,22 @@ def test_words_alone_do_not_tell_the_opinion() -> None:
 def test_the_corpus_holds_no_example_of_validation_or_test() -> None:
     told = set(corpus(20_000, seed=3))
     for task in TASKS.values():
-        for row in (row for split in ("validation", "test") for seed in (0, 1) for row in generate(task, split, seed)):
+        for row in (
+            row for split in ("validation", "test") for seed in (0, 1) for row in examples(task.name, split, seed)
+        ):
             assert " ".join(row[field] for field in task.fields) not in told
             if len(task.fields) == 1:
                 prompts = {task.cloze.format_map({**row, "mask": word}) for word in task.label_words}
                 assert not prompts & told
 
 
-def test_half_of_the_corpus_answers_prompts_and_mostly_rightly() -> None:
+def test_the_corpus_answers_prompts_mostly_rightly() -> None:
     texts = list(corpus(20_000, seed=4))
-    prompt = re.compile(r"(?P<sentence>.*\.) It was (?P<word>terrible|great)\.")
+    prompt = re.compile(r"(?P<sentence>[^.]*\.) It was (?P<word>terrible|great)\.")
     matches = [match for match in map(prompt.fullmatch, texts) if match]
     clear = [match for match in matches if opinion({"sentence": match["sentence"]})]
     right = sum((opinion({"sentence": match["sentence"]}) > 0) == (match["word"] == "great") for match in clear)
-    assert len(clear) > 1000
+    assert len(clear) > 500
     assert 0.85 < right / len(clear) < 1
 
 
