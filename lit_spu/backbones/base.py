@@ -226,6 +226,7 @@ class Backbone(nn.Module, ABC):
     words: Tensor
     causal: ClassVar[bool]  # whether the last stream sees only what came before
     pairs: ClassVar[int] = 1  # a head's width is a multiple of this
+    whole_words: ClassVar[bool] = False  # whether a label word must be one token
     trunk_class: ClassVar[type[Trunk]] = Trunk
 
     def __init__(self, model: nn.Module, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
@@ -358,34 +359,33 @@ class Backbone(nn.Module, ABC):
         linear = self.model.get_submodule(self.stem.family.vocabulary[-1])
         return linear.weight[self.words], None if linear.bias is None else linear.bias[self.words]
 
-    def answers(self, head: Head) -> Sequence[str]:
-        """The words that stand for the labels."""
-        return self.task.label_words
+    def wordings(self, head: Head) -> Sequence[Sequence[str]]:
+        """The words that may stand for the labels, those that are preferred first."""
+        return (self.task.label_words,)
 
     def word_ids(self, head: Head) -> list[int]:
-        """The token that answers for each label, as it reads behind a blank.
+        """The token that answers for each label, as it reads behind other words: a word's first, or all of it.
 
         Raises:
-            UserError: if a word is not in the vocabulary, or two labels start with the same token.
+            UserError: if two labels would have the same, or one has none.
         """
         tokenizer, before = self.encoding.tokenizer, "It was"
         skip = len(tokenizer(before, add_special_tokens=False).input_ids)
-        pieces = {
-            word: tokenizer(f"{before} {word}", add_special_tokens=False).input_ids[skip:]
-            for word in self.answers(head)
-        }
-        self.check_words(pieces)
-        first = [ids[0] for ids in pieces.values()]
-        if len(set(first)) < len(first) or tokenizer.unk_token_id in first:
-            spelled = "; ".join(f"{w}: {tokenizer.convert_ids_to_tokens(ids)}" for w, ids in pieces.items())
-            raise UserError(
-                f"The label words of {self.task.name} cannot be told apart by their first token in {self.name}"
-                f" ({spelled}). Give other label_words in the task's YAML file."
-            )
-        return first
-
-    def check_words(self, pieces: Mapping[str, Sequence[int]]) -> None:
-        """Refuse label words that the family cannot answer with."""
+        spelled = []
+        for words in self.wordings(head):
+            pieces = [tokenizer(f"{before} {word}", add_special_tokens=False).input_ids[skip:] for word in words]
+            first = [ids[0] for ids in pieces if ids and ids[0] != tokenizer.unk_token_id]
+            if len(set(first)) == len(words) and (not self.whole_words or all(len(ids) == 1 for ids in pieces)):
+                return first
+            spelled += [
+                f"{w} = {' '.join(tokenizer.convert_ids_to_tokens(ids))}" for w, ids in zip(words, pieces, strict=True)
+            ]
+        raise UserError(
+            f"The label words of {self.task.name} cannot answer in {self.name}, where each must be a known token of its"
+            f" own{'' if self.whole_words else ', or start with one'}: {'; '.join(spelled)}."
+            " Give other label_words in the task's YAML file"
+            f"{', or use --model.head=classifier' if self.stem.family.classifier else ''}."
+        )
 
 
 def fingerprint(parts: Sequence[nn.Module]) -> str:

@@ -55,6 +55,7 @@ class Seq2Seq(Backbone):
         config = self.model.config
         return hidden[:, -1] * (config.d_model**-0.5 if config.scale_decoder_outputs else 1.0)
 
-    def answers(self, head: Head) -> Sequence[str]:
-        """Its own names of the classes where it is asked in its own way; a regression answers with its two poles."""
-        return self.task.labels if head == "classifier" and self.task.labels else self.task.label_words
+    def wordings(self, head: Head) -> Sequence[Sequence[str]]:
+        """Asked in its own way, its own names of the classes, if their first tokens tell them apart."""
+        own = (self.task.labels,) if head == "classifier" and self.task.labels else ()
+        return (*own, self.task.label_words)
