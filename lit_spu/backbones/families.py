@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lit_spu import hub
 from lit_spu.backbones.base import Backbone, Family, Head
 from lit_spu.backbones.causal import Causal, Rotary
 from lit_spu.backbones.encoder import Encoder
@@ -119,7 +118,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     if not Path(source).is_dir() and "/" not in name and did_you_mean(name, embedded).startswith("Did"):
         raise UserError(f"model.backbone: there is no {name!r}. {did_you_mean(name, embedded)}")
     try:
-        local = Path(source).is_dir() or not hub.reachable()
+        local = Path(source).is_dir() or not on_hub(source)
         config = AutoConfig.from_pretrained(source, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError) as error:
@@ -172,6 +171,17 @@ def load_model(source: str, name: str, family: Family, task: Task, head: Head, l
             f" ({', '.join(sorted(missing)[:3])}…): they would be random. {advice}"
         )
     return model
+
+
+def on_hub(name: str) -> bool:
+    """Whether the hub has that model, asked once: the loaders ask an unreachable hub for half a minute."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=5)
+    except Exception:  # those of its transport too; the cache may have the model all the same
+        return False
+    return True
 
 
 @contextmanager
