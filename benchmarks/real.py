@@ -24,14 +24,14 @@ ROWS = {
     "full": ["--config=configs/full.yaml", "--model.lr=1e-4"],
     "last 2 layers": ["--config=configs/last_layers.yaml"],
     "head": ["--config=configs/head.yaml"],
-    "LST": ["--config=configs/lst.yaml"],
-    "k-ladder, k=1": ["--config=configs/kladder.yaml"],
-    "k-ladder, k=2": ["--config=configs/kladder.yaml", "--model.k=2"],
+    "LST": ["--config=configs/lst.yaml", "--model.reduction=8"],
+    "k-ladder, k=1": ["--config=configs/kladder.yaml", "--model.reduction=8"],
+    "k-ladder, k=2": ["--config=configs/kladder.yaml", "--model.reduction=8", "--model.k=2"],
 }
 TASKS = {
     "sst2": ["--data.limit_train=6000", "--trainer.max_epochs=2"],
     "mrpc": ["--trainer.max_epochs=3"],
-    "rte": ["--trainer.max_epochs=4"],
+    "rte": ["--trainer.max_epochs=3"],
 }
 FIELDS = ["task", "method", "seed", "score", "metric", "trainable", "live_mib", "weights_mib", "cpu_seconds", "steps"]
 
