@@ -18,7 +18,6 @@ from lit_spu.tasks import TASKS, Task
 
 SIZES = {"train": 2000, "validation": 500, "test": 500}
 _PARTS = ("train", "train", "train", "train", "validation", "test")  # who owns a text, by its checksum
-_FAVOURED = ("sst2", "sst5") * 4  # the corpus holds more of what the default run is about
 _TRUTH = 0.9  # how often the corpus answers a prompt rightly: enough for a signal, too little to teach the task
 
 Row = tuple[str, ...]
@@ -69,9 +68,9 @@ _OPTIONAL = ("how", "where", "when")
 Event = dict[str, int]
 
 
-def _fill(rng: Random, template: str, **given: str) -> str:
-    """`template` with every `{slot}` filled by what is given or by one of the slot's words."""
-    return re.sub(r"\{(\w+)\}", lambda m: given.get(m[1]) or rng.choice(_CHOICES[m[1]]), template)
+def _fill(rng: Random, template: str) -> str:
+    """`template` with every `{slot}` filled by one of the slot's words."""
+    return re.sub(r"\{(\w+)\}", lambda slot: rng.choice(_CHOICES[slot[1]]), template)
 
 
 def _sentence(text: str, end: str = ".") -> str:
@@ -93,20 +92,28 @@ def _opinion(rng: Random, level: int) -> str:
 
 
 def _review(rng: Random, level: int) -> Row:
-    """An opinion, often set against the opposite one: the main clause counts."""
-    main = _opinion(rng, level)
-    other = _opinion(rng, (-1 if level > 0 else 1 if level < 0 else rng.choice((-1, 1))) * rng.choice((1, 2)))
-    noun = _fill(
-        rng, rng.choice(("the {bad} {part}", "the {very} {bad} {part}") if level > 0 else ("the {good} {part}",))
-    )
-    forms = (
-        *(4 * [main]),
+    """An opinion, half of the time set against the opposite one: the main clause counts."""
+    sign = -1 if level > 0 else 1 if level < 0 else rng.choice((-1, 1))
+    main, other = _opinion(rng, level), _opinion(rng, sign * rng.choice((1, 2)))
+    flaw = f"the {{{'good' if sign > 0 else 'bad'}}} {{part}}"
+    contrasts = (
         f"{other}, but {main}",
         f"{{though}} {other}, {main}",
         f"{main}, {{though}} {other}",
-        rng.choice((f"despite {noun}, {main}", f"{main} despite {noun}")),
+        f"despite {flaw}, {main}",
+        f"{main} despite {flaw}",
     )
-    return (_sentence(_fill(rng, rng.choice(forms))),)
+    return (_sentence(_fill(rng, rng.choice(contrasts) if rng.random() < 0.5 else main)),)
+
+
+def _passage(rng: Random, label: int) -> Row:
+    """Opinions that agree, to be summed up by a label word of `_sst2`."""
+    opinions: list[str] = []
+    while len(opinions) < 3:
+        opinion = _sentence(_opinion(rng, rng.choice((1, 2)) * (1 if label else -1)))
+        if _part((opinion,)) == "train":
+            opinions.append(opinion)
+    return (" ".join(opinions),)
 
 
 def _sst2(rng: Random, label: int) -> Row:
@@ -319,16 +326,19 @@ def generate(task: Task, split: str, seed: int = 0) -> list[dict[str, Any]]:
 def corpus(size: int, seed: int = 0) -> Iterator[str]:
     """`size` unlabelled texts of the same grammars for pretraining, never one of a validation or test split.
 
-    Half of them are the tasks' cloze prompts with a label word in the blank, `_TRUTH` of the time the right one.
+    A third are passages that sum up opinions in a word, as the sst2 prompt does. Half of the others are cloze prompts
+    of all tasks, with a label word in the blank, `_TRUTH` of the time the right one.
     """
     rng = Random(f"{seed} corpus")
-    tasks = [TASKS[name] for name in (*_GRAMMARS, *_FAVOURED)]
     while size:
-        task = rng.choice(tasks)
+        summed_up = rng.random() < 1 / 3
+        task = TASKS["sst2" if summed_up else rng.choice(list(_GRAMMARS))]
         label, row = _draw(rng, task)
+        if summed_up:
+            row = _passage(rng, label)
         if _part(row) == "train":
             size -= 1
-            yield " ".join(row) if rng.random() < 0.5 else _answer(rng, task, label, row)
+            yield _answer(rng, task, label, row) if summed_up or rng.random() < 0.5 else " ".join(row)
 
 
 def _draw(rng: Random, task: Task) -> tuple[int, Row]:
