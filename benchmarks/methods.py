@@ -38,12 +38,12 @@ class Cost:
     memory_to_full: float
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    FULL: {"activation_checkpointing": True},
-    "kladder": {"k": 2},
-    "lst": {"activation_checkpointing": False},
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full, recomputed": (FULL, {"activation_checkpointing": True}),
+    "kladder, k=2": ("kladder", {"k": 2}),
+    "lst, kept": ("lst", {"activation_checkpointing": False}),
 }
-"""Rows beyond the configs' own: a config, and what is set otherwise."""
+"""Rows beyond the configs' own: the config, and what is set otherwise."""
 
 
 def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Method]:
@@ -56,9 +56,8 @@ def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Me
             cls = classes[model["class_path"].rpartition(".")[2]]
             settings = model.get("init_args", {}) | {"backbone": str(backbone), "task": task.name}
             settings.pop("reduction", None)  # the configs' is for the narrow mini models; here the default's
-            for changed in ({}, VARIANTS.get(path.stem)):
-                if changed is not None:
-                    name = " ".join([path.stem, *(f"{key}={value}" for key, value in changed.items())])
+            for name, (config, changed) in {path.stem: (path.stem, {}), **VARIANTS}.items():
+                if config == path.stem:
                     torch.manual_seed(0)
                     found[name] = cast(Method, cls(**settings | changed))
     if FULL not in found:

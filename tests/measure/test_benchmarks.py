@@ -24,7 +24,7 @@ def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
     batch = methods.batch_of(32, 32, task)
     rows = {cost.name: cost for cost in methods.costs(found, batch, rounds=1)}
     named = {path.stem for path in methods.CONFIGS.glob("*.yaml") if "class_path" in path.read_text()}
-    assert {name.partition(" ")[0] for name in rows} == named | {"forward"}
+    assert {name.partition(",")[0] for name in rows} == named | {"forward"}
     full, forward = rows["full"], rows["forward"]
     backbone = sum(parameter.numel() for parameter in found["full"].backbone.parameters())
     assert full.trainable == backbone
