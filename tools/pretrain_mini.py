@@ -58,7 +58,7 @@ SENTINELS = 50
 RESERVED = 5  # positions for special tokens, and those that RoBERTa leaves out
 IGNORED = -100  # the label that the losses of transformers pass over
 MASKED = 0.2  # share of the tokens to guess
-SPAN = 2  # tokens in a corrupted span, on average
+SPAN = 1.5  # tokens in a corrupted span, on average: short, as the answers to prompts are
 
 Inputs = dict[str, Tensor]
 Objective = Callable[[Sequence[Tensor], Random], Inputs]
@@ -471,10 +471,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="for the model, and for an unfinished run")
     add("--text", type=Path, help="a .txt or .txt.xz file, a text a line, or a folder of them (the sample corpus)")
-    add("--texts", type=positive, default=200_000, help="texts to read, or to generate (%(default)s)")
+    add("--texts", type=positive, default=120_000, help="texts to read, or to generate (%(default)s)")
     add("--vocabulary", type=positive, default=1500, help="tokens of a new tokenizer at most (%(default)s)")
     add("--length", type=positive, default=128, help="tokens at which a text is cut into several (%(default)s)")
-    add("--steps", type=positive, default=2500, help="optimizer steps (%(default)s)")
+    add("--steps", type=positive, default=2000, help="optimizer steps (%(default)s)")
     add("--tokens", type=positive, default=4096, help="tokens a batch, padding included (%(default)s)")
     add("--lr", type=float, default=1e-3, help="peak of the learning rate (%(default)s)")
     add("--seed", type=int, default=0)
