@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--table", action="store_true", help="only print the table of what is done")
     options = parser.parse_args()
-    cells = [(task, row, seed) for seed in options.seeds for task in TASKS for row in ROWS]
+    cells = [(task, row, seed) for task in TASKS for seed in options.seeds for row in ROWS]
     for task, row, seed in cells:
         if not options.table and (task, row, str(seed)) not in {(d["task"], d["method"], d["seed"]) for d in done()}:
             keep(run(task, row, seed, options.glue, options.backbone))
