@@ -394,6 +394,8 @@ def run(
     room = getattr(model.config, "max_position_embeddings", None)
     if room and length > room - RESERVED:
         raise UserError(f"--length: {length} is too long for this model, which has room for {room - RESERVED}.")
+    if room and kind:
+        tokenizer.model_max_length = room
     rows = windows(tokenizer, lines, length)
     objective = (corrupted_spans if model.config.is_encoder_decoder else masked_words)(tokenizer)
     output.mkdir(parents=True, exist_ok=True)
