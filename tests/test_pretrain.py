@@ -229,4 +229,4 @@ def test_a_prompt_to_an_embedded_model_carries_signal_but_not_the_task(name: str
             prefix = torch.tensor([[0, tokenizer.convert_tokens_to_ids(mask)]]).expand(len(rows), -1)
             logits = model(**inputs, decoder_input_ids=prefix).logits[:, -1]
     right = logits[:, words].argmax(1) == torch.tensor([row["label"] for row in rows])
-    assert 0.6 < right.float().mean().item() < 0.9  # 500 examples: chance is 0.50 with a deviation of 0.02
+    assert 0.58 < right.float().mean().item() < 0.9  # 500 examples: chance is 0.50 with a deviation of 0.02

@@ -58,7 +58,7 @@ SENTINELS = 50
 RESERVED = 5  # positions for special tokens, and those that RoBERTa leaves out
 IGNORED = -100  # the label that the losses of transformers pass over
 MASKED = 0.2  # share of the tokens to guess
-SPAN = 1.5  # tokens in a corrupted span, on average: short, as the answers to prompts are
+SPAN = 2  # tokens in a corrupted span, on average
 
 Inputs = dict[str, Tensor]
 Objective = Callable[[Sequence[Tensor], Random], Inputs]
