@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ class Encoder(Backbone):
     whole_words = True  # as a blank is one token
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        accepted = inspect.signature(self.stem.model.forward).parameters
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        return {name: batch[name] for name in names if name in batch and name in accepted}
+        return {name: batch[name] for name in self.accepted if name in batch}
+
+    @cached_property
+    def accepted(self) -> list[str]:
+        """What of a batch the model reads; not all know token types."""
+        known = inspect.signature(self.stem.model.forward).parameters
+        return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
 
     def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
         blanks = batch["input_ids"] == self.encoding.tokenizer.mask_token_id

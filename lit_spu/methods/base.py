@@ -154,8 +154,9 @@ class Method(LightningModule, ABC):
         scores = self(batch)
         # the loss too is a metric of its own: Lightning's mean over ranks rounds the number of examples
         self.metrics[prefix]["loss"].update(self.backbone.loss(scores, batch), len(labels))
+        prediction, _ = self.backbone.predict(scores)
         for name in self.task.metrics:
-            self.metrics[prefix][name].update(self.backbone.predict(scores)[0], labels)
+            self.metrics[prefix][name].update(prediction, labels)
 
     def _log_metrics(self) -> None:
         for prefix, metrics in self.metrics.items():

@@ -7,6 +7,7 @@ ends of the backbone are zero.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 TEMPERATURE = 0.1
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, ABC):
     """The base of the fusions: `depth` blocks, of which `kept` have a rung with `slots` taps of `width`."""
 
     def __init__(self, depth: int, kept: Sequence[int], slots: int, width: int) -> None:
         super().__init__()
 
+    @abstractmethod
     def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The state that enters side block i."""
 
 
 class Gate(Fusion):
