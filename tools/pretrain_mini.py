@@ -307,6 +307,17 @@ def model_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForMaskedLM
 
 
+def optimizer_of(model: Any, lr: float) -> torch.optim.Optimizer:
+    """AdamW for an encoder, Adafactor for an encoder-decoder.
+
+    A T5's weights start at scales from 0.02 to 1: steps in proportion to them learn in 1,500 steps what AdamW's equal
+    ones had not in 4,000.
+    """
+    if model.config.is_encoder_decoder:
+        return torch.optim.Adafactor(model.parameters(), lr=lr)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+
 def pretrain(
     model: Any,
     objective: Objective,
@@ -324,13 +335,7 @@ def pretrain(
     """Train from `state` on, handing the state to `save` every `save_every` steps; gives each step's loss."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()  # no dropout, as T5 v1.1 was pretrained
-    optimizer: torch.optim.Optimizer
-    if model.config.is_encoder_decoder:
-        # a T5's weights start at scales from 0.02 to 1: steps in proportion to them learn in 1,500 steps what AdamW's
-        # equal ones had not in 4,000
-        optimizer = torch.optim.Adafactor(model.parameters(), lr=lr)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = optimizer_of(model, lr)
     losses: list[float] = []
     if state:
         model.load_state_dict(state["model"])
