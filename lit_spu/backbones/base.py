@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_spu.backbones import attention
 from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Task
 
@@ -197,6 +198,7 @@ class Trunk:
             changes["layer_types"] = [old.layer_types[i] for i in keep[0]]
         config = type(old).from_dict({**copy.deepcopy(old.to_dict()), **changes})
         model = AutoModel.from_config(config, dtype=torch.float32)
+        attention.install(model)
         for path in (*family.embeddings, *family.unused):
             if has(model, path):
                 parent, _, name = path.rpartition(".")
@@ -258,7 +260,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The hidden state [batch, width] from which the language-model head answers."""
+        """The hidden state [batch, any width] from which the language-model head answers."""
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -272,19 +274,24 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores [batch, labels]."""
-        return self.head(self.stem.run(self.inputs(batch)), batch)
+        return self.head(self.read(self.stem.run(self.inputs(batch)), batch))
 
     def trunk(self, batch: Batch) -> tuple[Taps, ...]:
         """What every block computed, per stream."""
         return self.stem.taps(self.inputs(batch))
 
-    def head(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Scores [batch, labels] from the last stream's hidden states [batch, tokens, width].
+    def read(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The one state [batch, any width] that the head reads of the last stream's [batch, tokens, any width]."""
+        return hidden[:, 0] if self.classifies else self.answer(hidden, batch)
 
-        By label words only their rows of the vocabulary are computed, at the answer's position alone. A regression by
-        label words answers with the point between their two poles that the words' probabilities divide.
+    def head(self, state: Tensor) -> Tensor:
+        """Scores [batch, labels] from the states [batch, width] that `read` gives.
+
+        By label words only their rows of the vocabulary are computed. A regression by label words answers with the
+        point between their two poles that the words' probabilities divide.
         """
-        state = hidden if self.classifies else self.answer(hidden, batch)
+        if self.classifies:
+            state = state.unsqueeze(1)  # a classification head looks for the first token itself
         for step in self.steps:
             state = step(state)
         if self.classifies:

@@ -52,8 +52,11 @@ class Seq2Seq(Backbone):
         return {"input_ids": ids, "attention_mask": batch["attention_mask"], "decoder_input_ids": prefix}
 
     def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return hidden[:, -1]
+
+    def head(self, state: Tensor) -> Tensor:
         config = self.model.config
-        return hidden[:, -1] * (config.d_model**-0.5 if config.scale_decoder_outputs else 1.0)
+        return super().head(state * config.d_model**-0.5 if config.scale_decoder_outputs else state)
 
     def wordings(self, head: Head) -> Sequence[Sequence[str]]:
         """Asked in its own way, its own names of the classes, if their first tokens tell them apart."""

@@ -46,4 +46,5 @@ class LadderSideTuning(Method):
             taps = self.backbone.trunk(batch)
         with record_function("side"):
             hidden = self.side(taps, self.backbone.inputs(batch))
-        return self.backbone.head(hidden, batch)
+            state = self.side.up(self.backbone.read(hidden, batch))
+        return self.backbone.head(state)

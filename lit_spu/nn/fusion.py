@@ -39,7 +39,7 @@ class Gate(Fusion):
 
     def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         gate = torch.sigmoid(self.alpha[i] / TEMPERATURE)
-        return gate * state + (1 - gate) * taps[0]
+        return torch.lerp(taps[0], state, gate)
 
 
 class Gated(Gate):
@@ -74,7 +74,7 @@ class Dynamic(Gated):
         real = tap.new_ones(tap.shape[:2]) if mask is None else mask.to(tap.dtype)
         pooled = (tap * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
         gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + pooled @ self.pooled[i])[:, None, None]
-        return gate * state + (1 - gate) * tap
+        return torch.lerp(tap, state, gate)
 
 
 class Attention(Fusion):
@@ -102,5 +102,5 @@ def weighted(logits: Tensor, taps: Sequence[Tensor]) -> Tensor:
     shares = logits.softmax(-1)
     total = shares[0] * taps[0]
     for share, tap in zip(shares[1:], taps[1:], strict=True):
-        total = total + share * tap
+        total = torch.addcmul(total, share, tap)
     return total

@@ -111,12 +111,10 @@ class SideNetwork(nn.Module):
         )
 
     def forward(self, taps: Sequence[Taps], inputs: Batch) -> Tensor:
-        """The hidden states [batch, tokens, width of the backbone] that the backbone's head reads."""
+        """Hidden states [batch, tokens, side width]; what the backbone's head reads of them goes through `up`."""
         enters = [ladder(tap) for ladder, tap in zip(self.ladders, taps, strict=True)]
         with self.trunk.entered(lambda stream, n, state: enters[stream](n, state)):
-            hidden = self.trunk.run(self.trunk.inputs_like(inputs))
-        up: Tensor = self.up(hidden)
-        return up
+            return self.trunk.run(self.trunk.inputs_like(inputs))
 
 
 def projection(wide: int, narrow: int) -> nn.Linear:

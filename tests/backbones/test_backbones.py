@@ -76,7 +76,7 @@ def test_taps_are_the_hidden_states_and_the_head_can_be_run_apart(tiny: Tiny, fa
         for ours, theirs in zip((taps[0].embeddings, *taps[0].blocks[:-1]), plain.hidden_states, strict=False):
             assert torch.equal(ours, theirs)
     hidden = backbone.stem.run(backbone.inputs(batch))
-    assert torch.equal(backbone.head(hidden, batch), backbone(batch))
+    assert torch.equal(backbone.head(backbone.read(hidden, batch)), backbone(batch))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

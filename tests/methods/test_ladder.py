@@ -24,7 +24,8 @@ def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], 
         taps = method.backbone.trunk(batch)
     with SavedForBackward(method.parameters()) as side:
         hidden = method.side(taps, method.backbone.inputs(batch))
-        method.backbone.loss(method.backbone.head(hidden, batch), batch)
+        state = method.side.up(method.backbone.read(hidden, batch))
+        method.backbone.loss(method.backbone.head(state), batch)
     assert whole.nbytes == side.nbytes
     assert all(tensor in side for tap in taps for tensor in (tap.embeddings, *tap.blocks))
     loss.backward()

@@ -60,7 +60,7 @@ def test_a_one_hot_slot_reads_that_tap_alone(slot: int) -> None:
     torch.nn.init.constant_(fusion.slots, -1e9)
     fusion.slots.data[:, slot] = 0.0
     state, taps = tensors(3)
-    assert torch.equal(fusion(0, state, taps, None), 0.5 * state + 0.5 * taps[slot])
+    torch.testing.assert_close(fusion(0, state, taps, None), 0.5 * state + 0.5 * taps[slot])
 
 
 def test_additive_is_the_sum() -> None:

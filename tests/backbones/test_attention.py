@@ -1,0 +1,107 @@
+"""Narrow heads' attention against torch's own: results, gradients, masks, dropout, and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_spu.backbones import attention, load_backbone
+from lit_spu.backbones.attention import attend
+from lit_spu.measure.saved import SavedForBackward
+from lit_spu.tasks import TASKS
+from tests.conftest import FAMILIES, encode
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small that the examples of these tests come in several chunks, the last one short."""
+    monkeypatch.setattr(attention, "CHUNK", 2 * 3 * 6 * 7)
+
+
+def inputs() -> list[Tensor]:
+    """Query, key, value of 5 examples, 3 heads, 6 queries, 7 keys, 4 numbers a head; and a bias."""
+    torch.manual_seed(0)
+    shapes = ((5, 3, 6, 4), (5, 3, 7, 4), (5, 3, 7, 4), (1, 3, 6, 7))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+MASKS = {
+    "none": None,
+    "padding": (torch.arange(7) < torch.tensor([7, 3, 1, 5, 6])[:, None])[:, None, None],
+    "causal": torch.ones(6, 7, dtype=torch.bool).tril()[None, None],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_it_is_torchs_attention(mask: str, biased: bool) -> None:
+    query, key, value, bias = inputs()
+    learned = [query, key, value, *([bias] if biased else [])]
+    ours = attend(query, key, value, bias if biased else None, MASKS[mask])
+    seen = torch.zeros(1, dtype=torch.float64) if MASKS[mask] is None else MASKS[mask].to(torch.float64).log()  # type: ignore[union-attr]
+    plain = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=(seen + bias if biased else seen).expand(5, 3, 6, 7), scale=1.0
+    )
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
+    weights = torch.randn_like(ours)
+    for mine, its in zip(
+        torch.autograd.grad(ours, learned, weights), torch.autograd.grad(plain, learned, weights), strict=True
+    ):
+        torch.testing.assert_close(mine, its, atol=1e-12, rtol=0)
+
+
+def test_dropout_drops_a_share_and_the_backward_pass_drops_the_same() -> None:
+    query, key, value, bias = inputs()
+
+    def dropped(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return attend(query, key, value, bias, dropout=0.25)
+
+    assert torch.equal(dropped(query, key, value, bias), dropped(query, key, value, bias))
+    assert torch.autograd.gradcheck(dropped, (query, key, value, bias))
+    many = torch.zeros(200, 3, 6, 4)
+    kept = attend(many, torch.zeros(200, 3, 7, 4), torch.ones(200, 3, 7, 4), dropout=0.25)
+    assert kept.mean().item() == pytest.approx(1.0, abs=0.01)  # what is left is scaled up
+    shares = (kept * 0.75 * 7).unique()
+    torch.testing.assert_close(shares, shares.round(), atol=1e-4, rtol=0)  # whole weights are dropped
+
+
+def test_it_keeps_what_it_is_given_and_no_map() -> None:
+    query, key, value, bias = inputs()
+    with SavedForBackward((query, key, value, bias)) as saved:
+        attend(query, key, value, bias)
+    assert len(saved) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_side_network_of_any_family_answers_as_with_torchs_attention(tiny: Callable[[str], str], family: str) -> None:
+    """With padding and without, in training and in evaluation."""
+    backbone = load_backbone(tiny(family), TASKS["sst2"], "prompt").double()
+    torch.manual_seed(0)
+    trunk: Any = backbone.stem.shrunk(2, [list(range(stream.depth)) for stream in backbone.streams])
+    trunk.model.double()
+    sentences: tuple[tuple[str, ...], ...] = (("the film was great .",) * 2, ("the film was great .", "dull"))
+    for batch in (backbone.inputs(encode(backbone, texts)) for texts in sentences):
+        given = {
+            name: torch.randn_like(t) if name.endswith("embeds") else t for name, t in trunk.inputs_like(batch).items()
+        }
+        used = trunk.model.config._attn_implementation
+        found = []
+        for implementation in (used, "sdpa"):
+            if used != "eager":  # DeBERTa knows its own attention alone
+                trunk.model.set_attn_implementation(implementation)
+            hidden = trunk.run(given)
+            mask = given["attention_mask"].bool() if hidden.shape[1] == given["attention_mask"].shape[1] else ...
+            grads = torch.autograd.grad(hidden[mask].square().sum(), list(trunk.model.parameters()), allow_unused=True)
+            found.append((hidden[mask], *grads))
+        if used != "eager":
+            trunk.model.set_attn_implementation(used)
+        for ours, plain in zip(*found, strict=True):
+            assert (ours is None) == (plain is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, plain, atol=1e-9, rtol=1e-9)
