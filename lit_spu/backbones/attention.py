@@ -72,7 +72,7 @@ def attend(
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-    attended: Tensor = _Attend.apply(query, key, value, bias, mask, dropout)
+    attended: Tensor = _Attend.apply(query, key, value, bias, mask, dropout)  # type: ignore[no-untyped-call]
     return attended
 
 
