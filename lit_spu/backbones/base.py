@@ -70,6 +70,7 @@ class Family:
     head_width: str | None = None  # the setting for the width of one attention head, where there is one
     output: str = "hidden_size"  # the setting for the width of the last hidden states
     unused: tuple[str, ...] = ()  # modules of the base model that no head reads through it
+    feed_forward: str = ""  # the last name of a block's module that widens its state; where none does, the block itself
 
 
 class Placeholder(nn.Module):
@@ -125,6 +126,13 @@ class Trunk:
         transformers' own switch would also make the embeddings require a gradient, and so run it through frozen blocks.
         """
         self.model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+
+    def recompute_feed_forwards(self) -> None:
+        """Recompute in the backward pass what the blocks hold where they are widest: little work for much memory."""
+        for block in self.blocks:
+            for name, part in block.named_modules():
+                if name.rpartition(".")[2] == self.family.feed_forward:
+                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
     def run(self, inputs: Batch) -> Tensor:
         """The last stream's hidden states after its last norm, [batch, tokens, width]."""

@@ -26,6 +26,7 @@ _BERT = Family(
     classifier=("bert.pooler", "dropout", "classifier"),
     vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
     unused=("pooler",),
+    feed_forward="intermediate",
 )
 _LLAMA = Family(
     Rotary,
@@ -34,6 +35,7 @@ _LLAMA = Family(
     widths=("hidden_size", "intermediate_size", "head_dim"),
     head_width="head_dim",
     vocabulary=("lm_head",),
+    feed_forward="mlp",
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -46,6 +48,7 @@ FAMILIES: Mapping[str, Family] = {
         depths=("n_layers",),
         classifier=("first", "pre_classifier", "relu", "dropout", "classifier"),
         vocabulary=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+        feed_forward="ffn",
     ),
     "roberta": Family(
         Encoder,
@@ -55,6 +58,7 @@ FAMILIES: Mapping[str, Family] = {
         classifier=("classifier",),
         vocabulary=("lm_head.dense", "gelu", "lm_head.layer_norm", "lm_head.decoder"),
         unused=("pooler",),
+        feed_forward="intermediate",
     ),
     "electra": Family(
         Encoder,
@@ -63,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
         widths=("hidden_size", "intermediate_size", "embedding_size"),
         classifier=("classifier",),
         vocabulary=("generator_predictions", "generator_lm_head"),
+        feed_forward="intermediate",
     ),
     "deberta-v2": Family(
         Encoder,
@@ -71,6 +76,7 @@ FAMILIES: Mapping[str, Family] = {
         widths=("hidden_size", "intermediate_size"),
         classifier=("pooler", "dropout", "classifier"),
         vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
+        feed_forward="intermediate",
     ),
     "t5": Family(
         Seq2Seq,
@@ -80,6 +86,7 @@ FAMILIES: Mapping[str, Family] = {
         head_width="d_kv",
         depths=("num_layers", "num_decoder_layers"),
         vocabulary=("lm_head",),
+        feed_forward="DenseReluDense",
     ),
     "gpt2": Family(
         Causal,
@@ -88,6 +95,7 @@ FAMILIES: Mapping[str, Family] = {
         widths=("n_embd", "n_inner"),
         depths=("n_layer",),
         vocabulary=("lm_head",),
+        feed_forward="mlp",
     ),
     "opt": Family(
         Causal,

@@ -34,11 +34,12 @@ def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], 
     assert all(p.grad is not None for p in method.side.parameters())
 
 
-def test_recomputing_the_side_blocks_changes_memory_alone(tiny: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_the_feed_forwards_changes_memory_alone(tiny: Callable[[str], str], family: str) -> None:
     losses, gradients, saved = [], [], []
     for recompute in (False, True):
         torch.manual_seed(0)
-        method = LadderSideTuning(backbone=tiny("bert"), reduction=2, activation_checkpointing=recompute).train()
+        method = LadderSideTuning(backbone=tiny(family), reduction=2, activation_checkpointing=recompute).train()
         batch = encode(method.backbone)
         with SavedForBackward(method.parameters()) as counter:
             loss = method.loss(batch)
@@ -48,7 +49,8 @@ def test_recomputing_the_side_blocks_changes_memory_alone(tiny: Callable[[str], 
         gradients.append([p.grad for p in method.side.parameters()])
     assert torch.equal(*losses)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
-    assert saved[1] < 0.7 * saved[0]
+    inner = 64 // 2  # what a block's state is widened to, kept once at least by each of the four blocks of the stack
+    assert saved[0] - saved[1] >= 4 * batch["input_ids"].numel() * inner * 4
 
 
 def test_it_stores_a_fraction_of_full_fine_tuning(tiny: Callable[[str], str]) -> None:
