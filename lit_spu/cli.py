@@ -64,6 +64,7 @@ class SpuCLI(LightningCLI):
         peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         peek.add_argument("--ckpt_path")
         peek.add_argument("--model.task", "--model.init_args.task", dest="model_task")
+        peek.add_argument("-c", "--config", action="append", default=[])
         self.flags = peek.parse_known_args(self.args)[0]
         self.file: Path | None = None  # the checkpoint
         self.made_with: dict[str, Any] = {}  # its settings
@@ -109,10 +110,11 @@ class SpuCLI(LightningCLI):
         """The data's task, also for the model."""
         if model is None:
             return task
-        # a flag may repeat the default, which what is parsed does not tell from no flag at all
+        # a flag or a file may repeat the default, which what is parsed does not tell from nothing given at all
         default = inspect.signature(Method).parameters["task"].default
-        by_hand = self.flags.model_task or model.init_args.get("task", default)
-        if by_hand != task and (self.flags.model_task or by_hand != default):
+        spelled = self.flags.model_task or next(filter(None, map(_task_of_model, self.flags.config)), None)
+        by_hand = spelled or model.init_args.get("task", default)
+        if by_hand != task and (spelled or by_hand != default):
             raise UserError(
                 f"--model.task: {by_hand!r}, but the data's task is {task!r}."
                 f" Give it once, for both: --data.task={by_hand}"
@@ -269,6 +271,15 @@ class SpuCLI(LightningCLI):
         if file.exists():
             earlier = len(list(file.parent.glob("metrics.*.csv")))
             file.rename(file.with_suffix(f".{earlier + 1}.csv"))
+
+
+def _task_of_model(config: str) -> str | None:
+    """The task that a config file sets for the model, if it does."""
+    try:
+        settings = yaml.safe_load(Path(config).read_text())
+        return str(settings["model"]["init_args"]["task"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # the parser tells what is wrong with a file
+        return None
 
 
 @rank_zero_only

@@ -26,11 +26,15 @@ Format = Literal["pair", "named", "cloze", "prefix"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a backbone tells the data module: its tokenizer, the format that it expects and the text of its blank."""
+    """What a backbone tells the data module.
+
+    Its tokenizer, the format that it expects, the text of its blank, and the most tokens it reads (None: any number).
+    """
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
     mask: str
+    room: int | None = None
 
 
 @dataclass(frozen=True)

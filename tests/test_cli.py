@@ -179,14 +179,16 @@ def test_the_task_of_the_data_is_that_of_the_model(run: Path) -> None:
         ["--model.init_args.task", "rte"],
         ["--model.task=sst2", "--data.task=rte"],
         ["--config=conflict.yaml"],
+        ["--config=default.yaml", "--data.task=rte"],
     ],
 )
 def test_a_second_task_is_refused(given: list[str], work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "conflict.yaml").write_text("model: {init_args: {task: rte}}\n")
+    (work / "default.yaml").write_text("model: {init_args: {task: sst2}}\n")
     message = refusal(["fit", "--model=FullFineTuning", *given], capsys)
     assert "--model.task" in message
     assert "--data.task" in message
-    assert list(work.iterdir()) == [work / "conflict.yaml"]
+    assert set(work.iterdir()) == {work / "conflict.yaml", work / "default.yaml"}
 
 
 def test_the_same_task_twice_is_no_conflict(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,6 +248,14 @@ def test_what_the_trainer_refuses_is_told_as_shortly(
     assert "--trainer" in message
     assert "dpp" in message
     assert list(work.iterdir()) == []
+
+
+def test_more_tokens_than_the_backbone_reads_are_refused(
+    small: list[str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(["fit", "--model=HeadOnly", "--data.max_length=137", "--run_dir=run", *small], capsys)
+    assert "data.max_length=137" in message
+    assert "--data.max_length=136" in message
 
 
 def test_debug_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

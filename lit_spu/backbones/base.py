@@ -70,6 +70,7 @@ class Family:
     head_width: str | None = None  # the setting for the width of one attention head, where there is one
     output: str = "hidden_size"  # the setting for the width of the last hidden states
     unused: tuple[str, ...] = ()  # modules of the base model that no head reads through it
+    reserved: int = 0  # of the model's positions, those that no token takes
     feed_forward: str = ""  # the last name of a block's module that widens its state; where none does, the block itself
 
 

@@ -57,6 +57,7 @@ FAMILIES: Mapping[str, Family] = {
         widths=("hidden_size", "intermediate_size"),
         classifier=("classifier",),
         vocabulary=("lm_head.dense", "gelu", "lm_head.layer_norm", "lm_head.decoder"),
+        reserved=2,
         unused=("pooler",),
         feed_forward="intermediate",
     ),
@@ -144,8 +145,10 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     form, mask = expects(family, head, tokenizer)
+    positions = getattr(config, "max_position_embeddings", None)  # a T5's are relative: it has no such setting
+    room = positions and positions - family.reserved
     model = load_model(source, name, family, task, head, local)
-    return family.shape(model, family, task, head, Encoding(tokenizer, form, mask), name)
+    return family.shape(model, family, task, head, Encoding(tokenizer, form, mask, room), name)
 
 
 def expects(family: Family, head: Head, tokenizer: Any) -> tuple[Format, str]:

@@ -6,15 +6,17 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lit_spu.callbacks.loggers import log_now
 from lit_spu.measure import MIB, AcceleratorPeak, Kind, LiveBytes, ResidentPeak
 
 LIVE_STEPS = 2
-"""Steps of which the live bytes are counted: the first makes the optimizer's state, the second starts with it."""
+"""Steps of which live bytes are always counted: the first makes the optimizer's state, the second starts with it."""
 
 LIVE_BATCHES = 32
-"""The counting ends after so many batches, should the steps not come."""
+"""That ends after so many batches, should the steps not come."""
 
 
 class Memory(Callback):
@@ -26,9 +28,10 @@ class Memory(Callback):
     - `memory/mean_mib`: the mean of the steps' peaks so far.
     - `memory/inference_peak_mib`: the peak over a validation, test or predict epoch.
 
-    Live bytes are exact and repeatable on every device: tensors alone, counted at every operator of the first two
-    steps (which this slows down; `Latency` drops them as warm-up). The kinds are those of the largest moment and add
-    up to it.
+    Live bytes are exact and repeatable on every device: tensors alone, counted at every operator. That slows a step
+    down, so they are counted in the first two steps, which `Latency` drops as warm-up, and whenever a batch has more
+    numbers than all before it: seldom, but the largest batch of a run is among them. The kinds are those of the largest
+    moment and add up to it.
 
     - `memory/live_peak_mib`, `memory/live_mean_mib`: most at once, and the mean over the operators.
     - `memory/weights_mib`, `memory/gradients_mib`, `memory/optimizer_mib`, `memory/activations_mib` (what autograd
@@ -46,7 +49,7 @@ class Memory(Callback):
         self.summary: dict[str, float] = {}
         self._gauge: ResidentPeak | AcceleratorPeak | None = None
         self._tracker: LiveBytes | None = None
-        self._batches = self._first_step = 0
+        self._batches = self._first_step = self._largest = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what the device can tell."""
@@ -57,13 +60,16 @@ class Memory(Callback):
             rank_zero_info(f"Memory: {error}; only live bytes are measured.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches, self._first_step = 0, trainer.global_step
+        self._batches, self._first_step, self._largest = 0, trainer.global_step, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._leave()  # a batch that the module skipped has no end
         if self._gauge:
             self._gauge.reset()
-        if self.live and trainer.global_step - self._first_step < LIVE_STEPS and self._batches < LIVE_BATCHES:
+        numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+        largest, self._largest = numbers > self._largest, max(numbers, self._largest)
+        first = trainer.global_step - self._first_step < LIVE_STEPS and self._batches < LIVE_BATCHES
+        if self.live and (first or largest):
             self._tracker = LiveBytes(pl_module, trainer.optimizers).__enter__()
 
     def on_train_batch_end(
@@ -84,7 +90,7 @@ class Memory(Callback):
             }
             if live["memory/live_peak_mib"] > self.summary.get("memory/live_peak_mib", 0.0):
                 self.summary |= live  # the kinds of one moment belong together
-            figures |= live
+            log_now(trainer, live)  # Lightning would log these again at the steps that follow
         pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -213,6 +213,11 @@ class GLUE(LightningDataModule):
                 "GLUE cannot tell how to write the examples: use it with a model that has an `encoding`, as in"
                 " Trainer().fit(KLadder(), GLUE()), or set its own `encoding`."
             )
+        if encoding.room is not None and self.max_length > encoding.room:
+            raise UserError(
+                f"data.max_length={self.max_length}: this backbone reads at most {encoding.room} tokens:"
+                f" set --data.max_length={encoding.room} or less."
+            )
         return encoding
 
     def _loaders(self, portion: Portion, shuffle: bool = False) -> list[Loader]:

@@ -123,6 +123,8 @@ class Method(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         # what is frozen is in evaluation mode on purpose
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
+        # torch on Lightning's use of its pytrees, in every run
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
 
     def on_fit_start(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lit_spu.callbacks.memory import Memory
 from lit_spu.measure import MIB
@@ -53,6 +54,19 @@ def test_live_bytes_by_kind(make_trainer: MakeTrainer) -> None:
     kinds = ("weights", "gradients", "optimizer", "activations", "rest")
     assert sum(summary[f"memory/{kind}_mib"] for kind in kinds) == pytest.approx(summary["memory/live_peak_mib"])
     assert summary["memory/live_mean_mib"] < summary["memory/live_peak_mib"]
+
+
+def test_live_bytes_see_the_largest_batch_wherever_it_comes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Uneven(Tiny):
+        def train_dataloader(self) -> DataLoader[Any]:
+            batches = [torch.ones(size, 8) for size in (4, 4, 2, 65536, 4, 65536)]
+            return DataLoader(cast(Any, batches), batch_size=None)
+
+    memory = Memory()
+    make_trainer(memory, limit_val_batches=0).fit(Uneven())
+    small, _, large = logged(tmp_path, "memory/live_peak_mib")  # of the first two batches and the fourth
+    assert memory.summary["memory/live_peak_mib"] == large
+    assert large - small >= 65536 * (8 + 2) * 4 / MIB  # the batch and its scores
 
 
 @pytest.mark.parametrize(
