@@ -71,7 +71,10 @@ class Family:
     output: str = "hidden_size"  # the setting for the width of the last hidden states
     unused: tuple[str, ...] = ()  # modules of the base model that no head reads through it
     reserved: int = 0  # of the model's positions, those that no token takes
-    feed_forward: str = ""  # the last name of a block's module that widens its state; where none does, the block itself
+    feed_forward: str = (
+        ""  # the last name of a block's module that widens its state, where recomputing it saves memory:
+    )
+    # a ReLU keeps its result alone, which the linear behind it keeps anyway
 
 
 class Placeholder(nn.Module):
@@ -132,7 +135,7 @@ class Trunk:
         """Recompute in the backward pass what the blocks hold where they are widest: little work for much memory."""
         for block in self.blocks:
             for name, part in block.named_modules():
-                if name.rpartition(".")[2] == self.family.feed_forward:
+                if name and name.rpartition(".")[2] == self.family.feed_forward:
                     part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
     def run(self, inputs: Batch) -> Tensor:

@@ -87,7 +87,6 @@ FAMILIES: Mapping[str, Family] = {
         head_width="d_kv",
         depths=("num_layers", "num_decoder_layers"),
         vocabulary=("lm_head",),
-        feed_forward="DenseReluDense",
     ),
     "gpt2": Family(
         Causal,

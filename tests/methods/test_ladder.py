@@ -49,8 +49,9 @@ def test_recomputing_the_feed_forwards_changes_memory_alone(tiny: Callable[[str]
         gradients.append([p.grad for p in method.side.parameters()])
     assert torch.equal(*losses)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
-    inner = 64 // 2  # what a block's state is widened to, kept once at least by each of the four blocks of the stack
-    assert saved[0] - saved[1] >= 4 * batch["input_ids"].numel() * inner * 4
+    inner = 64 // 2  # what a block's state is widened to, kept once less at least by each of four blocks
+    least = 4 * batch["input_ids"].numel() * inner * 4 if method.side.trunk.family.feed_forward else 0
+    assert saved[0] - saved[1] >= least
 
 
 def test_it_stores_a_fraction_of_full_fine_tuning(tiny: Callable[[str], str]) -> None:
