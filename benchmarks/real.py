@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "minilm.csv"
 
 ROWS = {
-    "full": ["--config=configs/full.yaml", "--model.lr=1e-4"],
+    "full": ["--config=configs/full.yaml"],
     "last 2 layers": ["--config=configs/last_layers.yaml"],
     "head": ["--config=configs/head.yaml"],
     "LST": ["--config=configs/lst.yaml", "--model.reduction=8"],

@@ -63,7 +63,8 @@ def plain(message: str, given: Sequence[str] = (), flags: Collection[str] = ()) 
         return f"--model.help: {_unknown(found[1], [Method])}"
     if re.match(r"the following arguments are required: (\w+\.)?model", message):
         methods = ", ".join(sorted(cls.__name__ for cls in subclasses(Method)))
-        return f"--model is missing: name a method, or give its file with --config.\nAllowed: {methods}."
+        ways = "name a method, give its file with --config, or one that was trained with --ckpt_path"
+        return f"--model is missing: {ways}.\nAllowed: {methods}."
     files = _files(given) if "config" in message else ""
     return f"{files}{': ' if files else ''}{' '.join(message.split())}"
 
