@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_spu import discovery, runs
 from lit_spu.__main__ import SUBCOMMANDS
+from lit_spu.callbacks.finish_validation import FinishValidation
 from lit_spu.callbacks.run_summary import RunSummary
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
@@ -226,11 +228,19 @@ class SpuCLI(LightningCLI):
             return [RunSummary()]
         folder = Path(str(self.run_dir), "checkpoints")  # given, Lightning makes it absolute, and knows it again
         return [
-            ModelCheckpoint(folder, "best", self.model.task.monitor, mode="max", enable_version_counter=False),
+            ModelCheckpoint(
+                folder,
+                "best",
+                self.model.task.monitor,
+                mode="max",
+                save_on_train_epoch_end=False,  # but behind validation: a resumed epoch may end without its metrics
+                enable_version_counter=False,
+            ),
             # one of its own, for save_last would save when there is a new best one only
             ModelCheckpoint(
                 folder, "last", save_on_exception=True, save_on_train_epoch_end=True, enable_version_counter=False
             ),
+            FinishValidation(),
             RunSummary(),
         ]
 
@@ -256,7 +266,8 @@ class SpuCLI(LightningCLI):
         except SystemExit:  # Lightning's answer to an interruption, once callbacks and loggers have finished
             if Path(str(self.run_dir), "checkpoints", "last.ckpt").exists():
                 _say(f"Interrupted. Continue with: lit-spu fit --ckpt_path {self.run_dir}")
-            raise
+            signalled = signal.SIGTERM if self.trainer.received_sigterm else signal.SIGINT
+            raise SystemExit(128 + signalled) from None
         except RuntimeError as error:
             if self.differences and "loading state_dict" in str(error):
                 raise UserError(f"{self.file} does not fit these settings: {', '.join(self.differences)}.") from error
@@ -317,7 +328,7 @@ def run(args: Sequence[str]) -> None:
         with _quiet():
             SpuCLI(args)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         mistake = user_error(error) or error  # jsonargparse wraps what a constructor raises
         if os.environ.get("LIT_SPU_DEBUG") or not isinstance(mistake, UserError | MisconfigurationException):

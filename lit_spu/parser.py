@@ -94,6 +94,8 @@ def _files(given: Sequence[str]) -> str:
 
 def _value(problem: str) -> str:
     """What a value should have been, and was."""
+    if setting := re.search(r"NestedArg\(key='(.+?)'", problem):
+        return f"its .{setting[1]} is set before there is one. Put it, or the --config that names it, first."
     value = re.search(r"(?:Given value|Got value): (.*)", problem, re.DOTALL)
     kinds = re.search(r"Subtypes: \[(.*)\]", problem) or re.search(r"Expected an? (.*?)\. Got value", problem)
     if value is None or kinds is None:

@@ -36,16 +36,28 @@ pytestmark = [
 
 
 class Interrupt(Callback):
-    """Ctrl-C after a number of steps."""
+    """Ctrl-C after a number of steps, in training or in the second batch of the validation that follows."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, validating: bool = False) -> None:
         self.steps = steps
+        self.validating = validating
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.steps:
+        self._stop(trainer, not self.validating)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._stop(trainer, self.validating and batch_idx == 1)
+
+    def _stop(self, trainer: Trainer, here: bool) -> None:
+        if here and trainer.global_step == self.steps and Interrupt.armed:
+            Interrupt.armed = False  # the resumed run has this callback too
             raise KeyboardInterrupt
+
+    armed = False
 
 
 class Peak(Callback):
@@ -211,6 +223,7 @@ def test_the_same_task_twice_is_no_conflict(capsys: pytest.CaptureFixture[str]) 
         ("fit --config trainer.yaml", ["trainer.max_epoch", "trainer.yaml", "--trainer.max_epochs"]),
         ("fit --config broken.yaml", ["broken.yaml", "line 2"]),
         ("fit --config absent.yaml", ["--config", "absent.yaml", "does not exist"]),
+        ("fit --model.k 2 --model KLadder", ["--model: its .k is set before", "first"]),
         ("fit --model KLadder --model.kk 2", ["--model.kk", "Did you mean k?"]),
         ("fit --model KLadder --model.k two", ["--model.k", "int", "'two'"]),
         ("fit --model KLadder --model.head clasifier", ["--model.head", "'clasifier'", "classifier", "prompt"]),
@@ -374,17 +387,23 @@ def test_what_a_checkpoint_cannot_follow_is_refused(
         assert text in message
 
 
+def interrupted(args: list[str]) -> None:
+    """Run a command line whose `Interrupt` strikes."""
+    Interrupt.armed = True
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores all that come after the first
+    assert exit_.value.code == 130
+
+
 @pytest.fixture(scope="module")
 def resumed(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run like `run` that was interrupted after 8 of 12 steps and then continued."""
     folder = tmp_path_factory.mktemp("resumed") / "run"
     given = ["--model=LadderSideTuning", "--model.reduction=2", "--model.lr=0.02", "--seed_everything=7"]
     stop = ["--trainer.callbacks+=tests.test_cli.Interrupt", "--trainer.callbacks.steps=8"]
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as exit_:
-        main(["fit", *given, "--trainer.max_epochs=2", f"--run_dir={folder}", *small, *stop])
-    signal.signal(signal.SIGINT, handler)  # Lightning ignores all that come after the first
-    assert exit_.value.code != 0
+    interrupted(["fit", *given, "--trainer.max_epochs=2", f"--run_dir={folder}", *small, *stop])
     assert load(folder / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     main(["fit", f"--ckpt_path={folder}"])
@@ -404,6 +423,23 @@ def test_a_resumed_run_ends_as_if_never_interrupted(run: Path, resumed: Path) ->
     ours, straight = (load(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (resumed, run))
     for name, weight in straight.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stop", [["steps=5"], ["steps=6", "validating=true"]], ids=["train", "validate"])
+def test_dropout_and_an_unfinished_validation_survive_an_interruption(
+    stop: list[str], small: list[str], work: Path
+) -> None:
+    given = ["--model=FullFineTuning", *small, "--model.backbone=mini-bert", "--trainer.max_epochs=2"]
+    main(["fit", *given, "--run_dir=straight"])
+    halt = ["--trainer.callbacks+=tests.test_cli.Interrupt", *(f"--trainer.callbacks.{setting}" for setting in stop)]
+    interrupted(["fit", *given, "--run_dir=halted", *halt])
+    main(["fit", "--ckpt_path=halted"])
+    for name in ("best", "last"):
+        straight, halted = (load(work / run / "checkpoints" / f"{name}.ckpt") for run in ("straight", "halted"))
+        for weight, value in straight["state_dict"].items():
+            torch.testing.assert_close(halted["state_dict"][weight], value, rtol=0, atol=0)
+    scores = [json.loads((work / run / "summary.json").read_text())["metrics"] for run in ("straight", "halted")]
+    assert scores[0]["val/loss"] == scores[1]["val/loss"]
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # so it has: the best one so far is the other run's

@@ -50,7 +50,7 @@ class RunSummary(Callback):
         self._write(trainer, "completed")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt | SystemExit):  # Lightning's SIGTERMException is the latter
             self._write(trainer, "interrupted")
         else:
             self._write(trainer, "failed", f"{type(exception).__name__}: {exception}")

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
@@ -59,6 +60,7 @@ class Method(LightningModule, ABC):
             self.backbone.stem.recompute()
         self.metrics: dict[str, Any] = {}
         self.total_steps: int | None = None
+        self.seed = 0
 
     # -- what a method may change -----------------------------------------------------------------------------------
 
@@ -129,6 +131,12 @@ class Method(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.train()  # from_pretrained leaves models in evaluation mode, and Lightning leaves them as they are
+        self.seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make dropout depend on the seed, the rank and the batch alone: a resumed run draws what it would have."""
+        key = np.random.SeedSequence((self.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, self._prefix("val", dataloader_idx))

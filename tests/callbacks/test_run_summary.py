@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lit_spu.callbacks.latency import Latency
@@ -64,7 +65,13 @@ def test_validate_alone_has_its_own(make_trainer: MakeTrainer, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("out of luck"), "failed")], ids=str
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (SIGTERMException(), "interrupted"),
+        (RuntimeError("out of luck"), "failed"),
+    ],
+    ids=repr,
 )
 def test_an_unfinished_run_says_so(
     error: BaseException, status: str, make_trainer: MakeTrainer, tmp_path: Path
