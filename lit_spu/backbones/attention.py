@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 NAME = "narrow_heads"
 NARROW = 16
@@ -72,50 +71,84 @@ def attend(
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-    attended: Tensor = _Attend.apply(query, key, value, bias, mask, dropout)  # type: ignore[no-untyped-call]
+    attended: Tensor = _attend(query, key, value, bias, mask, dropout)[0]
     return attended
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, bias, mask)
-        ctx.dropout, ctx.seed = dropout, int(torch.randint(2**62, ())) if dropout else 0
-        out = torch.empty_like(query)
-        with torch.autocast("cpu", enabled=False):
-            for part, weights, kept in _chunks(query, key, bias, mask, dropout, ctx.seed):
-                used = weights if kept is None else weights * kept
-                out[part] = (value[part].mT @ used.mT).mT
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask = ctx.saved_tensors
-        of_query, of_key, of_value = map(torch.empty_like, (query, key, value))
-        of_bias = None if bias is None else torch.zeros_like(bias)
-        for part, weights, kept in _chunks(query, key, bias, mask, ctx.dropout, ctx.seed):
+# An operator of its own, so that torch can tell shapes and memory without running it (FakeTensorMode, torch.compile).
+@torch.library.custom_op("lit_spu::attend", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """The context, and the seed of what was dropped."""
+    seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.long)
+    out = torch.empty_like(query)
+    with torch.autocast("cpu", enabled=False):
+        for part, weights, kept in _chunks(query, key, bias, mask, dropout, seed):
             used = weights if kept is None else weights * kept
-            of_value[part] = (grad[part].mT @ used).mT
-            of_weights = grad[part] @ value[part].mT
-            if kept is not None:
-                of_weights *= kept
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_query[part] = (key[part].mT @ of_scores.mT).mT
-            of_key[part] = (query[part].mT @ of_scores).mT
-            if of_bias is not None:
-                of_bias += of_scores.sum(0, keepdim=True)
-        return of_query, of_key, of_value, of_bias, None, None
+            out[part] = (value[part].mT @ used.mT).mT
+    return out, seed
+
+
+@torch.library.custom_op("lit_spu::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and bias, the last empty where there is no bias."""
+    of_query, of_key, of_value = map(torch.empty_like, (query, key, value))
+    of_bias = query.new_empty(0) if bias is None else torch.zeros_like(bias)
+    for part, weights, kept in _chunks(query, key, bias, mask, dropout, seed):
+        used = weights if kept is None else weights * kept
+        of_value[part] = (grad[part].mT @ used).mT
+        of_weights = grad[part] @ value[part].mT
+        if kept is not None:
+            of_weights *= kept
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_query[part] = (key[part].mT @ of_scores.mT).mT
+        of_key[part] = (query[part].mT @ of_scores).mT
+        if bias is not None:
+            of_bias += of_scores.sum(0, keepdim=True)
+    return of_query, of_key, of_value, of_bias
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float) -> Any:
+    return torch.empty_like(query), query.new_empty((), dtype=torch.long)
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *_: Any) -> Any:
+    gradients = map(torch.empty_like, (query, key, value))
+    return *gradients, query.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.dropout = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    *gradients, of_bias = _attend_backward(grad, *tensors, ctx.dropout, seed)
+    return *gradients, None if tensors[3] is None else of_bias, None, None
+
+
+_attend.register_autograd(_gradients, setup_context=_keep)
 
 
 def _chunks(
-    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float, seed: int
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float, seed: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Some examples at a time: which, their attention weights, and what dropout multiplies these with."""
     size = max(1, CHUNK // (query.shape[1:3].numel() * key.shape[2]))
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(int(seed))
     for start in range(0, len(query), size):
         part = slice(start, start + size)
         scores = query[part] @ key[part].mT
