@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks import data, methods, models
 from lit_spu.backbones.families import ASSETS
+from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS
 
 
@@ -47,7 +48,7 @@ def main() -> None:
             backbone = models.save(config, Path(folder), task)
             for length in lengths:
                 found = methods.methods(backbone, task)
-                batch = methods.batch_of(options.batch_size, length, task)
+                batch = batch_of(options.batch_size, length, task)
                 title = f"{name}, batch {options.batch_size}, {length} tokens, {rounds} rounds, one thread"
                 console.print(report(title, methods.costs(found, batch, rounds)))
 

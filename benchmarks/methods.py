@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from lit_spu import discovery
 from lit_spu.measure import MIB, LiveBytes, interleave
 from lit_spu.methods.base import Method
+from lit_spu.study.grid import build, method_configs
+from lit_spu.study.steps import live_bytes, training_step
 from lit_spu.tasks import Task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -48,50 +47,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Method]:
     """Every method that a config names, with that config's settings, on the backbone in that folder."""
-    classes = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods")}
     found: dict[str, Method] = {}
-    for path in sorted(configs.glob("*.yaml")):
-        model = yaml.safe_load(path.read_text()).get("model", {})
-        if "class_path" in model:
-            cls = classes[model["class_path"].rpartition(".")[2]]
-            settings = model.get("init_args", {}) | {"backbone": str(backbone), "task": task.name}
-            settings.pop("reduction", None)  # the configs' is for the narrow mini models; here the default's
-            for name, (config, changed) in {path.stem: (path.stem, {}), **VARIANTS}.items():
-                if config == path.stem:
-                    torch.manual_seed(0)
-                    found[name] = cast(Method, cls(**settings | changed))
+    for stem, path in method_configs([f"{configs}/*.yaml"]).items():
+        for name, (config, changed) in {stem: (stem, {}), **VARIANTS}.items():
+            if config == stem:
+                torch.manual_seed(0)
+                # the configs' reduction is for the narrow mini models
+                found[name] = build(path, backbone=str(backbone), task=task.name, **{"reduction": 8, **changed})
     if FULL not in found:
         raise FileNotFoundError(f"{configs}/{FULL}.yaml: the method that all others are compared with")
     return found
-
-
-def batch_of(examples: int, tokens: int, task: Task) -> Batch:
-    """Random tokens without padding."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "input_ids": torch.randint(7, 1000, (examples, tokens), generator=generator),
-        "attention_mask": torch.ones(examples, tokens, dtype=torch.long),
-        "labels": torch.randint(len(task.labels), (examples,), generator=generator),
-        "index": torch.arange(examples),
-    }
-
-
-def trainer_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[torch.optim.Optimizer]]:
-    """One training step as a call, and its optimizers: what the Trainer does, without what it logs.
-
-    Gradients are dropped right after the update, which is kinder to full fine-tuning than Lightning's order is.
-    """
-    stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000)
-    method.trainer = stand_in
-    optimizer: torch.optim.Optimizer = method.configure_optimizers()["optimizer"]
-    method.train()
-
-    def step() -> None:
-        method.loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, [optimizer]
 
 
 def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
@@ -117,13 +82,8 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     calls: dict[str, Callable[[], None]] = {}
     above: dict[str, float] = {}
     for name, method in found.items():
-        calls[name], optimizers = trainer_step(method, batch)
-        peaks = []
-        for _ in range(2):
-            with LiveBytes(method, optimizers) as live:
-                calls[name]()
-            peaks.append(live.peak_bytes)
-        above[name] = (max(peaks) - loaded) / MIB
+        calls[name], optimizers = training_step(method, batch)
+        above[name] = (live_bytes(method, calls[name], optimizers).peak_bytes - loaded) / MIB
     plain = found[FULL]
     calls[FORWARD] = forward_pass(plain, batch)
     with LiveBytes(plain) as live:

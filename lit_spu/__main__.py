@@ -11,7 +11,13 @@ SUBCOMMANDS = {
     "test": "Score a trained method on the test split, where it has labels.",
     "predict": "Answer the test split, or sentences given by --data.text.",
 }
-"""The subcommands and what they do; the full parser takes both from here."""
+"""The subcommands that are a run, and what they do; the full parser takes both from here."""
+
+STUDIES = {
+    "estimate": "Tell the peak memory of every method before training.",
+    "compare": "Run methods x tasks x backbones x seeds, and report what they cost and score.",
+}
+"""The subcommands that set methods beside one another."""
 
 HELP = """usage: lit-spu [-h] [--version] SUBCOMMAND ...
 
@@ -30,17 +36,22 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line `args`, by default that of the process."""
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
-        width = max(map(len, SUBCOMMANDS))
-        lines = (f"  {name:<{width}}  {text}" for name, text in SUBCOMMANDS.items())
+        listed = SUBCOMMANDS | STUDIES
+        width = max(map(len, listed))
+        lines = (f"  {name:<{width}}  {text}" for name, text in listed.items())
         print(HELP.format(subcommands="\n".join(lines)), end="")
     elif given == ["--version"]:
         from lit_spu import __version__
 
         print(f"lit-spu {__version__}")
-    else:
-        from lit_spu.cli import run
+    elif given[0] in STUDIES:
+        from lit_spu import commands
 
-        run(given)
+        commands.run(given)
+    else:
+        from lit_spu import cli
+
+        cli.run(given)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,18 @@ ARROWS: dict[str, set[str]] = {
     "data": {"tasks"},
     "nn": {"backbones.base"},
     "callbacks": {"measure"},
+    "study": {"methods", "data", "measure", "metrics", "discovery", "tasks"},
     "methods": {"nn", "optim", "backbones", "metrics", "tasks"},
 }
-DOOR = {"__init__", "__main__", "cli", "parser", "predictions", "runs"}  # the top may import everything below it
+DOOR = {
+    "__init__",
+    "__main__",
+    "cli",
+    "commands",
+    "parser",
+    "predictions",
+    "runs",
+}  # the top may import everything below it
 
 
 def modules() -> list[Path]:

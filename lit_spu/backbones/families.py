@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from lit_spu.backbones.base import Backbone, Family, Head
 from lit_spu.backbones.causal import Causal, Rotary
@@ -115,6 +116,8 @@ FAMILIES: Mapping[str, Family] = {
 def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     """The embedded mini model of that name, or the Hugging Face model of that folder or name, in fp32.
 
+    Under torch's FakeTensorMode only its config and its tokenizer are read: shapes without weights.
+
     Raises:
         UserError: if there is no such model, its family is unknown, it lacks the weights or the head that is asked for,
             or its tokenizer cannot spell the label words.
@@ -167,6 +170,10 @@ def load_model(source: str, name: str, family: Family, task: Task, head: Head, l
     kind = {Encoder: "MaskedLM", Seq2Seq: "Seq2SeqLM"}.get(family.shape, "CausalLM")
     auto = getattr(transformers, f"AutoModelFor{'SequenceClassification' if classifies else kind}")
     options: dict[str, Any] = {"num_labels": task.scores} if classifies else {}
+    if isinstance(torch.empty(0), FakeTensor):
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, **options)
+        config.use_cache = False
+        return auto.from_config(config).eval()
     with quiet_loading():
         model, info = auto.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, local_files_only=local, **options

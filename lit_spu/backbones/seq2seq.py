@@ -25,6 +25,7 @@ class Seq2SeqTrunk(Trunk):
         decoded = self.model.decoder(
             encoder_hidden_states=encoded.last_hidden_state,
             encoder_attention_mask=mask,
+            use_cache=False,
             **of("decoder_", "input_ids"),
             **of("decoder_", "inputs_embeds"),
         )

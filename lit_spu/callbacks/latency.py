@@ -27,6 +27,7 @@ class Latency(Callback):
     - `latency/forward/<module>_ms`, `latency/inference/<module>_ms`: one call of a module inside it.
 
     Logged are the times as they come; `summary` has the medians, and with `p95` before the unit the 95th percentiles.
+    It also counts the passes of training, `passes/forward` and `passes/backward`, warm-up included.
 
     Args:
         warmup: The first so many steps and calls of each kind are dropped.
@@ -42,6 +43,7 @@ class Latency(Callback):
         self.modules = list(modules)
         self._durations: dict[str, Durations] = {}
         self._calls: dict[str, _Calls] = {}
+        self._passes = {"passes/forward": 0, "passes/backward": 0}
         self._clock: Clock
         self._start: Instant
         self._global_step = 0
@@ -49,9 +51,10 @@ class Latency(Callback):
 
     @property
     def summary(self) -> dict[str, float]:
-        """Median and 95th percentile of each figure so far, in milliseconds."""
+        """Median and 95th percentile of each figure so far, in milliseconds; and the passes of training."""
         found = {name: durations for name, durations in self._durations.items() if durations.seconds}
-        return {
+        passes = self._passes if any(self._passes.values()) else {}
+        return passes | {
             key: value
             for name, durations in found.items()
             for key, value in (
@@ -103,6 +106,9 @@ class Latency(Callback):
             calls.take()
         self._start = self._clock.now()
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._passes["passes/backward"] += 1
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -151,7 +157,10 @@ class Latency(Callback):
         """Keep the calls since the last batch; the latest of each, for the log."""
         figures: dict[str, float] = {}
         for name, calls in self._calls.items():
-            for start, end in calls.take():
+            done = calls.take()
+            if what == "forward" and not name:
+                self._passes["passes/forward"] += len(done)
+            for start, end in done:
                 figures |= self._add(f"{what}/{name}" if name else what, self._clock.seconds(start, end))
         return figures
 

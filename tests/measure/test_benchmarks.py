@@ -10,6 +10,7 @@ from benchmarks import data, methods, models
 from lit_spu.data.batching import BucketSampler, Examples, Loader
 from lit_spu.data.text import Tokens
 from lit_spu.measure import MIB
+from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS
 
 
@@ -21,7 +22,7 @@ def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
     )
     task = TASKS["sst2"]
     found = methods.methods(models.save(config, tmp_path, task), task)
-    batch = methods.batch_of(32, 32, task)
+    batch = batch_of(32, 32, task)
     rows = {cost.name: cost for cost in methods.costs(found, batch, rounds=1)}
     named = {path.stem for path in methods.CONFIGS.glob("*.yaml") if "class_path" in path.read_text()}
     assert {name.partition(",")[0] for name in rows} == named | {"forward"}

@@ -1,0 +1,201 @@
+"""The subcommands that are no training run: estimate and compare."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lit_spu.__main__ import STUDIES
+from lit_spu.errors import UserError
+from lit_spu.measure import MIB, Kind
+from lit_spu.parser import Parser
+from lit_spu.study import report
+from lit_spu.study.compare import Forecast, Outcome, Runner, known
+from lit_spu.study.estimate import estimates
+from lit_spu.study.grid import Cell, Study, method_configs
+from lit_spu.study.results import constants, record, rows, unequal, write
+
+
+def estimate(
+    configs: Sequence[str] = ("configs/*.yaml",),
+    backbone: str = "mini-bert",
+    task: str = "sst2",
+    batch_size: int = 32,
+    length: int = 128,
+    budget: float | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Tell the peak memory of training, method by method, before any training and without loading weights.
+
+    Args:
+        configs: Config files of methods, or patterns of such.
+        backbone: An embedded mini model (mini-bert, mini-t5), or a Hugging Face name or folder.
+        task: A task's name, or the YAML file of one's own.
+        batch_size: Texts of a batch, on one device.
+        length: Tokens of every text.
+        budget: GiB of live tensors; adds the largest batch that they hold.
+        settings: Settings of the methods, laid over the configs of those that have them, as {reduction: 8}.
+    """
+    for name, value in (("batch_size", batch_size), ("length", length)):
+        if value < 1:
+            raise UserError(f"--{name}={value}: give 1 or more.")
+    budget_bytes = None if budget is None else int(budget * 2**30)
+    found, refused = estimates(method_configs(configs), backbone, task, batch_size, length, budget_bytes, settings)
+    title = f"MiB of live tensors at the peak of a training step: {backbone}, {batch_size} texts of {length} tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    kinds = {
+        Kind.WEIGHTS: "weights",
+        Kind.GRADIENTS: "grads",
+        Kind.OPTIMIZER: "optim",
+        Kind.ACTIVATIONS: "saved",
+        Kind.REST: "rest",
+    }
+    headers = ["method", "trained", "peak", *kinds.values(), *([] if budget is None else ["largest batch"])]
+    for header in headers:
+        table.add_column(header, justify="left" if header == "method" else "right")
+    for one in found:
+        split = [f"{one.by_kind[kind] / MIB:,.1f}" for kind in kinds]
+        fitting = [] if one.largest is None else [f"{one.largest:,}"]
+        table.add_row(one.name, f"{one.trainable:,}", f"{one.peak / MIB:,.1f}", *split, *fitting)
+    console = Console()
+    if found:
+        console.print(table)
+        console.print("The process itself takes more: Python, torch and what its allocator keeps.", highlight=False)
+    for name, error in refused.items():
+        print(f"{name}: {error}", file=sys.stderr)
+    if not found:
+        raise SystemExit(2)
+
+
+def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run: bool = False) -> None:
+    """Run methods x tasks x backbones x seeds, each in a process of its own, and report what they cost and score.
+
+    What is finished is not run again: the same command goes on with a study that was interrupted or extended.
+
+    Args:
+        study: What to compare.
+        out: Directory of the results (default: runs/compare/ and the name of the config file).
+        jobs: Runs at a time, which share the cores. Times are comparable only between runs with as many.
+        retry: Run again what failed.
+        dry_run: Only list the runs.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs}: give 1 or more.")
+    cells = study.cells()
+    if dry_run:
+        print(*(" ".join(("lit-spu", *cell.args)) for cell in cells), sep="\n")
+        return
+    if find_spec("matplotlib") is None:
+        raise UserError("The report needs matplotlib: pip install 'lit-spu[report]'.")
+    folder, console = Path(out), Console()
+    before = [outcome for cell in cells if (outcome := known(cell, folder))]
+    outcomes = {outcome.cell: outcome for outcome in before if outcome.done or not retry}
+    left = [cell for cell in cells if cell not in outcomes]
+    console.print(f"{len(left)} of {len(cells)} runs to do. Results: {folder}", highlight=False)
+    complete = _run(left, Runner(folder, jobs), Forecast(before, jobs), outcomes, console)
+    _report(study, [outcomes[cell] for cell in cells if cell in outcomes], folder, console)
+    if not complete:
+        console.print("Interrupted. The same command goes on.")
+        raise SystemExit(128 + signal.SIGINT)
+    if failed := [outcome for outcome in outcomes.values() if not outcome.done and not outcome.cell.optional]:
+        console.print(f"{len(failed)} of the runs failed; --retry=true runs them again.", highlight=False)
+        raise SystemExit(1)
+
+
+def _run(
+    left: Sequence[Cell], runner: Runner, forecast: Forecast, outcomes: dict[Cell, Outcome], console: Console
+) -> bool:
+    """Run what is left, add the outcomes, and show how it goes; whether it came to the end."""
+    waiting = list(left)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(forecast.says(waiting), total=None)
+        try:
+            for outcome in runner.run(left):
+                outcomes[outcome.cell] = outcome
+                waiting.remove(outcome.cell)
+                forecast.add(outcome)
+                end = f"{outcome.seconds:.0f} s" if outcome.done else f"no result: {outcome.problem}"
+                progress.console.print(f"{outcome.cell}: {end}", highlight=False, soft_wrap=True)
+                progress.update(bar, description=forecast.says(waiting))
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def _report(study: Study, outcomes: Sequence[Outcome], folder: Path, console: Console) -> None:
+    """Write all results that there are, and print the rows."""
+    records = [record(outcome) for outcome in outcomes if outcome.done]
+    if not records:
+        return
+    found = rows(records, constants(records))
+    differences = unequal(records)
+    write(records, found, folder)
+    troubles = [outcome for outcome in outcomes if not outcome.done]
+    page = report.write(study, found, records, troubles, differences, folder)
+    for part in report.parts(found, study.reference):
+        shown = {name: heading for name, (heading, _) in report.COLUMNS.items() if name in report.BRIEF}
+        table = Table(title=f"{part.task} on {part.backbone}", title_justify="left", box=SIMPLE)
+        table.add_column("method")
+        for header in (part.rows[0].metric, *shown.values()):
+            table.add_column(header, justify="right", no_wrap=True)
+        for row in part.rows:
+            score = f"{row.score:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
+            name = f"{row.name} (collapsed)" if row.collapsed else row.name
+            table.add_row(name, score, *(report.number(row.costs.get(column)) for column in shown))
+        console.print(table)
+    for line in differences:
+        console.print(f"Not equal, so not a fair comparison: {line}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+def _listed(args: Sequence[str], command: Callable[..., None]) -> list[str]:
+    """The arguments with `--seeds 1,2` and `--seeds=1,2` as the list that it stands for."""
+    hints = get_type_hints(command) | (get_type_hints(Study) if command is compare else {})
+    lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) in (list, Sequence)}
+    words = [word for arg in args for word in (arg.split("=", 1) if arg.partition("=")[0] in lists else [arg])]
+    return [
+        f"[{word}]" if before in lists and not word.startswith("[") else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"estimate": estimate, "compare": compare}
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command line of one of these. A mistake of the user's ends in a line or two and status 2."""
+    name, *given = args
+    Parser.given = given
+    command = COMMANDS[name]
+    parser = Parser(prog=f"lit-spu {name}", description=STUDIES[name])
+    parser.add_argument("-c", "--config", action="config", help="A YAML file of these settings.")
+    if command is compare:
+        parser.add_class_arguments(Study)
+        parser.add_function_arguments(compare, skip={"study", "out"})
+        parser.add_argument("--out", type=str | None, help="Directory of the results.")
+    else:
+        parser.add_function_arguments(command)
+    settings = parser.parse_args(_listed(given, command)).as_dict()
+    files = settings.pop("config") or []
+    try:
+        if command is compare:
+            settings["study"] = Study(**{field.name: settings.pop(field.name) for field in fields(Study)})
+            settings["out"] = settings["out"] or f"runs/compare/{Path(str(files[-1])).stem if files else 'study'}"
+        command(**settings)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

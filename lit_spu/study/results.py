@@ -1,0 +1,217 @@
+"""What a study came to: a flat record a run, and a row over the seeds of each method, task and backbone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from lit_spu.data.glue import GLUE
+from lit_spu.measure import MIB
+from lit_spu.metrics import task_metrics
+from lit_spu.study.compare import Outcome
+from lit_spu.study.grid import ZERO_SHOT
+from lit_spu.tasks import Task, load_task
+
+Record = dict[str, Any]
+
+MAJORITY = "majority"
+"""The row of the best constant answer."""
+
+
+def record(outcome: Outcome) -> Record:
+    """All that is known of a finished run, flat: its place, its score, what was measured, its settings and versions."""
+    run = outcome.run
+    summary = json.loads((run / "summary.json").read_text())
+    cell = outcome.cell
+    config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else {}
+    launches = run / "launches.jsonl"
+    launch = json.loads(launches.read_text().splitlines()[-1]) if launches.exists() else {}
+    monitor = load_task(_task(cell.args)).monitor
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    place = {"row": cell.row, "task": cell.task, "backbone": cell.backbone, "seed": cell.seed, "rate": cell.rate}
+    return {
+        **place,
+        "score": summary["best_score"] if summary["best_score"] is not None else summary["metrics"].get(monitor),
+        "metric": monitor.removeprefix("val/"),
+        "checkpoint_mib": checkpoint.stat().st_size / MIB if checkpoint.exists() else None,
+        **{name: summary[name] for name in ("steps", "epochs", "wall_seconds", "device", "devices")},
+        "process_seconds": outcome.seconds,
+        **summary["measured"],
+        **summary["metrics"],
+        **{f"config.{name}": value for name, value in flat(config).items()},
+        **{f"version.{name}": version for name, version in summary["versions"].items()},
+        "git": launch.get("git"),
+        "command": " ".join(("lit-spu", *cell.args)),
+        "curve": curve(run / "metrics.csv", monitor),
+        "data": config.get("data"),
+    }
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; lists are written out."""
+    if isinstance(settings, Mapping) and settings:
+        return {k: v for name, value in settings.items() for k, v in flat(value, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): json.dumps(settings) if isinstance(settings, list) else settings}
+
+
+def curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
+    """The monitored metric by step."""
+    if not metrics.exists():
+        return []
+    with metrics.open() as file:
+        return [(int(row["step"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
+
+
+def constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
+    """By task and backbone, the score of every constant answer, best first: the majority's, and a collapsed run's."""
+    found = {}
+    for where in dict.fromkeys((r["task"], r["backbone"]) for r in records):
+        data = next((r["data"] for r in records if r["data"] and (r["task"], r["backbone"]) == where), None)
+        if data:
+            task = load_task(data["task"])
+            labels = torch.tensor([row["label"] for row in GLUE(**data).examples("validation")])
+            answers = [labels.mean().item()] if task.regression else range(len(task.labels))
+            found[where] = sorted((_constant(task, labels, answer) for answer in answers), reverse=True)
+    return found
+
+
+def _constant(task: Task, labels: Tensor, answer: float) -> float:
+    metric = task_metrics(task)[task.metrics[0]]
+    metric.update(torch.full_like(labels, answer), labels)
+    return float(metric.compute().nan_to_num(0.0))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task and backbone, over its seeds."""
+
+    name: str
+    task: str
+    backbone: str
+    rate: float
+    metric: str
+    scores: Sequence[float]
+    costs: Mapping[str, float] = field(default_factory=dict)
+    curve: Sequence[tuple[float, float]] = ()
+    collapsed: int = 0
+    """Seeds whose score is that of a constant answer."""
+    command: str = ""
+
+    @property
+    def score(self) -> float:
+        """The mean over the seeds."""
+        return statistics.mean(self.scores)
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample standard deviation over the seeds, where there are two or more."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+def rows(records: Sequence[Record], fixed: Mapping[tuple[str, str], Sequence[float]]) -> list[Row]:
+    """A row for each method, task and backbone, at its best learning rate; `fixed` has each one's constant scores."""
+    groups: dict[tuple[str, str, str], dict[float, list[Record]]] = {}
+    for r in records:
+        if r["score"] is not None:
+            groups.setdefault((r["task"], r["backbone"], r["row"]), {}).setdefault(r["rate"], []).append(r)
+    found = []
+    for (task, backbone, name), by_rate in groups.items():
+        rate, best = max(by_rate.items(), key=lambda item: statistics.mean(r["score"] for r in item[1]))
+        constant = fixed.get((task, backbone), [])
+        collapsed = sum(any(math.isclose(r["score"], c, abs_tol=1e-6) for c in constant) for r in best)
+        found.append(
+            Row(
+                name,
+                task,
+                backbone,
+                rate,
+                best[0]["metric"],
+                [r["score"] for r in best],
+                _means(best),
+                _mean_curve([r["curve"] for r in best]),
+                0 if name == ZERO_SHOT else collapsed,
+                best[0]["command"],
+            )
+        )
+    for (task, backbone), constant in fixed.items():
+        metric = load_task(task).metrics[0] if constant else ""
+        found.append(Row(MAJORITY, task, backbone, 1.0, metric, constant[:1]))
+    return found
+
+
+def _means(records: Sequence[Record]) -> dict[str, float]:
+    """The mean of every number that was measured, over the seeds that have it."""
+    names = dict.fromkeys(name for r in records for name, value in r.items() if _measure(name, value))
+    return {name: statistics.mean(r[name] for r in records if isinstance(r.get(name), int | float)) for name in names}
+
+
+def _measure(name: str, value: object) -> bool:
+    return isinstance(value, int | float) and not name.startswith(("config.", "version.", "seed", "rate", "score"))
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
+    """The mean score at every step that all seeds have."""
+    steps = [step for step, _ in curves[0] if all(step in dict(curve) for curve in curves)]
+    return [(step, statistics.mean(dict(curve)[step] for curve in curves)) for step in steps]
+
+
+def unequal(records: Sequence[Record]) -> list[str]:
+    """What is not the same for all rows of a task and backbone, and should be for the comparison to be fair."""
+    found = []
+    trained = [r for r in records if r["row"] != ZERO_SHOT]
+    for where in dict.fromkeys((r["task"], r["backbone"]) for r in trained):
+        here = [r for r in trained if (r["task"], r["backbone"]) == where]
+        data = [name for name in dict.fromkeys(n for r in here for n in r) if name.startswith("config.data.")]
+        for name in ("steps", "config.trainer.accumulate_grad_batches", "devices", *data):
+            values: dict[Any, list[str]] = {}
+            for r in here:
+                values.setdefault(r.get(name), []).append(r["row"])
+            if len(values) > 1:
+                said = "; ".join(f"{value}: {', '.join(dict.fromkeys(names))}" for value, names in values.items())
+                found.append(f"{name.removeprefix('config.')} on {where[0]}, {where[1]}: {said}")
+        runs = {
+            name: sorted((r["seed"], r["rate"]) for r in here if r["row"] == name) for name in {r["row"] for r in here}
+        }
+        if len({tuple(cells) for cells in runs.values()}) > 1:
+            short = ", ".join(f"{name}: {len(cells)}" for name, cells in runs.items())
+            found.append(f"finished runs on {where[0]}, {where[1]}: {short}")
+    return found
+
+
+def _task(args: Sequence[str]) -> str:
+    return next(arg.partition("=")[2] for arg in args if arg.startswith("--data.task="))
+
+
+def write(records: Sequence[Record], found: Sequence[Row], out: Path) -> None:
+    """`results.csv`, a line a run, and `results.json`, which also has the rows and the learning curves."""
+    names = list(dict.fromkeys(name for r in records for name in r if name not in ("curve", "data")))
+    with (out / "results.csv").open("w") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    summary = [
+        {
+            "row": row.name,
+            "task": row.task,
+            "backbone": row.backbone,
+            "rate": row.rate,
+            "metric": row.metric,
+            "score_mean": row.score,
+            "score_std": row.deviation,
+            "seeds": len(row.scores),
+            "collapsed": row.collapsed,
+            **row.costs,
+        }
+        for row in found
+    ]
+    (out / "results.json").write_text(json.dumps({"rows": summary, "runs": list(records)}, indent=1) + "\n")

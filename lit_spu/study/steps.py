@@ -1,0 +1,51 @@
+"""One training step of a method on made-up tokens, without data or Trainer: what estimates and benchmarks run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_spu.measure import LiveBytes
+from lit_spu.methods.base import Method
+from lit_spu.tasks import Task
+
+
+def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
+    """Random tokens without padding, of which every vocabulary has those few."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.rand(examples) if task.regression else torch.randint(len(task.labels), (examples,))
+    return {
+        "input_ids": torch.randint(7, 16, (examples, tokens), generator=generator),
+        "attention_mask": torch.ones(examples, tokens, dtype=torch.long),
+        "labels": labels,
+        "index": torch.arange(examples),
+    }
+
+
+def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[[], None], list[torch.optim.Optimizer]]:
+    """One training step as a call, and its optimizers: what the Trainer does, without what it logs."""
+    stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000)
+    method.trainer = stand_in
+    optimizer: torch.optim.Optimizer = method.configure_optimizers()["optimizer"]
+    method.train()
+
+    def step() -> None:
+        method.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, [optimizer]
+
+
+def live_bytes(method: Method, step: Callable[[], None], optimizers: list[torch.optim.Optimizer]) -> LiveBytes:
+    """The greater of two steps: the first makes the optimizer's state, the second starts with it."""
+    counted = []
+    for _ in range(2):
+        with LiveBytes(method, optimizers) as live:
+            step()
+        counted.append(live)
+    return max(counted, key=lambda live: live.peak_bytes)

@@ -1,0 +1,131 @@
+"""The runner with programs that end, fail, are killed or wait; then a whole study, and one that is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_spu.study.compare import Forecast, Outcome, Runner, known
+from lit_spu.study.grid import Cell
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import os, signal, sys, time
+what = sys.argv[1]
+if what == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "wait":
+    time.sleep(60)
+if what == "refused":
+    sys.exit("error: model.k=-1 is no radius")
+print(os.environ["OMP_NUM_THREADS"], [arg for arg in sys.argv if "--run_dir" in arg])
+"""
+
+
+def cell(what: str, seed: int = 1) -> Cell:
+    return Cell(what, "sst2", "mini-bert", seed, 1.0, (what, f"--seed_everything={seed}"))
+
+
+def runner(out: Path, jobs: int = 1) -> Runner:
+    return Runner(out, jobs, (sys.executable, "-c", PROGRAM))
+
+
+def test_every_end_is_kept_and_said(tmp_path: Path) -> None:
+    cells = [cell("done"), cell("refused"), cell("killed")]
+    outcomes = {outcome.cell.row: outcome for outcome in runner(tmp_path).run(cells)}
+    assert [outcomes[name].returncode for name in ("done", "refused", "killed")] == [0, 1, -9]
+    assert outcomes["done"].done
+    assert "error: model.k=-1 is no radius" in outcomes["refused"].problem
+    assert outcomes["killed"].problem == "killed by SIGKILL"
+    for one in cells:
+        assert known(one, tmp_path) == outcomes[one.row]
+
+
+def test_cells_share_the_cores_and_have_directories_of_their_own(tmp_path: Path) -> None:
+    outcomes = list(runner(tmp_path, jobs=2).run([cell("done", seed) for seed in range(4)]))
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    for outcome in outcomes:
+        assert outcome.log.read_text().split()[0] == str(threads)
+        assert str(outcome.run) in outcome.log.read_text()
+    assert len({outcome.run.parent for outcome in outcomes}) == 4
+
+
+def test_other_flags_are_another_cell(tmp_path: Path) -> None:
+    list(runner(tmp_path).run([cell("done")]))
+    other = Cell("done", "sst2", "mini-bert", 1, 1.0, ("done", "--seed_everything=1", "--model.k=2"))
+    assert known(cell("done"), tmp_path)
+    assert known(other, tmp_path) is None
+
+
+def test_an_interrupted_study_keeps_what_is_done_and_forgets_what_was_in_flight(tmp_path: Path) -> None:
+    cells = [cell("done"), cell("wait"), cell("done", 2)]
+    began = time.monotonic()
+    outcomes = runner(tmp_path).run(cells)
+    next(outcomes)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(outcomes)
+    assert time.monotonic() - began < 30  # the waiting one was ended
+    assert known(cells[0], tmp_path)
+    assert known(cells[1], tmp_path) is None
+    assert known(cells[2], tmp_path) is None
+
+
+def test_time_left_is_that_of_the_row_or_else_of_all() -> None:
+    def ended(row: str, seconds: float, code: int = 0) -> Outcome:
+        return Outcome(cell(row), Path(), code, seconds)
+
+    forecast = Forecast([], jobs=2)
+    assert forecast.left([cell("full")]) is None
+    assert forecast.says([cell("full")]) == "1 run left"
+    for outcome in (ended("full", 100), ended("full", 200), ended("lst", 30), ended("lst", 9999, code=1)):
+        forecast.add(outcome)
+    assert forecast.left([cell("full"), cell("lst"), cell("new")]) == (150 + 30 + 110) / 2
+    assert forecast.says([cell("full")] * 4) == "4 runs left, about 5 min"
+
+
+STUDY = """
+configs: [{root}/configs/full.yaml, {root}/configs/head.yaml]
+seeds: [1]
+flags: [--trainer.max_epochs=1, --data.limit_train=64, --data.limit_validation=32, --data.cache={folder}/cache]
+flags_for: {{head: [--model.lr=0.01]}}
+"""
+
+
+def compare(folder: Path, *flags: str) -> list[str]:
+    (folder / "study.yaml").write_text(STUDY.format(root=ROOT, folder=folder))
+    return [sys.executable, "-m", "lit_spu", "compare", "--config=study.yaml", *flags]
+
+
+def test_a_whole_study(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.run(
+        compare(tmp_path, "--jobs=2"), cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "3 of 3 runs to do" in first.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"study.yaml", "cache", "runs"}
+    out = tmp_path / "runs" / "compare" / "study"
+    results = json.loads((out / "results.json").read_text())
+    assert {row["row"] for row in results["rows"]} == {"full", "head", "zero-shot", "majority"}
+    by_row = {run["row"]: run for run in results["runs"]}
+    assert by_row["full"]["steps"] == by_row["head"]["steps"] == by_row["head"]["passes/backward"] == 2
+    assert by_row["head"]["config.model.init_args.lr"] == 0.01
+    assert by_row["full"]["memory/live_peak_mib"] > by_row["head"]["memory/live_peak_mib"]
+    page = (out / "report.html").read_text()
+    assert "not fair" not in page
+    again = subprocess.run(
+        compare(tmp_path, "--seeds=1,2"), cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 of 5 runs to do" in again.stdout
+    assert json.loads((out / "results.json").read_text())["rows"][1]["seeds"] == 2

@@ -1,0 +1,97 @@
+"""Estimates from shapes against the live bytes of real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_spu.measure import Kind
+from lit_spu.study.estimate import estimates, largest
+from lit_spu.study.grid import build, method_configs
+from lit_spu.study.steps import batch_of, live_bytes, training_step
+from lit_spu.tasks import TASKS
+from tests.conftest import FAMILIES
+
+CONFIGS = method_configs([f"{Path(__file__).parents[2] / 'configs'}/*.yaml"])
+
+
+def measured(config: Path, backbone: str, batch_size: int, length: int) -> tuple[int, dict[Kind, int]]:
+    """Of a batch with padding, as nearly all are: without, transformers leaves out the mask."""
+    method = build(config, backbone=backbone)
+    batch = batch_of(batch_size, length, TASKS["sst2"])
+    batch["attention_mask"][0, -1] = 0
+    live = live_bytes(method, *training_step(method, batch))
+    return live.peak_bytes, live.by_kind
+
+
+@pytest.mark.parametrize("backbone", ["mini-bert", "mini-t5"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_estimate_is_what_a_real_step_takes(config: str, backbone: str) -> None:
+    """With dropout, of which torch keeps the masks."""
+    peak, by_kind = measured(CONFIGS[config], backbone, 8, 48)
+    (found,), refused = estimates({config: CONFIGS[config]}, backbone, "sst2", 8, 48)
+    assert not refused
+    assert found.peak == pytest.approx(peak, rel=0.01)
+    assert found.by_kind[Kind.ACTIVATIONS] == pytest.approx(by_kind[Kind.ACTIVATIONS], rel=0.03, abs=0.02 * peak)
+    assert found.by_kind[Kind.WEIGHTS] == by_kind[Kind.WEIGHTS]
+    assert sum(found.by_kind.values()) == found.peak
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_estimated(tiny: Callable[[str], str], family: str) -> None:
+    for config in ("full", "lst"):
+        peak, _ = measured(CONFIGS[config], tiny(family), 16, 24)
+        (found,), _ = estimates({config: CONFIGS[config]}, tiny(family), "sst2", 16, 24)
+        assert found.peak == pytest.approx(peak, rel=0.03), config
+
+
+def test_no_weights_are_made(tiny: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be none: the folder of a backbone needs no more than its config and its tokenizer."""
+    folder = Path(tiny("bert"))
+    weights = folder / "model.safetensors"
+    hidden = weights.rename(folder / "elsewhere")
+    try:
+        (found,), _ = estimates({"full": CONFIGS["full"]}, str(folder), "sst2", 4, 16)
+    finally:
+        hidden.rename(weights)
+    assert found.trainable == sum(p.numel() for p in build(CONFIGS["full"], backbone=str(folder)).parameters())
+
+
+def test_what_cannot_be_is_told_and_the_rest_estimated() -> None:
+    found, refused = estimates(
+        {name: CONFIGS[name] for name in ("head", "lst")}, "mini-bert", "sst2", 4, 16, settings={"reduction": 5}
+    )
+    assert [one.name for one in found] == ["head"]
+    assert "reduction" in str(refused["lst"])
+    _, refused = estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 1000)
+    assert "length=1000" in str(refused["head"])
+    assert "160" in str(refused["head"])
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.05, 0.3])
+def test_the_largest_batch_fits_and_one_more_does_not(budget: float) -> None:
+    room = int(budget * 2**30)
+    (found,), _ = estimates({"lst": CONFIGS["lst"]}, "mini-bert", "sst2", 4, 32, budget=room)
+    assert found.largest is not None
+    peaks = [
+        estimates({"lst": CONFIGS["lst"]}, "mini-bert", "sst2", found.largest + more, 32)[0][0].peak for more in (0, 1)
+    ]
+    assert peaks[0] <= room < peaks[1]
+
+
+@pytest.mark.parametrize(
+    "peak",
+    [lambda n: 100 + 7 * n, lambda n: max(500, 20 * n), lambda n: 50 * n + n * n, lambda n: 100 + 50 * (n // 3)],
+    ids=["line", "flat at first", "curved", "steps"],
+)
+@pytest.mark.parametrize("budget", [10, 500, 777, 100_000])
+def test_the_search_is_right_whatever_the_curve(peak: Callable[[int], int], budget: int) -> None:
+    assert largest(peak, budget) == max((n for n in range(1, 20_000) if peak(n) <= budget), default=0)
+
+
+def test_estimating_leaves_no_fake_tensors_behind() -> None:
+    estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 16)
+    assert torch.ones(2).sum().item() == 2

@@ -1,0 +1,85 @@
+"""A study's cells: what is run, with which flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_spu.errors import UserError
+from lit_spu.study.grid import ZERO_SHOT, Cell, Study, build, method_configs
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FULL, LST = f"--config={CONFIGS}/full.yaml", f"--config={CONFIGS}/lst.yaml"
+
+
+def study(**settings: object) -> Study:
+    given: dict[str, object] = {"configs": [f"{CONFIGS}/full.yaml", f"{CONFIGS}/lst.yaml"]}
+    return Study(**given | settings)  # type: ignore[arg-type]
+
+
+def find(cells: list[Cell], row: str, **place: object) -> Cell:
+    (found,) = (c for c in cells if c.row == row and all(getattr(c, name) == value for name, value in place.items()))
+    return found
+
+
+def test_every_row_runs_on_every_task_and_backbone_with_every_seed() -> None:
+    cells = study(tasks=["sst2", "rte"], backbones=["mini-bert", "/models/x"], seeds=[1, 2], rates=[0.3, 1, 3]).cells()
+    trained = [c for c in cells if c.row != ZERO_SHOT]
+    places = {(c.row, c.task, c.backbone, c.seed, c.rate) for c in trained}
+    assert len(places) == len(trained) == 2 * 2 * 2 * 2 * 3
+    assert len(cells) - len(trained) == 2 * 2
+    assert len({c.folder for c in cells}) == len(cells)
+    assert [c.seed for c in trained] == sorted(c.seed for c in trained)  # all have one result before any has two
+
+
+def test_flags_from_the_general_to_the_particular() -> None:
+    cells = study(
+        variants={"lst, r=4": [LST, "--model.reduction=4"]},
+        backbones=["/models/x"],
+        flags=["--trainer.max_epochs=2"],
+        flags_for={"lst": ["--model.lr=1"], "x": ["--data.batch_size=8"], "sst2": ["--data.limit_train=9"]},
+        seeds=[7],
+    ).cells()
+    own = ("--data.task=sst2", "--model.backbone=/models/x", "--seed_everything=7")
+    for_all, of_place = ("--trainer.max_epochs=2",), ("--data.limit_train=9", "--data.batch_size=8")
+    assert find(cells, "full").args == ("fit", FULL, *for_all, *of_place, *own)
+    assert find(cells, "lst").args == ("fit", LST, *for_all, "--model.lr=1", *of_place, *own)
+    assert find(cells, "lst, r=4").args == ("fit", LST, "--model.reduction=4", *for_all, *of_place, *own)
+    assert find(cells, ZERO_SHOT).args == ("validate", FULL, *for_all, *of_place, *own, "--model.head=prompt")
+
+
+def test_a_grid_of_rates_is_around_each_rows_own() -> None:
+    cells = study(rates=[0.5, 1, 2], seeds=[1], flags_for={"lst": ["--model.lr=0.01"]}).cells()
+    assert "--model.lr=5e-05" in find(cells, "full", rate=0.5).args
+    assert "--model.lr=0.0002" in find(cells, "full", rate=2).args
+    assert find(cells, "lst", rate=2).args[-1] == "--model.lr=0.02"
+    assert not any(arg.startswith("--model.lr") for arg in find(cells, "full", rate=1).args)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"configs": ["nowhere/*.yaml"]}, "matches no file"),
+        ({"configs": [f"{CONFIGS}/glue.yaml"]}, "none of which sets a method"),
+        ({"variants": {"x": ["--model.k=2"]}}, "must start with --config="),
+        ({"variants": {"x": ["--config=nowhere.yaml"]}}, "nowhere.yaml"),
+        ({"reference": "ful"}, "Did you mean full?"),
+        ({"flags_for": {"ls": []}}, "Did you mean lst?"),
+    ],
+)
+def test_mistakes_are_told(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        study(**settings).cells()
+
+
+def test_a_pattern_finds_the_methods_alone() -> None:
+    found = method_configs([f"{CONFIGS}/*.yaml"])
+    assert "lst" in found
+    assert "glue" not in found
+
+
+def test_settings_reach_the_methods_that_have_them() -> None:
+    settings = {"reduction": 2, "backbone": "mini-bert"}
+    assert build(CONFIGS / "lst.yaml", **settings).hparams["reduction"] == 2
+    assert "reduction" not in build(CONFIGS / "head.yaml", **settings).hparams

@@ -1,0 +1,85 @@
+"""The page, opened in a browser where there is one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_spu.study import report
+from lit_spu.study.compare import Outcome
+from lit_spu.study.grid import Cell, Study
+from lit_spu.study.plots import COSTS
+from lit_spu.study.results import MAJORITY, Row
+
+pytest.importorskip("matplotlib")
+
+BROWSER = shutil.which("chromium")
+STUDY = Study(configs=["configs/*.yaml"], seeds=[1, 2])
+
+
+def row(name: str, scores: list[float], memory: float, **more: Any) -> Row:
+    costs = dict.fromkeys(COSTS, memory) | {"memory/weights_mib": memory / 2, "memory/activations_mib": memory / 2}
+    return Row(name, "sst2", "mini-bert", 1.0, "accuracy", scores, costs, [(1, 0.5), (2, scores[0])], **more)
+
+
+ROWS = [
+    row("full", [0.9, 0.7], 400),
+    row("lst <b>", [0.85, 0.85], 100),
+    row("head", [0.5, 0.5], 50, collapsed=2),
+    Row(MAJORITY, "sst2", "mini-bert", 1.0, "accuracy", [0.5]),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    failed = Cell("lora", "sst2", "mini-bert", 1, 1.0, ("fit",))
+    out = tmp_path_factory.mktemp("study")
+    return report.write(STUDY, ROWS, [], [Outcome(failed, out / "run", -9, 1.0)], ["steps on sst2: 1; 2"], out)
+
+
+def test_it_needs_nothing_from_elsewhere(page: Path) -> None:
+    text = page.read_text()
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
+    assert all("w3.org" in a or "purl.org" in a or "creativecommons" in a or "matplotlib.org" in a for a in addresses)
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", text)
+
+
+def test_it_says_what_went_wrong_and_what_is_not_fair(page: Path) -> None:
+    text = page.read_text()
+    assert "lora, sst2, mini-bert, seed 1: killed by SIGKILL" in text
+    assert "steps on sst2: 1; 2" in text
+    assert "collapsed, 2 of 2" in text
+    assert "lst &lt;b&gt;" in text  # names are text, not markup
+
+
+def test_costs_are_also_given_over_the_reference(page: Path) -> None:
+    lst = page.read_text().split("lst &lt;b&gt;</td>")[1].split("</tr>")[0]
+    assert [float(v) for v in re.findall(r'data-value="([\d.]+)"', lst)][:5] == [0.85, 100, 100, 0.25, 100]
+
+
+def test_pictures_are_files_too(page: Path) -> None:
+    files = {path.name for path in (page.parent / "plots" / "sst2-mini-bert").iterdir()}
+    assert files == {f"{name}.{kind}" for name in ("pareto", "memory", "curves") for kind in ("svg", "png")}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+@pytest.mark.parametrize(
+    ("address", "order"),
+    [
+        ("", ["lst <b>", "full", "head", MAJORITY]),
+        ("#sst2-mini-bert:3:1", ["head", "lst <b>", "full", MAJORITY]),
+        ("#sst2-mini-bert:3:-1", ["full", "lst <b>", "head", MAJORITY]),  # what has none stays last
+        ("#sst2-mini-bert:0:1", ["full", "head", "lst <b>", MAJORITY]),
+    ],
+)
+def test_its_table_sorts_in_a_browser(page: Path, address: str, order: list[str]) -> None:
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}{address}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    body = done.stdout.split("<tbody>")[1].split("</tbody>")[0]
+    first = [re.sub("<small.*", "", cell).strip() for cell in re.findall(r"<tr.*?><td.*?>(.*?)</td>", body, re.DOTALL)]
+    assert [name.replace("&lt;", "<").replace("&gt;", ">") for name in first] == order

@@ -1,0 +1,66 @@
+"""Rows, baselines and fairness from records by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from lit_spu.data.glue import GLUE
+from lit_spu.study.results import MAJORITY, Record, constants, flat, rows, unequal
+
+
+def record(row: str, seed: int, score: float | None, rate: float = 1.0, **more: Any) -> Record:
+    place = {"row": row, "task": "sst2", "backbone": "mini-bert", "seed": seed, "rate": rate}
+    made: Record = {"score": score, "metric": "accuracy", "steps": 10, "devices": 1, "command": "lit-spu fit", "curve": []}
+    return {**place, **made, "data": {"task": "sst2", "limit_validation": 60}, **more}
+
+
+def test_a_row_is_the_mean_over_the_seeds_at_the_best_rate() -> None:
+    records = [
+        record("lst", 1, 0.7, memory=10.0, curve=[(5, 0.6), (10, 0.7)]),
+        record("lst", 2, 0.8, memory=30.0, curve=[(5, 0.4), (10, 0.8), (15, 0.1)]),
+        record("lst", 1, 0.9, rate=3),
+        record("lst", 2, 0.1, rate=3),
+        record("lst", 3, None),  # a run that never validated
+    ]
+    (row,) = rows(records, {})
+    assert (row.rate, row.score) == (1.0, 0.75)
+    assert row.deviation == pytest.approx(0.0707, abs=1e-4)
+    assert row.costs["memory"] == 20
+    assert row.curve == [(5, 0.5), (10, 0.75)]
+
+
+def test_a_constant_answer_is_the_majoritys_and_a_collapsed_runs() -> None:
+    labels = Counter(row["label"] for row in GLUE(task="sst2", limit_validation=60).examples("validation"))
+    shares = sorted((count / 60 for count in labels.values()), reverse=True)
+    fixed = constants([record("lst", 1, 0.5)])
+    assert fixed[("sst2", "mini-bert")] == pytest.approx(shares)
+    scored = [record("lst", 1, shares[0]), record("lst", 2, shares[1]), record("lst", 3, 0.99)]
+    found = {row.name: row for row in rows([*scored, record("full", 1, 0.99)], fixed)}
+    assert (found["lst"].collapsed, found["full"].collapsed) == (2, 0)
+    assert found[MAJORITY].score == pytest.approx(shares[0])
+    assert found[MAJORITY].deviation is None
+
+
+def test_a_regressions_constant_explains_nothing() -> None:
+    regression = record("lst", 1, 0.5, data={"task": "stsb", "limit_validation": 20})
+    assert constants([regression])["sst2", "mini-bert"] == pytest.approx([0.0], abs=1e-6)
+
+
+def test_what_is_not_equal_is_said() -> None:
+    fair = [record("full", 1, 0.5), record("lst", 1, 0.6)]
+    assert unequal(fair) == []
+    (steps,) = unequal([record("full", 1, 0.5), record("lst", 1, 0.6, steps=20)])
+    assert steps == "steps on sst2, mini-bert: 10: full; 20: lst"
+    batch = "config.data.batch_size"
+    (batches,) = unequal([record("full", 1, 0.5, **{batch: 32}), record("lst", 1, 0.6, **{batch: 16})])
+    assert batches == "data.batch_size on sst2, mini-bert: 32: full; 16: lst"
+    (seeds,) = unequal([*fair, record("lst", 2, 0.6)])
+    assert seeds == "finished runs on sst2, mini-bert: full: 1, lst: 2"
+
+
+def test_settings_are_flattened() -> None:
+    nested = {"data": {"task": "sst2", "drop": [1, 2]}, "model": None, "empty": {}}
+    assert flat(nested) == {"data.task": "sst2", "data.drop": "[1, 2]", "model": None, "empty": {}}
