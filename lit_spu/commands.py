@@ -52,7 +52,7 @@ def estimate(
     budget_bytes = None if budget is None else int(budget * 2**30)
     found, refused = estimates(method_configs(configs), backbone, task, batch_size, length, budget_bytes, settings)
     title = f"MiB of live tensors at the peak of a training step: {backbone}, {batch_size} texts of {length} tokens"
-    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     kinds = {
         Kind.WEIGHTS: "weights",
         Kind.GRADIENTS: "grads",
@@ -60,13 +60,13 @@ def estimate(
         Kind.ACTIVATIONS: "saved",
         Kind.REST: "rest",
     }
-    headers = ["method", "trained", "peak", *kinds.values(), *([] if budget is None else ["largest batch"])]
-    for header in headers:
-        table.add_column(header, justify="left" if header == "method" else "right")
+    table.add_column("method")
+    for header in ("trained", "peak", *kinds.values(), *([] if budget is None else ["largest\nbatch"])):
+        table.add_column(header, justify="right", no_wrap=True)
     for one in found:
-        split = [f"{one.by_kind[kind] / MIB:,.1f}" for kind in kinds]
+        split = (report.number(one.by_kind[kind] / MIB) for kind in kinds)
         fitting = [] if one.largest is None else [f"{one.largest:,}"]
-        table.add_row(one.name, f"{one.trainable:,}", f"{one.peak / MIB:,.1f}", *split, *fitting)
+        table.add_row(one.name, f"{one.trainable / 1e6:.2f}M", report.number(one.peak / MIB), *split, *fitting)
     console = Console()
     if found:
         console.print(table)

@@ -179,12 +179,12 @@ def unequal(records: Sequence[Record]) -> list[str]:
             if len(values) > 1:
                 said = "; ".join(f"{value}: {', '.join(dict.fromkeys(names))}" for value, names in values.items())
                 found.append(f"{name.removeprefix('config.')} on {where[0]}, {where[1]}: {said}")
-        runs = {
-            name: sorted((r["seed"], r["rate"]) for r in here if r["row"] == name) for name in {r["row"] for r in here}
-        }
-        if len({tuple(cells) for cells in runs.values()}) > 1:
-            short = ", ".join(f"{name}: {len(cells)}" for name, cells in runs.items())
-            found.append(f"finished runs on {where[0]}, {where[1]}: {short}")
+        runs: dict[str, list[tuple[int, float]]] = {}
+        for r in here:
+            runs.setdefault(r["row"], []).append((r["seed"], r["rate"]))
+        if len({tuple(sorted(cells)) for cells in runs.values()}) > 1:
+            counts = ", ".join(f"{name}: {len(cells)}" for name, cells in runs.items())
+            found.append(f"finished runs on {where[0]}, {where[1]}: {counts}")
     return found
 
 

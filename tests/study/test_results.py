@@ -13,7 +13,14 @@ from lit_spu.study.results import MAJORITY, Record, constants, flat, rows, unequ
 
 def record(row: str, seed: int, score: float | None, rate: float = 1.0, **more: Any) -> Record:
     place = {"row": row, "task": "sst2", "backbone": "mini-bert", "seed": seed, "rate": rate}
-    made: Record = {"score": score, "metric": "accuracy", "steps": 10, "devices": 1, "command": "lit-spu fit", "curve": []}
+    made: Record = {
+        "score": score,
+        "metric": "accuracy",
+        "steps": 10,
+        "devices": 1,
+        "command": "lit-spu fit",
+        "curve": [],
+    }
     return {**place, **made, "data": {"task": "sst2", "limit_validation": 60}, **more}
 
 

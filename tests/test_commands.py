@@ -1,0 +1,82 @@
+"""estimate and compare as a user meets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_spu.__main__ import main
+from lit_spu.study.grid import method_configs
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def said(args: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(args.format(configs=CONFIGS).split())
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert len(message.splitlines()) <= 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ("estimate", ["configs", "'configs/*.yaml'", "matches no file"]),
+        ("estimate --batch 3", ["--batch", "Did you mean --batch_size?"]),
+        ("estimate --batch_size 0 --configs {configs}/lst.yaml", ["--batch_size=0", "1 or more"]),
+        ("estimate --batch_size many", ["--batch_size", "'many'", "int"]),
+        ("estimate --configs {configs}/lst.yaml --backbone mini-brt", ["mini-brt", "Did you mean mini-bert?"]),
+        ("estimate --configs {configs}/lst.yaml --length 500", ["length=500", "160"]),
+        ("estimate --configs {configs}/lst.yaml --task sst", ["'sst'", "Did you mean sst5?"]),
+        ("compare", ["configs"]),
+        ("compare --config nowhere.yaml", ["nowhere.yaml", "does not exist"]),
+        ("compare --configs {configs}/lst.yaml", ["reference", "'full'", "lst"]),
+        ("compare --configs {configs}/full.yaml --seeds one", ["--seeds", "one"]),
+        ("compare --configs {configs}/full.yaml --jobs 0", ["--jobs=0", "1 or more"]),
+        ("compare --configs {configs}/full.yaml --sed 1", ["--sed", "Did you mean --seeds?"]),
+    ],
+)
+def test_mistakes_are_answered_in_a_line(args: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = said(args, capsys)
+    for part in parts:
+        assert part in message
+
+
+def test_estimates_are_printed_smallest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    main(f"estimate --configs {CONFIGS}/full.yaml,{CONFIGS}/head.yaml --length 16 --budget 0.05".split())
+    table = capsys.readouterr().out
+    assert table.index("head") < table.index("full")
+    assert "1.10M" in table
+    largest = {
+        line.split()[0]: int(line.split()[-1].replace(",", "")) for line in table.splitlines() if "." in line[20:]
+    }
+    assert largest["head"] > largest["full"] > 1
+
+
+def test_what_a_study_would_run_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(f"compare --configs={CONFIGS}/full.yaml,{CONFIGS}/lst.yaml --seeds 1,2 --dry_run=true".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * 2
+    assert all(line.startswith(("lit-spu fit", "lit-spu validate")) for line in lines)
+    assert list(Path().iterdir()) == []
+
+
+def test_the_studies_that_are_shipped_can_be_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    for study in (CONFIGS / "compare").glob("*.yaml"):
+        main(["compare", f"--config={study}", "--dry_run=true"])
+        runs = capsys.readouterr().out
+        assert runs
+        if study.stem == "quick":
+            assert all(f"/{name}.yaml" in runs for name in method_configs([f"{CONFIGS}/*.yaml"]))
