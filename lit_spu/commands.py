@@ -60,13 +60,13 @@ def estimate(
         Kind.ACTIVATIONS: "saved",
         Kind.REST: "rest",
     }
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for header in ("trained", "peak", *kinds.values(), *([] if budget is None else ["largest\nbatch"])):
         table.add_column(header, justify="right", no_wrap=True)
     for one in found:
-        split = (report.number(one.by_kind[kind] / MIB) for kind in kinds)
+        split = (_mib(one.by_kind[kind]) for kind in kinds)
         fitting = [] if one.largest is None else [f"{one.largest:,}"]
-        table.add_row(one.name, f"{one.trainable / 1e6:.2f}M", report.number(one.peak / MIB), *split, *fitting)
+        table.add_row(one.name, f"{one.trainable / 1e6:.2f}M", _mib(one.peak), *split, *fitting)
     console = Console()
     if found:
         console.print(table)
@@ -75,6 +75,10 @@ def estimate(
         print(f"{name}: {error}", file=sys.stderr)
     if not found:
         raise SystemExit(2)
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:,.{0 if count >= 100 * MIB else 1}f}"
 
 
 def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run: bool = False) -> None:

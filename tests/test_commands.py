@@ -56,9 +56,8 @@ def test_estimates_are_printed_smallest_first(capsys: pytest.CaptureFixture[str]
     table = capsys.readouterr().out
     assert table.index("head") < table.index("full")
     assert "1.10M" in table
-    largest = {
-        line.split()[0]: int(line.split()[-1].replace(",", "")) for line in table.splitlines() if "." in line[20:]
-    }
+    rows = [line.split() for line in table.splitlines() if "M " in line]
+    largest = {row[0]: int(row[-1].replace(",", "")) for row in rows}
     assert largest["head"] > largest["full"] > 1
 
 
