@@ -190,6 +190,7 @@ class SpuCLI(LightningCLI):
         """
         given = self._get(self.config_init, "trainer")["callbacks"] or []
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
+        callbacks = [c for i, c in enumerate(callbacks) if not any(_replaces(later, c) for later in callbacks[i + 1 :])]
         if self._get(self.config, "trainer").enable_progress_bar is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         if self._get(self.config, "data").text is None:
@@ -201,7 +202,7 @@ class SpuCLI(LightningCLI):
             if self._get(self.config, "trainer").logger in (None, True):
                 kwargs["logger"] = [  # the first one's directory is trainer.log_dir
                     CSVLogger(self.run_dir, name="", version=""),
-                    TensorBoardLogger(self.run_dir, name="", version="", sub_dir="tensorboard"),
+                    TensorBoardLogger(self.run_dir, "", "", sub_dir="tensorboard", default_hp_metric=False),
                 ]
         else:
             self.save_config_callback = None
@@ -282,6 +283,11 @@ class SpuCLI(LightningCLI):
         if file.exists():
             earlier = len(list(file.parent.glob("metrics.*.csv")))
             file.rename(file.with_suffix(f".{earlier + 1}.csv"))
+
+
+def _replaces(later: Callback, earlier: Callback) -> bool:
+    """Whether one of ours is given once more, with other settings (`--trainer.callbacks+=Memory …`)."""
+    return type(later) is type(earlier) and type(later).__module__.startswith("lit_spu.")
 
 
 def _task_of_model(config: str) -> str | None:

@@ -49,9 +49,11 @@ def plain(message: str, given: Sequence[str] = (), flags: Collection[str] = ()) 
     if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
         return f"{_where(found[1], given)}: {_value(found[2])}"
     if found := re.match(r"Option '(.+?)' is not accepted", message):
-        settings = {name for base in (Method, Callback) for cls in subclasses(base) for name in _parameters(cls)}
-        hint = f"{_like(found[1], settings)} --model.help METHOD lists them."
-        return f"{_where(found[1], given)} is no setting of this class.{hint}"
+        owners = {name: cls for base in (Method, Callback) for cls in subclasses(base) for name in _parameters(cls)}
+        where = _where(found[1], given)
+        if found[1] in owners:
+            return f"{where} is no setting of this class, but of {owners[found[1]].__name__}."
+        return f"{where} is no setting of this class.{_like(found[1], owners)} --model.help METHOD lists them."
     if found := re.match(r"unrecognized arguments: (\w[^\s=]*)", message):
         return f"{found[1]!r} belongs to no flag."
     if found := re.match(

@@ -224,6 +224,10 @@ def test_the_same_task_twice_is_no_conflict(capsys: pytest.CaptureFixture[str]) 
         ("fit --config broken.yaml", ["broken.yaml", "line 2"]),
         ("fit --config absent.yaml", ["--config", "absent.yaml", "does not exist"]),
         ("fit --model.k 2 --model KLadder", ["--model: its .k is set before", "first"]),
+        (
+            "fit --model KLadder --trainer.callbacks+=Latency --trainer.callbacks.live=false",
+            ["no setting", "of Memory"],
+        ),
         ("fit --model KLadder --model.kk 2", ["--model.kk", "Did you mean k?"]),
         ("fit --model KLadder --model.k two", ["--model.k", "int", "'two'"]),
         ("fit --model KLadder --model.head clasifier", ["--model.head", "'clasifier'", "classifier", "prompt"]),
@@ -449,6 +453,34 @@ def test_a_checkpoint_file_begins_a_run_of_its_own(run: Path, work: Path) -> Non
     main(["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", "--trainer.max_epochs=3", "--run_dir=longer"])
     assert load(work / "longer" / "checkpoints" / "last.ckpt")["global_step"] == 18
     assert load(run / "checkpoints" / "last.ckpt")["global_step"] == before
+
+
+def test_a_callback_that_is_given_again_replaces_the_default(small: list[str], work: Path) -> None:
+    again = ["--trainer.callbacks+=Memory", "--trainer.callbacks.live=false", "--trainer.max_steps=2"]
+    main(["fit", "--model=HeadOnly", *small, *again, "--run_dir=run"])
+    measured = json.loads((work / "run" / "summary.json").read_text())["measured"]
+    assert "memory/peak_mib" in measured
+    assert "memory/live_peak_mib" not in measured
+
+
+def test_tensorboard_has_the_settings_with_the_score(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    found: dict[str, Any] = {}
+    scalars: dict[str, float] = {}
+    for file in (run / "tensorboard").glob("events*"):
+        events = EventAccumulator(str(file)).Reload()
+        scalars |= {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+        for content in events.summary_metadata.values():
+            if content.plugin_data.plugin_name == "hparams":
+                data = plugin_data_pb2.HParamsPluginData.FromString(content.plugin_data.content)
+                found |= dict(data.session_start_info.hparams.items())
+    assert found["method"].string_value == "LadderSideTuning"
+    assert found["reduction"].number_value == 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert scalars["final/score"] == pytest.approx(summary["best_score"])
+    assert scalars["final/params/trainable"] == summary["measured"]["params/trainable"]
 
 
 # -- predictions -------------------------------------------------------------------------------------------------------

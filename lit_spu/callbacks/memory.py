@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lit_spu.callbacks.loggers import log_now
+from lit_spu.errors import UserError
 from lit_spu.measure import MIB, AcceleratorPeak, Kind, LiveBytes, ResidentPeak
 
 LIVE_STEPS = 2
@@ -39,13 +43,21 @@ class Memory(Callback):
 
     Args:
         live: Count live bytes too.
+        timeline: Write `memory-timeline.csv` and a picture of it, `memory-timeline.svg`, into the run directory: live
+            bytes by kind after every operator of the largest step that was counted. The picture needs matplotlib.
 
     Attributes:
         summary: The largest of each figure so far; the mean of the means.
     """
 
-    def __init__(self, live: bool = True) -> None:
+    def __init__(self, live: bool = True, timeline: bool = False) -> None:
+        if timeline and not live:
+            raise UserError("Memory: timeline=true shows live bytes, which live=false leaves out.")
+        if timeline and find_spec("matplotlib") is None:
+            raise UserError("Memory: timeline=true needs matplotlib: pip install 'lit-spu[report]'.")
         self.live = live
+        self.timeline = timeline
+        self._shown: LiveBytes | None = None
         self.summary: dict[str, float] = {}
         self._gauge: ResidentPeak | AcceleratorPeak | None = None
         self._tracker: LiveBytes | None = None
@@ -90,8 +102,22 @@ class Memory(Callback):
             }
             if live["memory/live_peak_mib"] > self.summary.get("memory/live_peak_mib", 0.0):
                 self.summary |= live  # the kinds of one moment belong together
+                self._shown = tracker
             log_now(trainer, live)  # Lightning would log these again at the steps that follow
         pl_module.log_dict(figures, on_step=True, on_epoch=False)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._tracker:
+            self._tracker.mark("backward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._tracker:
+            self._tracker.mark("optimizer")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for on every rank: Lightning broadcasts
+        if self.timeline and self._shown and trainer.is_global_zero:
+            _write_timeline(self._shown, folder)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._gauge:
@@ -134,3 +160,31 @@ class Memory(Callback):
     def _note(self, figures: dict[str, float]) -> None:
         """Keep the largest of each in the summary."""
         self.summary |= {name: max(value, self.summary.get(name, 0.0)) for name, value in figures.items()}
+
+
+def _write_timeline(live: LiveBytes, folder: Path) -> None:
+    """The figures and their picture."""
+    import csv
+
+    from matplotlib.figure import Figure
+
+    kinds = sorted(live.timeline, reverse=True)
+    with (folder / "memory-timeline.csv").open("w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["operator", "phase", *(f"{kind.name.lower()}_bytes" for kind in kinds)])
+        phase = "forward"
+        for number, held in enumerate(zip(*(live.timeline[kind] for kind in kinds), strict=True)):
+            phase = live.marks.get(number, phase)
+            writer.writerow([number, phase, *held])
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    heights = [[count / MIB for count in live.timeline[kind]] for kind in kinds]
+    axis.stackplot(range(len(heights[0])), heights, labels=[kind.name.lower() for kind in kinds], step="post")
+    for number, name in live.marks.items():
+        axis.axvline(number, color="0.4", lw=0.8)
+        axis.annotate(name, (number, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=8)
+    axis.set_xlabel("operators of a training step")
+    axis.set_ylabel("MiB of live tensors")
+    axis.margins(x=0)
+    axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(folder / "memory-timeline.svg")

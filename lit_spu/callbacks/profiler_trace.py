@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
+from torch import Tensor
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
 VIEWER = "https://ui.perfetto.dev"
 
@@ -16,8 +17,9 @@ VIEWER = "https://ui.perfetto.dev"
 class ProfilerTrace(Callback):
     """Writes Chrome traces of training steps, gzipped, one a rank and cycle, into the run directory.
 
-    A trace named `trace-rank0-step00042.json.gz` ends with the 42nd batch. Operators lie below the phases that the
-    method names with `torch.profiler.record_function`. Open a trace at https://ui.perfetto.dev. Steps are batches here.
+    A trace named `trace-rank0-step00042.json.gz` ends with the 42nd batch. Operators lie below phases: those that the
+    method names with `torch.profiler.record_function` (`backbone`, `side`, `rung 3`), `backward`, and the optimizer's
+    own. Open a trace at https://ui.perfetto.dev. Steps are batches here.
 
     Args:
         wait: Steps to leave out at the start of each cycle.
@@ -60,6 +62,13 @@ class ProfilerTrace(Callback):
             on_trace_ready=write,
         )
         self._profile.start()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._backward = record_function("backward")
+        self._backward.__enter__()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._backward.__exit__(None, None, None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 PACKAGES = ("lit-spu", "torch", "lightning", "transformers")
 
@@ -33,6 +34,7 @@ class RunSummary(Callback):
     The file says: `status` (`completed`, `interrupted` or `failed`, then with the `error`), `command`, `metrics` (the
     last of each), `measured` (the `summary` of every other callback: memory in MiB, latency in ms, parameters),
     `monitor`, `best_score`, `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices` and `versions`.
+    TensorBoard gets the settings of the method with the score and the figures of the closing table, as `final/…`.
     Validate and test add what they found to what a fit in the same directory wrote, and leave the rest of it.
     """
 
@@ -66,6 +68,8 @@ class RunSummary(Callback):
         record = self._record(trainer) | {"status": status, "command": str(command.value)}
         if error:
             record["error"] = error
+        if command == "fit" and trainer.loggers:
+            _log_settings(trainer, record)
         if command != "fit" and path.exists():
             fit = json.loads(path.read_text())
             added = {key: fit[key] | record[key] for key in ("metrics", "measured")}
@@ -99,6 +103,19 @@ class RunSummary(Callback):
             "devices": trainer.world_size,
             "versions": {"python": platform.python_version(), **_versions()},
         }
+
+
+def _log_settings(trainer: Trainer, record: dict[str, Any]) -> None:
+    """Hand TensorBoard the settings together with what they led to, which its table of runs compares."""
+    module = trainer.lightning_module
+    final = {"score": record["best_score"]} | {name: record["measured"].get(name) for name in TABLE}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(
+                {"method": type(module).__name__, **module.hparams},
+                {f"final/{name}": value for name, value in final.items() if value is not None},
+                step=trainer.global_step,
+            )
 
 
 def _finite(value: float) -> float | None:

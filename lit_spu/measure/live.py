@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self
 from weakref import ReferenceType, ref
@@ -60,6 +61,8 @@ class LiveBytes(TorchDispatchMode):
         peak_bytes: most held at once, what was held on entry included.
         mean_bytes: mean over the operators, what was held on entry included.
         by_kind: bytes of each kind at the peak; they add up to `peak_bytes`.
+        timeline: bytes of each kind after every operator; the entries of one moment add up to what was held then.
+        marks: what `mark` named, by the number of operators before it.
     """
 
     def __init__(self, module: nn.Module | None = None, optimizers: Iterable[Optimizer] = ()) -> None:
@@ -67,6 +70,8 @@ class LiveBytes(TorchDispatchMode):
         self.entry_bytes = self.peak_bytes = 0
         self.mean_bytes = 0.0
         self.by_kind: dict[Kind, int] = {}
+        self.timeline: dict[Kind, list[int]] = {}
+        self.marks: dict[int, str] = {}
         self._module = module
         self._optimizers = list(optimizers)
         self._alive: dict[int, tuple[_Lifetime, ReferenceType[torch.UntypedStorage]]] = {}
@@ -98,9 +103,24 @@ class LiveBytes(TorchDispatchMode):
         self._classify()
         at_peak = [life for life in self._lifetimes if life.born <= self._peak_sample < life.died]
         self.by_kind = {kind: sum(life.nbytes for life in at_peak if life.kind is kind) for kind in Kind}
+        self.timeline = {kind: self._held_by(kind) for kind in Kind}
         self.mean_bytes = self._sum / self._samples if self._samples else float(self.entry_bytes)
         self._alive.clear()
         self._lifetimes.clear()
+
+    def mark(self, name: str) -> None:
+        """Name what follows, for those who look at the timeline."""
+        self.marks[self._samples] = name
+
+    def _held_by(self, kind: Kind) -> list[int]:
+        """What storages of a kind held at every sample."""
+        change = [0] * (self._samples + 1)
+        for life in self._lifetimes:
+            if life.kind is kind and life.born < self._samples:
+                change[life.born] += life.nbytes
+                if life.died < self._samples:
+                    change[int(life.died)] -= life.nbytes
+        return list(accumulate(change[:-1]))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, Head, load_backbone
 from lit_spu.errors import UserError
@@ -66,7 +67,8 @@ class Method(LightningModule, ABC):
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores [batch, labels]."""
-        scores: Tensor = self.backbone(batch)
+        with record_function("backbone"):
+            scores: Tensor = self.backbone(batch)
         return scores
 
     def loss(self, batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_spu.callbacks.memory import Memory
+from lit_spu.errors import UserError
 from lit_spu.measure import MIB
 from tests.callbacks.conftest import QUIET, MakeTrainer, Manual, Tiny, logged
 
@@ -106,3 +107,20 @@ def test_on_cuda_allocated_and_reserved(make_trainer: MakeTrainer) -> None:
     make_trainer(memory, accelerator="cuda", devices=1).fit(HungryOnCuda())
     assert 128 < memory.summary["memory/peak_mib"] < 128 + 64
     assert memory.summary["memory/reserved_mib"] >= memory.summary["memory/peak_mib"]
+
+
+def test_a_timeline_is_written_on_request(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    memory = Memory(timeline=True)
+    make_trainer(memory).fit(Tiny())
+    lines = (tmp_path / "run/0/memory-timeline.csv").read_text().splitlines()
+    held = [sum(map(int, line.split(",")[2:])) for line in lines[1:]]
+    assert max(held) / MIB == pytest.approx(memory.summary["memory/live_peak_mib"])
+    phases = [line.split(",")[1] for line in lines[1:]]
+    assert list(dict.fromkeys(phases)) == ["forward", "backward", "optimizer"]
+    assert "<svg" in (tmp_path / "run/0/memory-timeline.svg").read_text()
+
+
+def test_a_timeline_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="live=false"):
+        Memory(live=False, timeline=True)

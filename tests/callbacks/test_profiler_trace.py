@@ -31,6 +31,7 @@ def test_each_cycle_writes_the_active_steps(make_trainer: MakeTrainer, tmp_path:
     ]
     found = names(folder / "trace-rank0-step00004.json.gz")
     assert found.count("backbone") == 2
+    assert found.count("backward") == 2
     assert sum(name.startswith("Optimizer.step") for name in found) == 2
     assert "aten::addmm" in found
 

@@ -212,3 +212,23 @@ def test_agrees_with_the_garbage_collector() -> None:
         with LiveBytes(model) as live:
             forward()
     assert live.above_bytes == pytest.approx(collector.peak, rel=0.03)
+
+
+def test_the_timeline_adds_up() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with LiveBytes(model, [optimizer]) as live:
+        loss = model(torch.randn(16, 64)).sum()
+        live.mark("backward")
+        loss.backward()
+        optimizer.step()
+    totals = [sum(held) for held in zip(*live.timeline.values(), strict=True)]
+    assert max(totals) == live.peak_bytes
+    assert {kind: held[totals.index(max(totals))] for kind, held in live.timeline.items()} == live.by_kind
+    assert sum(totals) / len(totals) == pytest.approx(live.mean_bytes)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert set(live.timeline[Kind.WEIGHTS]) == {weights}
+    (began,) = live.marks
+    assert set(live.timeline[Kind.GRADIENTS][:began]) == {0}
+    assert live.timeline[Kind.GRADIENTS][-1] == weights
+    assert live.timeline[Kind.OPTIMIZER][-1] >= 2 * weights
