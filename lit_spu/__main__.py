@@ -13,11 +13,12 @@ SUBCOMMANDS = {
 }
 """The subcommands that are a run, and what they do; the full parser takes both from here."""
 
-STUDIES = {
+COMMANDS = {
     "estimate": "Tell the peak memory of every method before training.",
     "compare": "Run methods x tasks x backbones x seeds, and report what they cost and score.",
+    "doctor": "Look at versions, devices, caches and the hub, and tell what to do.",
 }
-"""The subcommands that set methods beside one another."""
+"""The other subcommands."""
 
 HELP = """usage: lit-spu [-h] [--version] SUBCOMMAND ...
 
@@ -36,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line `args`, by default that of the process."""
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
-        listed = SUBCOMMANDS | STUDIES
+        listed = SUBCOMMANDS | COMMANDS
         width = max(map(len, listed))
         lines = (f"  {name:<{width}}  {text}" for name, text in listed.items())
         print(HELP.format(subcommands="\n".join(lines)), end="")
@@ -44,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from lit_spu import __version__
 
         print(f"lit-spu {__version__}")
-    elif given[0] in STUDIES:
+    elif given[0] in COMMANDS:
         from lit_spu import commands
 
         commands.run(given)

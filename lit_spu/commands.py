@@ -1,4 +1,4 @@
-"""The subcommands that are no training run: estimate and compare."""
+"""The subcommands that are no training run: estimate, compare and doctor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lit_spu.__main__ import STUDIES
+from lit_spu.__main__ import COMMANDS
+from lit_spu.doctor import doctor
 from lit_spu.errors import UserError
 from lit_spu.measure import MIB, Kind
 from lit_spu.parser import Parser
@@ -175,16 +176,15 @@ def _listed(args: Sequence[str], command: Callable[..., None]) -> list[str]:
     ]
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"estimate": estimate, "compare": compare}
-
-
 def run(args: Sequence[str]) -> None:
     """Run the command line of one of these. A mistake of the user's ends in a line or two and status 2."""
     name, *given = args
     Parser.given = given
-    command = COMMANDS[name]
-    parser = Parser(prog=f"lit-spu {name}", description=STUDIES[name])
-    parser.add_argument("-c", "--config", action="config", help="A YAML file of these settings.")
+    commands: dict[str, Callable[..., None]] = {"estimate": estimate, "compare": compare, "doctor": doctor}
+    command = commands[name]
+    parser = Parser(prog=f"lit-spu {name}", description=COMMANDS[name])
+    if command is not doctor:
+        parser.add_argument("-c", "--config", action="config", help="A YAML file of these settings.")
     if command is compare:
         parser.add_class_arguments(Study)
         parser.add_function_arguments(compare, skip={"study", "out"})
@@ -192,7 +192,7 @@ def run(args: Sequence[str]) -> None:
     else:
         parser.add_function_arguments(command)
     settings = parser.parse_args(_listed(given, command)).as_dict()
-    files = settings.pop("config") or []
+    files = settings.pop("config", None) or []
     try:
         if command is compare:
             settings["study"] = Study(**{field.name: settings.pop(field.name) for field in fields(Study)})

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_spu.__main__ import STUDIES
+from lit_spu.__main__ import COMMANDS
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
 
@@ -61,7 +61,7 @@ def plain(message: str, given: Sequence[str] = (), flags: Collection[str] = ()) 
     ):
         return f"{_where(found[1], given)} does not exist.{_like(f'--{found[1]}', flags)} --help lists the flags."
     if found := re.match(r"argument subcommand: invalid choice: '(.+?)' \(choose from (.+)\)", message):
-        allowed = {*re.findall("[a-z]+", found[2]), *STUDIES}
+        allowed = {*re.findall("[a-z]+", found[2]), *COMMANDS}
         return f"no subcommand {found[1]!r}. {did_you_mean(found[1], allowed)}"
     if found := re.match(r"--model\.help: .*: (\S+)$", message):
         return f"--model.help: {_unknown(found[1], [Method])}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lit_spu import __version__
-from lit_spu.__main__ import STUDIES, SUBCOMMANDS, main
+from lit_spu.__main__ import COMMANDS, SUBCOMMANDS, main
 
 CHECKOUT = Path(__file__).parents[1]
 HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "datasets")
@@ -48,7 +48,7 @@ def test_the_quick_help_lists_the_real_subcommands(capsys: pytest.CaptureFixture
     assert set(SpuCLI.subcommands()) == set(SUBCOMMANDS)
     main(["--help"])
     text = capsys.readouterr().out
-    for name, description in (SUBCOMMANDS | STUDIES).items():
+    for name, description in (SUBCOMMANDS | COMMANDS).items():
         assert f"  {name}" in text
         assert description in text
         with pytest.raises(SystemExit):

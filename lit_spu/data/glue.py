@@ -101,7 +101,7 @@ class GLUE(LightningDataModule):
         self.limit_validation = limit_validation
         self.limit_test = limit_test
         self.text = text
-        self.cache = Path(cache) if cache else _user_cache()
+        self.cache = Path(cache) if cache else user_cache()
         self.encoding: Encoding | None = None
         """How to write the examples, where no model that is trained tells."""
         self._train: Loader | None = None
@@ -254,5 +254,6 @@ def _drawn(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), len(rows))[:limit])]
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """Where tokenised examples are kept if nothing else is said."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_spu"
