@@ -30,6 +30,7 @@ DOOR = {
     "__main__",
     "cli",
     "commands",
+    "doctor",
     "parser",
     "predictions",
     "runs",
