@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-all install lint types check bench clean
+.PHONY: demo test test-all install lint types check bench docs clean
 
 demo: $(INSTALLED)  ## Train k-ladder LST on sample data with an embedded backbone: about a minute, no network.
 	$(BIN)/python cli.py fit --config configs/kladder.yaml $(ARGS)
@@ -35,5 +35,9 @@ check: lint types test  ## What continuous integration runs.
 bench: $(INSTALLED)  ## Time and memory of every method against plain forward and full fine-tuning, in one run.
 	$(BIN)/python -m benchmarks $(ARGS)
 
+docs: $(INSTALLED)  ## The site, in site/.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:  ## Removes the environment and the caches; runs/ stays.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

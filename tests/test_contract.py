@@ -65,6 +65,7 @@ def test_a_method_has_a_config_a_test_and_a_page(cls: type[Method]) -> None:
     paths = {cls.__name__, f"{cls.__module__}.{cls.__name__}"}
     assert any(config["model"]["class_path"] in paths for config in METHODS.values()), "no configs/*.yaml"
     assert (ROOT / "tests" / "methods" / f"test_{cls.__module__.rpartition('.')[2]}.py").is_file()
+    assert (ROOT / "docs" / "methods" / f"{cls.__module__.rpartition('.')[2]}.md").is_file()
     assert inspect.getmodule(cls).__doc__
     page = cls.__doc__ or ""
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
