@@ -129,3 +129,41 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     assert "2 of 5 runs to do" in again.stdout
     assert json.loads((out / "results.json").read_text())["rows"][1]["seeds"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_study_loses_what_was_in_flight_and_nothing_else(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    study = subprocess.Popen(compare(tmp_path, "--seeds=1,2"), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    cells = tmp_path / "runs" / "compare" / "study" / "cells"
+    deadline = time.monotonic() + 120
+    while len(list(cells.glob("*/cell.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    study.kill()
+    study.wait()
+    done = {path: path.stat().st_mtime_ns for path in cells.glob("*/cell.json")}
+    assert 2 <= len(done) < 5
+    again = subprocess.run(
+        compare(tmp_path, "--seeds=1,2"), cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{5 - len(done)} of 5 runs to do" in again.stdout
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+
+@pytest.mark.slow
+def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    study = subprocess.Popen(
+        compare(tmp_path, "--seeds=1,2"), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    out = tmp_path / "runs" / "compare" / "study"
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("cells/*/cell.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    study.send_signal(signal.SIGINT)
+    said, _ = study.communicate(timeout=60)
+    assert study.returncode == 130
+    assert "Interrupted. The same command goes on." in said
+    assert json.loads((out / "results.json").read_text())["runs"]
+    assert (out / "report.html").exists()
