@@ -113,7 +113,7 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
         console.print("Interrupted. The same command goes on.")
         raise SystemExit(128 + signal.SIGINT)
     if failed := [outcome for outcome in outcomes.values() if not outcome.done and not outcome.cell.optional]:
-        console.print(f"{len(failed)} of the runs failed; --retry=true runs them again.", highlight=False)
+        console.print(f"{len(failed)} of the runs failed; --retry runs them again.", highlight=False)
         raise SystemExit(1)
 
 
@@ -165,15 +165,18 @@ def _report(study: Study, outcomes: Sequence[Outcome], folder: Path, console: Co
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 
-def _listed(args: Sequence[str], command: Callable[..., None]) -> list[str]:
-    """The arguments with `--seeds 1,2` and `--seeds=1,2` as the list that it stands for."""
+def _spelled_out(args: Sequence[str], command: Callable[..., None]) -> list[str]:
+    """The arguments with `--seeds 1,2` as the list that it stands for, and `--retry` alone as true."""
     hints = get_type_hints(command) | (get_type_hints(Study) if command is compare else {})
     lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) in (list, Sequence)}
+    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
     words = [word for arg in args for word in (arg.split("=", 1) if arg.partition("=")[0] in lists else [arg])]
-    return [
-        f"[{word}]" if before in lists and not word.startswith("[") else word
-        for before, word in zip(["", *words], words, strict=False)
-    ]
+    spelled: list[str] = []
+    for before, word, after in zip(["", *words], words, [*words[1:], "--"], strict=False):
+        spelled.append(f"[{word}]" if before in lists and not word.startswith("[") else word)
+        if word in switches and after.startswith("--"):
+            spelled.append("true")
+    return spelled
 
 
 def run(args: Sequence[str]) -> None:
@@ -191,7 +194,7 @@ def run(args: Sequence[str]) -> None:
         parser.add_argument("--out", type=str | None, help="Directory of the results.")
     else:
         parser.add_function_arguments(command)
-    settings = parser.parse_args(_listed(given, command)).as_dict()
+    settings = parser.parse_args(_spelled_out(given, command)).as_dict()
     files = settings.pop("config", None) or []
     try:
         if command is compare:

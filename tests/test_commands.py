@@ -62,7 +62,7 @@ def test_estimates_are_printed_smallest_first(capsys: pytest.CaptureFixture[str]
 
 
 def test_what_a_study_would_run_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    main(f"compare --configs={CONFIGS}/full.yaml,{CONFIGS}/lst.yaml --seeds 1,2 --dry_run=true".split())
+    main(f"compare --configs={CONFIGS}/full.yaml,{CONFIGS}/lst.yaml --seeds 1,2 --dry_run".split())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 2 * 2
     assert all(line.startswith(("lit-spu fit", "lit-spu validate")) for line in lines)
@@ -74,7 +74,7 @@ def test_the_studies_that_are_shipped_can_be_run(
 ) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     for study in (CONFIGS / "compare").glob("*.yaml"):
-        main(["compare", f"--config={study}", "--dry_run=true"])
+        main(["compare", f"--config={study}", "--dry_run"])
         runs = capsys.readouterr().out
         assert runs
         if study.stem == "quick":
