@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 
 def run_both(model: dict[str, Any], backbone: str, folder: Path) -> list[dict[str, Any]]:
@@ -27,9 +28,21 @@ def run_both(model: dict[str, Any], backbone: str, folder: Path) -> list[dict[st
     return results
 
 
+def quiet_trainer(**settings: Any) -> Trainer:
+    """A trainer on the CPU that writes and shows nothing."""
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+
+
 def main(settings: dict[str, Any]) -> None:
     """Train and validate; rank zero saves what came out."""
-    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch import seed_everything
 
     from lit_spu import discovery
     from lit_spu.data.glue import GLUE
@@ -40,16 +53,7 @@ def main(settings: dict[str, Any]) -> None:
     seed_everything(0)
     method = cls(**{**settings["model"].get("init_args", {}), "backbone": settings["backbone"]})  # without dropout
     data = GLUE(batch_size=8 // devices, limit_train=40, limit_validation=21, cache=settings["cache"])
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        max_epochs=2,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2)
     trainer.fit(method, data)
     (metrics, *_) = trainer.validate(method, data, verbose=False)
     if trainer.is_global_zero:

@@ -16,6 +16,7 @@ from lit_spu import discovery
 from lit_spu.data.glue import GLUE
 from lit_spu.methods.base import Method
 from tests.conftest import encode
+from tests.ddp import quiet_trainer, run_both
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -42,15 +43,7 @@ def build(config: str, backbone: str) -> Method:
 
 def fit(method: Method, folder: Path, **settings: Any) -> Trainer:
     data = GLUE(batch_size=8, limit_train=32, limit_validation=16, cache=str(folder))
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=3,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **settings,
-    )
+    trainer = quiet_trainer(max_steps=3, **settings)
     trainer.fit(method, data)
     return trainer
 
@@ -117,8 +110,6 @@ def test_a_seed_decides_a_run(tiny: Tiny, tmp_path: Path, config: str) -> None:
 @pytest.mark.parametrize("config", METHODS)
 def test_two_processes_equal_one(tiny: Tiny, tmp_path: Path, config: str) -> None:
     """Two ranks of 4 examples train on the same global batches as one of 8, and score each validation example once."""
-    from tests.ddp import run_both
-
     one, two = run_both(METHODS[config]["model"], tiny("bert"), tmp_path)
     for name, tensor in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)

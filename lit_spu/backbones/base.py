@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_spu.backbones import attention
 from lit_spu.errors import UserError
-from lit_spu.tasks import Encoding, Task
+from lit_spu.tasks import Encoding, Format, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Batch = Mapping[str, Tensor]
 Head = Literal["classifier", "prompt"]
@@ -239,6 +242,7 @@ class Backbone(nn.Module, ABC):
     """
 
     words: Tensor
+    language_model: ClassVar[str]  # which of transformers' AutoModelFor… has its language-model head
     causal: ClassVar[bool]  # whether the last stream sees only what came before
     pairs: ClassVar[int] = 1  # a head's width is a multiple of this
     whole_words: ClassVar[bool] = False  # whether a label word must be one token
@@ -264,6 +268,11 @@ class Backbone(nn.Module, ABC):
     def _path(self) -> tuple[str, ...]:
         family = self.stem.family
         return family.classifier if self.classifies else family.vocabulary[:-1]
+
+    @classmethod
+    @abstractmethod
+    def reads(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
+        """The format in which it reads an example for that head, and the text of its blank."""
 
     # -- what runs --------------------------------------------------------------------------------------------------
 

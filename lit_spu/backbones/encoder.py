@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import inspect
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lit_spu.backbones.base import Backbone, Batch
+from lit_spu.backbones.base import Backbone, Batch, Head
+from lit_spu.tasks import Format
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Encoder(Backbone):
     """One stream that sees itself whole. With a prompt it answers at the blank."""
 
+    language_model = "MaskedLM"
     causal = False
     whole_words = True  # as a blank is one token
+
+    @classmethod
+    def reads(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
+        return ("pair" if head == "classifier" else "cloze"), tokenizer.mask_token or ""
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in self.accepted if name in batch}

@@ -13,9 +13,9 @@ from torch._subclasses import FakeTensor
 from lit_spu.backbones.base import Backbone, Family, Head
 from lit_spu.backbones.causal import Causal, Rotary
 from lit_spu.backbones.encoder import Encoder
-from lit_spu.backbones.seq2seq import SENTINEL, Seq2Seq
+from lit_spu.backbones.seq2seq import Seq2Seq
 from lit_spu.errors import UserError, did_you_mean
-from lit_spu.tasks import Encoding, Format, Task
+from lit_spu.tasks import Encoding, Task
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -146,20 +146,11 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    form, mask = expects(family, head, tokenizer)
+    form, mask = family.shape.reads(head, tokenizer)
     positions = getattr(config, "max_position_embeddings", None)  # a T5's are relative: it has no such setting
     room = positions and positions - family.reserved
     model = load_model(source, name, family, task, head, local)
     return family.shape(model, family, task, head, Encoding(tokenizer, form, mask, room), name)
-
-
-def expects(family: Family, head: Head, tokenizer: Any) -> tuple[Format, str]:
-    """The format in which a family reads an example for that head, and the text of its blank."""
-    if family.shape is Encoder:
-        return ("pair" if head == "classifier" else "cloze"), tokenizer.mask_token or ""
-    if family.shape is Seq2Seq:
-        return ("named" if head == "classifier" else "cloze"), SENTINEL
-    return "prefix", ""
 
 
 def load_model(source: str, name: str, family: Family, task: Task, head: Head, local: bool) -> Any:
@@ -167,8 +158,8 @@ def load_model(source: str, name: str, family: Family, task: Task, head: Head, l
     import transformers
 
     classifies = head == "classifier" and bool(family.classifier)
-    kind = {Encoder: "MaskedLM", Seq2Seq: "Seq2SeqLM"}.get(family.shape, "CausalLM")
-    auto = getattr(transformers, f"AutoModelFor{'SequenceClassification' if classifies else kind}")
+    kind = "SequenceClassification" if classifies else family.shape.language_model
+    auto = getattr(transformers, f"AutoModelFor{kind}")
     options: dict[str, Any] = {"num_labels": task.scores} if classifies else {}
     if isinstance(torch.empty(0), FakeTensor):
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, **options)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lit_spu.backbones.base import Backbone, Batch, Head, Trunk
+from lit_spu.tasks import Format
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SENTINEL = "<extra_id_0>"  # the blank of span corruption, in a text and in front of what fills it
 
@@ -36,9 +40,14 @@ class Seq2SeqTrunk(Trunk):
 class Seq2Seq(Backbone):
     """T5. Plainly asked it answers with the class's name, as it was trained to; prompted, with the label word."""
 
+    language_model = "Seq2SeqLM"
     causal = True
     trunk_class = Seq2SeqTrunk
     prefix: Tensor
+
+    @classmethod
+    def reads(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
+        return ("named" if head == "classifier" else "cloze"), SENTINEL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
