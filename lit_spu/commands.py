@@ -156,9 +156,8 @@ def _report(study: Study, outcomes: Sequence[Outcome], folder: Path, console: Co
         for header in (part.rows[0].metric, *shown.values()):
             table.add_column(header, justify="right", no_wrap=True)
         for row in part.rows:
-            score = f"{row.score:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
             name = f"{row.name} (collapsed)" if row.collapsed else row.name
-            table.add_row(name, score, *(report.number(row.costs.get(column)) for column in shown))
+            table.add_row(name, report.score(row), *(report.number(row.costs.get(column)) for column in shown))
         console.print(table)
     for line in differences:
         console.print(f"Not equal, so not a fair comparison: {line}", highlight=False, soft_wrap=True)

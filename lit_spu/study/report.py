@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,6 +47,63 @@ class Part:
         return plots.save(figures, folder / f"{self.task}-{self.backbone}")
 
 
+@dataclass(frozen=True)
+class Overview:
+    """All tasks on one backbone: the rows of each method by task."""
+
+    backbone: str
+    tasks: Sequence[str]
+    rows: Mapping[str, Mapping[str, Row]]
+    reference: str
+
+    def over_reference(self, name: str, cost: str) -> float | None:
+        """The mean over the tasks of a row's cost over the reference row's."""
+        own, its = self.rows[name], self.rows.get(self.reference, {})
+        ratios = [
+            own[task].costs[cost] / its[task].costs[cost]
+            for task in self.tasks
+            if task in own and task in its and cost in own[task].costs and its[task].costs.get(cost)
+        ]
+        return statistics.mean(ratios) if ratios else None
+
+    def most(self, name: str, cost: str) -> float | None:
+        """A row's greatest cost on any task."""
+        return max((row.costs[cost] for row in self.rows[name].values() if cost in row.costs), default=None)
+
+    def markdown(self) -> str:
+        """The same as a table for a README."""
+        over = f"/ {self.reference}"
+        heads = (self.backbone, "trained", *self.tasks, "memory MiB", over, f"step {over}")
+        lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+        for name, row in self.rows.items():
+            scores = [score(row[task]) if task in row else "–" for task in self.tasks]
+            ratios = [self.over_reference(name, cost) for cost in RELATIVE]
+            costs = [number(self.most(name, RELATIVE[0])), *("–" if r is None else f"{r:.2f}" for r in ratios)]
+            lines.append(f"| {' | '.join((name, number(self.most(name, 'params/trainable')), *scores, *costs))} |")
+        return "\n".join(lines)
+
+
+def overviews(rows: Sequence[Row], reference: str) -> list[Overview]:
+    """One for each backbone, the best on average first."""
+    found = []
+    for backbone in dict.fromkeys(row.backbone for row in rows):
+        here = [row for row in rows if row.backbone == backbone]
+        tasks = list(dict.fromkeys(row.task for row in here))
+        by_name = {
+            name: {row.task: row for row in here if row.name == name} for name in dict.fromkeys(r.name for r in here)
+        }
+        means = {name: sum(row.score for row in of.values()) / len(tasks) for name, of in by_name.items()}
+        found.append(
+            Overview(backbone, tasks, {n: by_name[n] for n in sorted(means, key=lambda n: -means[n])}, reference)
+        )
+    return found
+
+
+def score(row: Row) -> str:
+    """Mean and deviation."""
+    return f"{row.score:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
+
+
 def parts(rows: Sequence[Row], reference: str) -> list[Part]:
     """The rows by task and backbone, best first."""
     found = []
@@ -64,7 +122,7 @@ def write(
     unequal: Sequence[str],
     out: Path,
 ) -> Path:
-    """Write `report.html` and the pictures; its path."""
+    """Write `report.html`, the pictures, and `results.md`, tables for a README; the page's path."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -74,14 +132,16 @@ def write(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "score": score}
     first = records[0] if records else {}
+    tables = overviews(rows, study.reference)
     path = out / "report.html"
     page = environment.get_template("report.html.j2").render(
         title=out.name,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         study=study,
         parts=[(part, part.pictures(out / "plots")) for part in parts(rows, study.reference)],
+        overviews=[table for table in tables if len(table.tasks) > 1],
         columns=COLUMNS,
         relative=RELATIVE,
         unequal=unequal,
@@ -93,6 +153,7 @@ def write(
         batches=sorted({r["config.data.batch_size"] for r in records if r.get("config.data.batch_size")}),
     )
     path.write_text(page)
+    (out / "results.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n")
     return path
 
 

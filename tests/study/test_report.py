@@ -83,3 +83,19 @@ def test_its_table_sorts_in_a_browser(page: Path, address: str, order: list[str]
     body = done.stdout.split("<tbody>")[1].split("</tbody>")[0]
     first = [re.sub("<small.*", "", cell).strip() for cell in re.findall(r"<tr.*?><td.*?>(.*?)</td>", body, re.DOTALL)]
     assert [name.replace("&lt;", "<").replace("&gt;", ">") for name in first] == order
+
+
+def test_all_tasks_are_beside_one_another() -> None:
+    costs = {"memory/live_peak_mib": 10.0, "latency/step_ms": 4.0, "params/trainable": 5}
+
+    def of(name: str, task: str, score: float, factor: float) -> Row:
+        scaled = {cost: value * factor for cost, value in costs.items()}
+        return Row(name, task, "mini-bert", 1.0, "accuracy", [score], scaled)
+
+    rows = [of("full", "sst2", 0.8, 2), of("full", "rte", 0.6, 4), of("lst", "sst2", 0.9, 1), of("lst", "rte", 0.7, 1)]
+    (table,) = report.overviews([*rows, Row(MAJORITY, "rte", "mini-bert", 1.0, "accuracy", [0.5])], "full")
+    assert list(table.rows) == ["lst", "full", MAJORITY]
+    lines = table.markdown().splitlines()
+    assert lines[2] == "| lst | 5 | 0.900 | 0.700 | 10 | 0.38 | 0.38 |"
+    assert lines[3] == "| full | 20 | 0.800 | 0.600 | 40 | 1.00 | 1.00 |"
+    assert lines[4] == "| majority | – | – | 0.500 | – | – | – |"
