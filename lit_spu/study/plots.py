@@ -26,7 +26,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
     figure, axes = _figure(len(COSTS), 4.2, 3.6)
     shown = [row for row in rows if all(name in row.costs for name in COSTS)]
     for axis, (name, label) in zip(axes, COSTS.items(), strict=True):
-        points = sorted((row.costs[name], row.score, row) for row in shown)
+        points = sorted(((row.costs[name], row.score, row) for row in shown), key=lambda point: point[:2])
         for cost, score, row in points:
             axis.errorbar(cost, score, row.deviation or 0, fmt="o", color=_colour(row.name, rows), ms=6, lw=1)
         best: list[tuple[float, float]] = []
