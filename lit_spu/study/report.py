@@ -11,7 +11,7 @@ from pathlib import Path
 from lit_spu.study import plots
 from lit_spu.study.compare import Outcome
 from lit_spu.study.grid import ZERO_SHOT, Study
-from lit_spu.study.results import MAJORITY, Record, Row
+from lit_spu.study.results import MAJORITY, Record, Row, grouped
 
 COLUMNS = {
     "params/trainable": ("trained", "Parameters that are trained"),
@@ -86,16 +86,12 @@ class Overview:
 def overviews(rows: Sequence[Row], reference: str) -> list[Overview]:
     """One for each backbone, the best on average first."""
     found = []
-    for backbone in dict.fromkeys(row.backbone for row in rows):
-        here = [row for row in rows if row.backbone == backbone]
+    for backbone, here in grouped(rows, lambda row: row.backbone).items():
         tasks = list(dict.fromkeys(row.task for row in here))
-        by_name = {
-            name: {row.task: row for row in here if row.name == name} for name in dict.fromkeys(r.name for r in here)
-        }
-        means = {name: sum(row.score for row in of.values()) / len(tasks) for name, of in by_name.items()}
-        found.append(
-            Overview(backbone, tasks, {n: by_name[n] for n in sorted(means, key=lambda n: -means[n])}, reference)
-        )
+        by_name = grouped(here, lambda row: row.name)
+        means = {name: sum(row.score for row in of) / len(tasks) for name, of in by_name.items()}
+        ranked = {name: {row.task: row for row in by_name[name]} for name in sorted(means, key=lambda n: -means[n])}
+        found.append(Overview(backbone, tasks, ranked, reference))
     return found
 
 
@@ -107,8 +103,7 @@ def score(row: Row) -> str:
 def parts(rows: Sequence[Row], reference: str) -> list[Part]:
     """The rows by task and backbone, best first."""
     found = []
-    for task, backbone in dict.fromkeys((row.task, row.backbone) for row in rows):
-        here = [row for row in rows if (row.task, row.backbone) == (task, backbone)]
+    for (task, backbone), here in grouped(rows, lambda row: (row.task, row.backbone)).items():
         yardstick = next((row for row in here if row.name == reference), None)
         found.append(Part(task, backbone, sorted(here, key=lambda row: -row.score), yardstick))
     return found

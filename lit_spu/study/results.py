@@ -6,10 +6,11 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -23,9 +24,19 @@ from lit_spu.study.grid import ZERO_SHOT
 from lit_spu.tasks import Task, load_task
 
 Record = dict[str, Any]
+T = TypeVar("T")
+K = TypeVar("K")
 
 MAJORITY = "majority"
 """The row of the best constant answer."""
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their key, both in the order in which they come."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def record(outcome: Outcome) -> Record:
@@ -75,14 +86,18 @@ def curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
 def constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
     """By task and backbone, the score of every constant answer, best first: the majority's, and a collapsed run's."""
     found = {}
-    for where in dict.fromkeys((r["task"], r["backbone"]) for r in records):
-        data = next((r["data"] for r in records if r["data"] and (r["task"], r["backbone"]) == where), None)
+    for where, here in grouped(records, _place).items():
+        data = next((r["data"] for r in here if r["data"]), None)
         if data:
             task = load_task(data["task"])
             labels = torch.tensor([row["label"] for row in GLUE(**data).examples("validation")])
             answers = [labels.mean().item()] if task.regression else range(len(task.labels))
             found[where] = sorted((_constant(task, labels, answer) for answer in answers), reverse=True)
     return found
+
+
+def _place(r: Record) -> tuple[str, str]:
+    return r["task"], r["backbone"]
 
 
 def _constant(task: Task, labels: Tensor, answer: float) -> float:
@@ -120,32 +135,29 @@ class Row:
 
 def rows(records: Sequence[Record], fixed: Mapping[tuple[str, str], Sequence[float]]) -> list[Row]:
     """A row for each method, task and backbone, at its best learning rate; `fixed` has each one's constant scores."""
-    groups: dict[tuple[str, str, str], dict[float, list[Record]]] = {}
-    for r in records:
-        if r["score"] is not None:
-            groups.setdefault((r["task"], r["backbone"], r["row"]), {}).setdefault(r["rate"], []).append(r)
     found = []
-    for (task, backbone, name), by_rate in groups.items():
-        rate, best = max(by_rate.items(), key=lambda item: statistics.mean(r["score"] for r in item[1]))
-        constant = fixed.get((task, backbone), [])
-        collapsed = sum(any(math.isclose(r["score"], c, abs_tol=1e-6) for c in constant) for r in best)
-        found.append(
-            Row(
-                name,
-                task,
-                backbone,
-                rate,
-                best[0]["metric"],
-                [r["score"] for r in best],
-                _means(best),
-                _mean_curve([r["curve"] for r in best]),
-                0 if name == ZERO_SHOT else collapsed,
-                best[0]["command"],
+    for (task, backbone), here in grouped((r for r in records if r["score"] is not None), _place).items():
+        constant, metric = fixed.get((task, backbone), []), here[0]["metric"]
+        for name, of_row in grouped(here, lambda r: str(r["row"])).items():
+            by_rate = grouped(of_row, lambda r: float(r["rate"]))
+            rate, best = max(by_rate.items(), key=lambda item: statistics.mean(r["score"] for r in item[1]))
+            collapsed = sum(any(math.isclose(r["score"], c, abs_tol=1e-6) for c in constant) for r in best)
+            found.append(
+                Row(
+                    name,
+                    task,
+                    backbone,
+                    rate,
+                    metric,
+                    [r["score"] for r in best],
+                    _means(best),
+                    _mean_curve([r["curve"] for r in best]),
+                    0 if name == ZERO_SHOT else collapsed,
+                    best[0]["command"],
+                )
             )
-        )
-    for (task, backbone), constant in fixed.items():
-        metric = load_task(task).metrics[0] if constant else ""
-        found.append(Row(MAJORITY, task, backbone, 1.0, metric, constant[:1]))
+        if constant:
+            found.append(Row(MAJORITY, task, backbone, 1.0, metric, constant[:1]))
     return found
 
 
@@ -169,22 +181,17 @@ def unequal(records: Sequence[Record]) -> list[str]:
     """What is not the same for all rows of a task and backbone, and should be for the comparison to be fair."""
     found = []
     trained = [r for r in records if r["row"] != ZERO_SHOT]
-    for where in dict.fromkeys((r["task"], r["backbone"]) for r in trained):
-        here = [r for r in trained if (r["task"], r["backbone"]) == where]
+    for (task, backbone), here in grouped(trained, _place).items():
         data = [name for name in dict.fromkeys(n for r in here for n in r) if name.startswith("config.data.")]
         for name in ("steps", "config.trainer.accumulate_grad_batches", "devices", *data):
-            values: dict[Any, list[str]] = {}
-            for r in here:
-                values.setdefault(r.get(name), []).append(r["row"])
+            values = grouped(here, methodcaller("get", name))
             if len(values) > 1:
-                said = "; ".join(f"{value}: {', '.join(dict.fromkeys(names))}" for value, names in values.items())
-                found.append(f"{name.removeprefix('config.')} on {where[0]}, {where[1]}: {said}")
-        runs: dict[str, list[tuple[int, float]]] = {}
-        for r in here:
-            runs.setdefault(r["row"], []).append((r["seed"], r["rate"]))
-        if len({tuple(sorted(cells)) for cells in runs.values()}) > 1:
+                said = (f"{value}: {', '.join(grouped(some, lambda r: r['row']))}" for value, some in values.items())
+                found.append(f"{name.removeprefix('config.')} on {task}, {backbone}: {'; '.join(said)}")
+        runs = grouped(here, lambda r: r["row"])
+        if len({tuple(sorted((r["seed"], r["rate"]) for r in cells)) for cells in runs.values()}) > 1:
             counts = ", ".join(f"{name}: {len(cells)}" for name, cells in runs.items())
-            found.append(f"finished runs on {where[0]}, {where[1]}: {counts}")
+            found.append(f"finished runs on {task}, {backbone}: {counts}")
     return found
 
 

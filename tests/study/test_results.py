@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +72,13 @@ def test_what_is_not_equal_is_said() -> None:
 def test_settings_are_flattened() -> None:
     nested = {"data": {"task": "sst2", "drop": [1, 2]}, "model": None, "empty": {}}
     assert flat(nested) == {"data.task": "sst2", "data.drop": "[1, 2]", "model": None, "empty": {}}
+
+
+def test_a_task_of_ones_own_has_a_majority(tmp_path: Path) -> None:
+    """It is known by a short name here, under which no task can be loaded."""
+    own = Path(__file__).parents[2] / "examples" / "own_task"
+    data = {"task": str(own / "task.yaml"), "source": str(own)}
+    scored = [record("lst", 1, 0.9, data=data) | {"task": "task"}]
+    found = {row.name: row for row in rows(scored, constants(scored))}
+    assert found[MAJORITY].metric == "accuracy"
+    assert 0 < found[MAJORITY].score < 1
