@@ -42,14 +42,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def settings(cls: type[Method]) -> str:
     """A table of the constructor's arguments, those of the method first, then those that all share."""
-    rows: dict[str, str] = {}
-    for base in cls.__mro__:
-        if issubclass(base, Method) and "__init__" in vars(base):
-            for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
-                if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
-                    meaning = argument(base, name).replace("|", "\\|")
-                    rows.setdefault(name, f"| `{name}` | `{parameter.default!r}` | {meaning} |")
-    return "\n".join(("| setting | default | |", "|---|---|---|", *rows.values()))
+    rows = [
+        f"| `{name}` | `{parameter.default!r}` | {argument(base, name).replace('|', chr(92) + '|')} |"
+        for name, (base, parameter) in discovery.settings(cls).items()
+    ]
+    return "\n".join(("| setting | default | |", "|---|---|---|", *rows))
 
 
 def argument(cls: type, name: str) -> str:

@@ -6,7 +6,6 @@ import argparse
 import inspect
 import json
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -17,7 +16,6 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -31,7 +29,7 @@ from lit_spu.callbacks.run_summary import RunSummary
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
-from lit_spu.parser import Parser, user_error
+from lit_spu.parser import Parser, answered, say
 from lit_spu.predictions import Predictions
 from lit_spu.tasks import load_task
 
@@ -259,14 +257,14 @@ class SpuCLI(LightningCLI):
             # to evaluate, the states of the callbacks of training are not wanted
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             if not self._get(self.config, "ckpt_path"):
-                _say("No --ckpt_path: this is the method before any training.")
+                say("No --ckpt_path: this is the method before any training.")
         if self.resumed == self.run_dir:
             self._keep_metrics()
         try:
             super()._run_subcommand(subcommand)
         except SystemExit:  # Lightning's answer to an interruption, once callbacks and loggers have finished
             if Path(str(self.run_dir), "checkpoints", "last.ckpt").exists():
-                _say(f"Interrupted. Continue with: lit-spu fit --ckpt_path {self.run_dir}")
+                say(f"Interrupted. Continue with: lit-spu fit --ckpt_path {self.run_dir}")
             signalled = signal.SIGTERM if self.trainer.received_sigterm else signal.SIGINT
             raise SystemExit(128 + signalled) from None
         except RuntimeError as error:
@@ -274,7 +272,7 @@ class SpuCLI(LightningCLI):
                 raise UserError(f"{self.file} does not fit these settings: {', '.join(self.differences)}.") from error
             raise
         if subcommand == "predict" and self.run_dir is not None:
-            _say(f"Predictions: {', '.join(map(str, self._outputs()))}")
+            say(f"Predictions: {', '.join(map(str, self._outputs()))}")
 
     @rank_zero_only
     def _keep_metrics(self) -> None:
@@ -297,11 +295,6 @@ def _task_of_model(config: str) -> str | None:
         return str(settings["model"]["init_args"]["task"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):  # the parser tells what is wrong with a file
         return None
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 @contextmanager
@@ -329,15 +322,6 @@ def _quiet() -> Iterator[None]:
 
 
 def run(args: Sequence[str]) -> None:
-    """Run a command line. A mistake of the user's ends in a line or two and status 2; LIT_SPU_DEBUG=1 shows where."""
-    try:
-        with _quiet():
-            SpuCLI(args)
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:
-        mistake = user_error(error) or error  # jsonargparse wraps what a constructor raises
-        if os.environ.get("LIT_SPU_DEBUG") or not isinstance(mistake, UserError | MisconfigurationException):
-            raise
-        _say(f"error: {mistake}")
-        raise SystemExit(2) from None
+    """Run a command line."""
+    with answered(), _quiet():
+        SpuCLI(args)

@@ -19,7 +19,7 @@ from lit_spu.__main__ import COMMANDS
 from lit_spu.doctor import doctor
 from lit_spu.errors import UserError
 from lit_spu.measure import MIB, Kind
-from lit_spu.parser import Parser
+from lit_spu.parser import Parser, answered
 from lit_spu.study import report
 from lit_spu.study.compare import Forecast, Outcome, Runner, known
 from lit_spu.study.estimate import estimates
@@ -179,7 +179,7 @@ def _spelled_out(args: Sequence[str], command: Callable[..., None]) -> list[str]
 
 
 def run(args: Sequence[str]) -> None:
-    """Run the command line of one of these. A mistake of the user's ends in a line or two and status 2."""
+    """Run the command line of one of these."""
     name, *given = args
     Parser.given = given
     commands: dict[str, Callable[..., None]] = {"estimate": estimate, "compare": compare, "doctor": doctor}
@@ -195,13 +195,8 @@ def run(args: Sequence[str]) -> None:
         parser.add_function_arguments(command)
     settings = parser.parse_args(_spelled_out(given, command)).as_dict()
     files = settings.pop("config", None) or []
-    try:
-        if command is compare:
-            settings["study"] = Study(**{field.name: settings.pop(field.name) for field in fields(Study)})
-            settings["out"] = settings["out"] or f"runs/compare/{Path(str(files[-1])).stem if files else 'study'}"
+    if command is compare:
+        settings["study"] = Study(**{field.name: settings.pop(field.name) for field in fields(Study)})
+        settings["out"] = settings["out"] or f"runs/compare/{Path(str(files[-1])).stem if files else 'study'}"
+    with answered():
         command(**settings)
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

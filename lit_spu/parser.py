@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, ClassVar, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_spu.__main__ import COMMANDS
+from lit_spu.discovery import settings
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
 
@@ -44,12 +50,33 @@ def user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
+@rank_zero_only
+def say(text: str) -> None:
+    """Tell the user, once for all ranks."""
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """End a mistake of the user's in a line or two and status 2, Ctrl-C in status 130; LIT_SPU_DEBUG=1 shows where."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        mistake = user_error(error) or error  # jsonargparse wraps what a constructor raises
+        if os.environ.get("LIT_SPU_DEBUG") or not isinstance(mistake, UserError | MisconfigurationException):
+            raise
+        say(f"error: {mistake}")
+        raise SystemExit(2) from None
+
+
 def plain(message: str, given: Sequence[str] = (), flags: Collection[str] = ()) -> str:
     """What jsonargparse says of the arguments `given`, in a line or two; `flags` are those that exist."""
     if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
         return f"{_where(found[1], given)}: {_value(found[2])}"
     if found := re.match(r"Option '(.+?)' is not accepted", message):
-        owners = {name: cls for base in (Method, Callback) for cls in subclasses(base) for name in _parameters(cls)}
+        owners = {name: cls for base in (Method, Callback) for cls in subclasses(base) for name in settings(cls)}
         where = _where(found[1], given)
         if found[1] in owners:
             return f"{where} is no setting of this class, but of {owners[found[1]].__name__}."
@@ -126,9 +153,3 @@ def _unknown(given: str, bases: Sequence[type]) -> str:
 def _like(given: str, allowed: Collection[str]) -> str:
     close = get_close_matches(given, allowed, n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def _parameters(cls: type) -> Iterator[str]:
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            yield from inspect.signature(vars(base)["__init__"]).parameters

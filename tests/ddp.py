@@ -13,12 +13,18 @@ import torch
 from lightning.pytorch import Trainer
 
 
-def run_both(model: dict[str, Any], backbone: str, folder: Path) -> list[dict[str, Any]]:
+def run_both(config: Path, backbone: str, folder: Path) -> list[dict[str, Any]]:
     """The trained weights and the metrics of both runs: one device, then two."""
     results = []
     for devices in (1, 2):
         out = folder / f"{devices}.pt"
-        settings = {"model": model, "backbone": backbone, "devices": devices, "out": str(out), "cache": str(folder)}
+        settings = {
+            "config": str(config),
+            "backbone": backbone,
+            "devices": devices,
+            "out": str(out),
+            "cache": str(folder),
+        }
         command = [sys.executable, "-m", "tests.ddp", json.dumps(settings)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         root = Path(__file__).parents[1]
@@ -44,14 +50,12 @@ def main(settings: dict[str, Any]) -> None:
     """Train and validate; rank zero saves what came out."""
     from lightning.pytorch import seed_everything
 
-    from lit_spu import discovery
     from lit_spu.data.glue import GLUE
+    from lit_spu.study.grid import build
 
-    name = settings["model"]["class_path"].rpartition(".")[2]
-    (cls,) = (c for c in discovery.classes("lit_spu.methods") if c.__name__ == name)
     devices = settings["devices"]
     seed_everything(0)
-    method = cls(**{**settings["model"].get("init_args", {}), "backbone": settings["backbone"]})  # without dropout
+    method = build(Path(settings["config"]), backbone=settings["backbone"])  # without dropout
     data = GLUE(batch_size=8 // devices, limit_train=40, limit_validation=21, cache=settings["cache"])
     trainer = quiet_trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2)
     trainer.fit(method, data)

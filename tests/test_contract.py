@@ -15,13 +15,12 @@ from lightning.pytorch import Trainer
 from lit_spu import discovery
 from lit_spu.data.glue import GLUE
 from lit_spu.methods.base import Method
+from lit_spu.study.grid import build, method_configs
 from tests.conftest import encode
 from tests.ddp import quiet_trainer, run_both
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS}
-METHODS = {name: config for name, config in METHODS.items() if "class_path" in config.get("model", {})}
+METHODS = method_configs([f"{ROOT}/configs/*.yaml"])
 CLASSES = [
     cls for cls in discovery.classes("lit_spu.methods") if issubclass(cls, Method) and not inspect.isabstract(cls)
 ]
@@ -32,13 +31,10 @@ Tiny = Callable[[str], str]
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
-def build(config: str, backbone: str) -> Method:
+def made(config: str, backbone: str) -> Method:
     """The method as its config sets it, on another backbone."""
-    model = METHODS[config]["model"]
-    (cls,) = (c for c in CLASSES if model["class_path"] in (c.__name__, f"{c.__module__}.{c.__name__}"))
     torch.manual_seed(0)
-    method: Method = cls(**{**model.get("init_args", {}), "backbone": backbone})
-    return method
+    return build(METHODS[config], backbone=backbone)
 
 
 def fit(method: Method, folder: Path, **settings: Any) -> Trainer:
@@ -56,7 +52,8 @@ def test_there_are_methods() -> None:
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_a_method_has_a_config_a_test_and_a_page(cls: type[Method]) -> None:
     paths = {cls.__name__, f"{cls.__module__}.{cls.__name__}"}
-    assert any(config["model"]["class_path"] in paths for config in METHODS.values()), "no configs/*.yaml"
+    configured = {yaml.safe_load(path.read_text())["model"]["class_path"] for path in METHODS.values()}
+    assert configured & paths, "no configs/*.yaml"
     assert (ROOT / "tests" / "methods" / f"test_{cls.__module__.rpartition('.')[2]}.py").is_file()
     assert (ROOT / "docs" / "methods" / f"{cls.__module__.rpartition('.')[2]}.md").is_file()
     assert inspect.getmodule(cls).__doc__
@@ -69,7 +66,7 @@ def test_a_method_has_a_config_a_test_and_a_page(cls: type[Method]) -> None:
 @pytest.mark.parametrize("config", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_trained_moves_and_what_is_frozen_stays(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
-    method = build(config, tiny(family))
+    method = made(config, tiny(family))
     trained = {name for name, p in method.named_parameters() if p.requires_grad}
     assert trained
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
@@ -85,7 +82,7 @@ def test_what_is_trained_moves_and_what_is_frozen_stays(tiny: Tiny, tmp_path: Pa
 @pytest.mark.parametrize("config", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reloaded_method_answers_the_same(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
-    method = build(config, tiny(family))
+    method = made(config, tiny(family))
     fit(method, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
     torch.manual_seed(1)
     again = type(method).load_from_checkpoint(tmp_path / "x.ckpt").eval()
@@ -100,7 +97,7 @@ def test_a_reloaded_method_answers_the_same(tiny: Tiny, tmp_path: Path, config: 
 def test_a_seed_decides_a_run(tiny: Tiny, tmp_path: Path, config: str) -> None:
     runs = []
     for _ in range(2):
-        method = build(config, tiny("bert"))
+        method = made(config, tiny("bert"))
         fit(method, tmp_path)
         runs.append(method.state_dict())
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
@@ -110,7 +107,7 @@ def test_a_seed_decides_a_run(tiny: Tiny, tmp_path: Path, config: str) -> None:
 @pytest.mark.parametrize("config", METHODS)
 def test_two_processes_equal_one(tiny: Tiny, tmp_path: Path, config: str) -> None:
     """Two ranks of 4 examples train on the same global batches as one of 8, and score each validation example once."""
-    one, two = run_both(METHODS[config]["model"], tiny("bert"), tmp_path)
+    one, two = run_both(METHODS[config], tiny("bert"), tmp_path)
     for name, tensor in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
     assert two["metrics"]["val/accuracy"] == pytest.approx(one["metrics"]["val/accuracy"], abs=1e-6)

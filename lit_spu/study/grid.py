@@ -1,4 +1,4 @@
-"""The methods to set beside one another, and the runs that does it."""
+"""The methods to set beside one another, and the runs that this takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,13 @@ class Study:
             *(flag for name in (row, short(task), short(backbone)) for flag in self.flags_for.get(name, [])),
         ]
         own = [f"--data.task={task}", f"--model.backbone={backbone}", f"--seed_everything={seed}"]
+        command = "fit"
         if row == ZERO_SHOT:
-            return Cell(
-                row, short(task), short(backbone), seed, rate, ("validate", *flags, *more, *own, "--model.head=prompt")
-            )
-        if rate != 1:
+            command = "validate"
+            own.append("--model.head=prompt")
+        elif rate != 1:
             own.append(f"--model.lr={rate * _learning_rate([*flags, *more]):.6g}")
-        return Cell(row, short(task), short(backbone), seed, rate, ("fit", *flags, *more, *own))
+        return Cell(row, short(task), short(backbone), seed, rate, (command, *flags, *more, *own))
 
 
 ZERO_SHOT = "zero-shot"
@@ -133,7 +132,7 @@ def short(name: str) -> str:
 
 def _learning_rate(flags: Sequence[str]) -> float:
     """The learning rate that these flags set."""
-    rate = signature(Method.__init__).parameters["lr"].default
+    rate = discovery.settings(Method)["lr"][1].default
     for name, _, value in (flag.partition("=") for flag in flags):
         if name == "--config":
             rate = _model(Path(value)).get("init_args", {}).get("lr", rate)
@@ -169,13 +168,7 @@ def build(config: Path, **settings: Any) -> Method:
     cls = getattr(import_module(module), name) if module else classes.get(name)
     if cls is None:
         raise UserError(f"{config}: there is no method {name!r}. {did_you_mean(name, classes)}")
-    accepted = {
-        name
-        for base in cls.__mro__
-        if "__init__" in vars(base)
-        for name in signature(vars(base)["__init__"]).parameters
-    }
-    own = {key: value for key, value in settings.items() if key in accepted}
+    own = {key: value for key, value in settings.items() if key in discovery.settings(cls)}
     method: Method = cls(**model.get("init_args", {}) | own)
     return method
 
