@@ -16,9 +16,11 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
+from lit_spu.measure import cores
+
 KNOWN_BAD = {
-    "lightning": ("==2.6.2,==2.6.3", "malicious uploads (GHSA-w37p-236h-pfx3): remove it, and change your passwords"),
-    "torchao": ("<0.10", "no CPU kernels"),
+    ("lightning", version): "a malicious upload (GHSA-w37p-236h-pfx3): remove it, and change your passwords"
+    for version in ("2.6.2", "2.6.3")
 }
 """Versions that install and must not be used."""
 
@@ -58,8 +60,7 @@ def packages() -> Iterator[Finding]:
                     requirement.name, "note", f"missing, for {extra[1]} alone: pip install 'lit-spu[{extra[1]}]'"
                 )
             continue
-        bad, why = KNOWN_BAD.get(requirement.name, ("", ""))
-        if any(found == one.removeprefix("==") for one in bad.split(",")):
+        if why := KNOWN_BAD.get((requirement.name, found)):
             yield Finding(requirement.name, "bad", f"{found}: {why}")
         elif not requirement.specifier.contains(found, prereleases=True):
             wanted = f"{requirement.name}{requirement.specifier}"
@@ -72,9 +73,8 @@ def devices() -> Iterator[Finding]:
     """What there is to compute on."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
-    yield Finding("cpu", "ok", f"{cores} cores for this process, {torch.get_num_threads()} threads")
+    yield Finding("cpu", "ok", f"{cores()} cores for this process, {torch.get_num_threads()} threads")
     free = memory.available / 2**30
     state: Literal["ok", "note"] = "ok" if free > 2 else "note"
     yield Finding("memory", state, f"{free:.1f} GiB free of {memory.total / 2**30:.1f}")
@@ -123,7 +123,7 @@ def network() -> Iterator[Finding]:
         yield Finding("hub", "note", f"HF_HUB_OFFLINE is set, so only what is cached loads; {local}")
         return
     try:
-        HfApi().whoami() if os.environ.get("HF_TOKEN") else HfApi().model_info("gpt2", timeout=5)
+        HfApi().model_info("gpt2", timeout=5)
     except Exception as error:  # whatever its transport raises
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         yield Finding("hub", "note", f"{constants.ENDPOINT} gives nothing here ({reason}); {local}")

@@ -102,7 +102,7 @@ class Memory(Callback):
             }
             if live["memory/live_peak_mib"] > self.summary.get("memory/live_peak_mib", 0.0):
                 self.summary |= live  # the kinds of one moment belong together
-                self._shown = tracker
+                self._shown = tracker if self.timeline else None
             log_now(trainer, live)  # Lightning would log these again at the steps that follow
         pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
@@ -116,7 +116,7 @@ class Memory(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for on every rank: Lightning broadcasts
-        if self.timeline and self._shown and trainer.is_global_zero:
+        if self._shown and trainer.is_global_zero:
             _write_timeline(self._shown, folder)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from lit_spu.measure.accelerator import AcceleratorPeak
 from lit_spu.measure.clocks import Clock, Durations, interleave
+from lit_spu.measure.cores import cores
 from lit_spu.measure.live import Kind, LiveBytes
 from lit_spu.measure.resident import ResidentPeak
 from lit_spu.measure.saved import SavedForBackward
@@ -18,5 +19,6 @@ __all__ = [
     "LiveBytes",
     "ResidentPeak",
     "SavedForBackward",
+    "cores",
     "interleave",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self
@@ -61,7 +62,6 @@ class LiveBytes(TorchDispatchMode):
         peak_bytes: most held at once, what was held on entry included.
         mean_bytes: mean over the operators, what was held on entry included.
         by_kind: bytes of each kind at the peak; they add up to `peak_bytes`.
-        timeline: bytes of each kind after every operator; the entries of one moment add up to what was held then.
         marks: what `mark` named, by the number of operators before it.
     """
 
@@ -70,7 +70,6 @@ class LiveBytes(TorchDispatchMode):
         self.entry_bytes = self.peak_bytes = 0
         self.mean_bytes = 0.0
         self.by_kind: dict[Kind, int] = {}
-        self.timeline: dict[Kind, list[int]] = {}
         self.marks: dict[int, str] = {}
         self._module = module
         self._optimizers = list(optimizers)
@@ -103,10 +102,13 @@ class LiveBytes(TorchDispatchMode):
         self._classify()
         at_peak = [life for life in self._lifetimes if life.born <= self._peak_sample < life.died]
         self.by_kind = {kind: sum(life.nbytes for life in at_peak if life.kind is kind) for kind in Kind}
-        self.timeline = {kind: self._held_by(kind) for kind in Kind}
         self.mean_bytes = self._sum / self._samples if self._samples else float(self.entry_bytes)
         self._alive.clear()
-        self._lifetimes.clear()
+
+    @cached_property
+    def timeline(self) -> dict[Kind, list[int]]:
+        """Bytes of each kind after every operator; the entries of one moment add up to what was held then."""
+        return {kind: self._held_by(kind) for kind in Kind}
 
     def mark(self, name: str) -> None:
         """Name what follows, for those who look at the timeline."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_spu.measure import cores
 from lit_spu.study.grid import Cell
 
 RECORD = "cell.json"
@@ -65,14 +66,14 @@ def known(cell: Cell, out: Path) -> Outcome | None:
 class Runner:
     """Runs cells, as many at a time as `jobs`, with the cores shared among them.
 
-    Leaving its context ends the processes that are still running: they save what they have, and are run anew next time.
+    Left early, it ends the processes that are still running, whose cells are run anew next time.
     """
 
     def __init__(self, out: Path, jobs: int = 1, command: Sequence[str] = (sys.executable, "-m", "lit_spu")) -> None:
         self.out = out
         self.jobs = jobs
         self.command = command
-        self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        self.threads = max(1, cores() // jobs)
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopped = False
