@@ -20,7 +20,7 @@ install: $(INSTALLED)  ## A virtual environment with the exact versions that wer
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peft,report,test]'
 	touch $@
 
 lint: $(INSTALLED)

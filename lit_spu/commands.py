@@ -24,7 +24,7 @@ from lit_spu.study import report
 from lit_spu.study.compare import Forecast, Outcome, Runner, known
 from lit_spu.study.estimate import estimates
 from lit_spu.study.grid import Cell, Study, method_configs
-from lit_spu.study.results import constants, record, rows, unequal, write
+from lit_spu.study.results import Record, constants, kept, record, rows, unequal, write
 
 
 def estimate(
@@ -85,7 +85,8 @@ def _mib(count: int) -> str:
 def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run: bool = False) -> None:
     """Run methods x tasks x backbones x seeds, each in a process of its own, and report what they cost and score.
 
-    What is finished is not run again: the same command goes on with a study that was interrupted or extended.
+    What is finished is not run again: the same command goes on with a study that was interrupted or extended, also
+    where of its directory nothing but results.json is left.
 
     Args:
         study: What to compare.
@@ -98,21 +99,27 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
         raise UserError(f"--jobs={jobs}: give 1 or more.")
     cells = study.cells()
     if dry_run:
-        print(*(" ".join(("lit-spu", *cell.args)) for cell in cells), sep="\n")
+        print(*(cell.command for cell in cells), sep="\n")
         return
     if find_spec("matplotlib") is None:
         raise UserError("The report needs matplotlib: pip install 'lit-spu[report]'.")
     folder, console = Path(out), Console()
     before = [outcome for cell in cells if (outcome := known(cell, folder))]
     outcomes = {outcome.cell: outcome for outcome in before if outcome.done or not retry}
-    left = [cell for cell in cells if cell not in outcomes]
+    before_that = kept(folder)  # their directories may be gone
+    records = {
+        cell: before_that[cell.command] for cell in cells if cell.command in before_that and cell not in outcomes
+    }
+    left = [cell for cell in cells if cell not in outcomes and cell not in records]
     console.print(f"{len(left)} of {len(cells)} runs to do. Results: {folder}", highlight=False)
     complete = _run(left, Runner(folder, jobs), Forecast(before, jobs), outcomes, console)
-    _report(study, [outcomes[cell] for cell in cells if cell in outcomes], folder, console)
+    records |= {cell: record(outcome) for cell, outcome in outcomes.items() if outcome.done}
+    troubles = [outcome for outcome in outcomes.values() if not outcome.done]
+    _report(study, [records[cell] for cell in cells if cell in records], troubles, folder, console)
     if not complete:
         console.print("Interrupted. The same command goes on.")
         raise SystemExit(128 + signal.SIGINT)
-    if failed := [outcome for outcome in outcomes.values() if not outcome.done and not outcome.cell.optional]:
+    if failed := [outcome for outcome in troubles if not outcome.cell.optional]:
         console.print(f"{len(failed)} of the runs failed; --retry runs them again.", highlight=False)
         raise SystemExit(1)
 
@@ -139,15 +146,15 @@ def _run(
     return True
 
 
-def _report(study: Study, outcomes: Sequence[Outcome], folder: Path, console: Console) -> None:
+def _report(
+    study: Study, records: Sequence[Record], troubles: Sequence[Outcome], folder: Path, console: Console
+) -> None:
     """Write all results that there are, and print the rows."""
-    records = [record(outcome) for outcome in outcomes if outcome.done]
     if not records:
         return
     found = rows(records, constants(records))
     differences = unequal(records)
     write(records, found, folder)
-    troubles = [outcome for outcome in outcomes if not outcome.done]
     page = report.write(study, found, records, troubles, differences, folder)
     for part in report.parts(found, study.reference):
         shown = {name: heading for name, (heading, _) in report.COLUMNS.items() if name in report.BRIEF}

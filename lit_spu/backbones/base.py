@@ -12,7 +12,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -31,11 +32,52 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Tensor]
 Head = Literal["classifier", "prompt"]
+Role = Literal["query", "key", "value", "output", "up", "down"]
+"""What a linear of a block does: makes queries, keys or values, joins the heads, widens the state or narrows it."""
 Step = Callable[[Tensor], Tensor]
 Enter = Callable[[int, int, Tensor], Tensor]
 """Called in front of a block with its stream, its position and the state that comes; gives the state that goes in."""
 
 STEPS: Mapping[str, Step] = {"first": lambda hidden: hidden[:, 0], "gelu": F.gelu, "relu": F.relu}
+
+
+class Site(NamedTuple):
+    """A linear of a block, or a part of a fused one: the outputs of its `slot`, of as many as `slots` equal ones.
+
+    What is put at a site is no part of the model, whose modules keep their names.
+    """
+
+    path: str  # in the base model
+    linear: Any  # nn.Linear, or transformers' Conv1D, whose weight is transposed
+    role: Role
+    slot: int = 0
+    slots: int = 1
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight lies as [inputs, outputs]."""
+        return not isinstance(self.linear, nn.Linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of its outputs, [outputs, inputs]: a view."""
+        whole: Tensor = self.linear.weight.T if self.transposed else self.linear.weight
+        return whole.chunk(self.slots)[self.slot]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of its outputs: a view."""
+        return None if self.linear.bias is None else self.linear.bias.chunk(self.slots)[self.slot]
+
+    def __str__(self) -> str:
+        return self.path if self.slots == 1 else f"{self.path}.{self.role}"
+
+    def outputs(self, whole: Tensor) -> Tensor:
+        """Its part of what the linear puts out: a view."""
+        if self.slots == 1:
+            return whole
+        width = whole.shape[-1] // self.slots
+        return whole.narrow(-1, self.slot * width, width)
 
 
 class Stream(NamedTuple):
@@ -75,10 +117,11 @@ class Family:
     output: str = "hidden_size"  # the setting for the width of the last hidden states
     unused: tuple[str, ...] = ()  # modules of the base model that no head reads through it
     reserved: int = 0  # of the model's positions, those that no token takes
-    feed_forward: str = (
-        ""  # the last name of a block's module that widens its state, where recomputing it saves memory:
-    )
-    # a ReLU keeps its result alone, which the linear behind it keeps anyway
+    # the last name of a block's module that widens its state, where recomputing it saves memory: a ReLU keeps its
+    # result alone, which the linear behind it keeps anyway
+    feed_forward: str = ""
+    # the linears of a block by what they do, as patterns; `c_attn:1/3` is the second third of a fused one's outputs
+    sites: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Placeholder(nn.Module):
@@ -127,6 +170,35 @@ class Trunk:
     def embeddings(self) -> list[nn.Module]:
         """The modules in front of the blocks."""
         return [self.model.get_submodule(path) for path in self.family.embeddings if has(self.model, path)]
+
+    def sites(self, *roles: Role) -> list[Site]:
+        """The linears of all blocks that play one of these roles, from the embeddings up, block by block.
+
+        Raises:
+            UserError: if the family has no linear for one of the roles.
+        """
+        found = []
+        for path, stack in zip(self.family.stacks, self.stacks, strict=True):
+            for number, block in enumerate(stack):
+                linears = {name: part for name, part in block.named_modules() if not list(part.children())}
+                found += [
+                    Site(f"{path}.{number}.{name}", linear, role, slot, slots)
+                    for role in roles
+                    for pattern, slot, slots in map(_parts, self.family.sites.get(role, ()))
+                    for name, linear in linears.items()
+                    if fnmatchcase(name, pattern)
+                ]
+        if missing := set(roles) - {site.role for site in found}:
+            raise UserError(
+                f"The blocks of {self.model.config.model_type} have no linear for {', '.join(sorted(missing))}:"
+                " see `sites` of its Family in lit_spu/backbones/families.py."
+            )
+        return found
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The blocks' normalisation layers."""
+        return [part for block in self.blocks for part in block.modules() if type(part).__name__.endswith("Norm")]
 
     def recompute(self) -> None:
         """Recompute blocks that train in the backward pass instead of storing what they hold.
@@ -294,6 +366,20 @@ class Backbone(nn.Module, ABC):
         """All blocks, from the embeddings up."""
         return self.stem.blocks
 
+    def sites(self, *roles: Role) -> list[Site]:
+        """The linears of all blocks that play one of these roles, from the embeddings up."""
+        return self.stem.sites(*roles)
+
+    def path(self, site: Site) -> str:
+        """A site's path in the whole model."""
+        above = "" if self.stem.model is self.model else f"{self.model.base_model_prefix}."
+        return above + site.path
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The blocks' normalisation layers."""
+        return self.stem.norms
+
     def forward(self, batch: Batch) -> Tensor:
         """Scores [batch, labels]."""
         return self.head(self.read(self.stem.run(self.inputs(batch)), batch))
@@ -442,6 +528,13 @@ def has(model: nn.Module, path: str) -> bool:
         return isinstance(model.get_submodule(path), nn.Module)
     except AttributeError:
         return False
+
+
+def _parts(pattern: str) -> tuple[str, int, int]:
+    """`c_attn:1/3` as the pattern of a name, the slot and how many slots there are."""
+    name, _, part = pattern.partition(":")
+    slot, _, slots = part.partition("/")
+    return name, int(slot or 0), int(slots or 1)
 
 
 def tensor_of(output: Any) -> Tensor:

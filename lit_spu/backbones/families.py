@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ _BERT = Family(
     vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
     unused=("pooler",),
     feed_forward="intermediate",
+    sites={
+        "query": ("attention.self.query",),
+        "key": ("attention.self.key",),
+        "value": ("attention.self.value",),
+        "output": ("attention.output.dense",),
+        "up": ("intermediate.dense",),
+        "down": ("output.dense",),
+    },
 )
 _LLAMA = Family(
     Rotary,
@@ -37,6 +46,14 @@ _LLAMA = Family(
     head_width="head_dim",
     vocabulary=("lm_head",),
     feed_forward="mlp",
+    sites={
+        "query": ("self_attn.q_proj",),
+        "key": ("self_attn.k_proj",),
+        "value": ("self_attn.v_proj",),
+        "output": ("self_attn.o_proj",),
+        "up": ("mlp.gate_proj", "mlp.up_proj"),
+        "down": ("mlp.down_proj",),
+    },
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -50,35 +67,39 @@ FAMILIES: Mapping[str, Family] = {
         classifier=("first", "pre_classifier", "relu", "dropout", "classifier"),
         vocabulary=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
         feed_forward="ffn",
+        sites={
+            "query": ("attention.q_lin",),
+            "key": ("attention.k_lin",),
+            "value": ("attention.v_lin",),
+            "output": ("attention.out_lin",),
+            "up": ("ffn.lin1",),
+            "down": ("ffn.lin2",),
+        },
     ),
-    "roberta": Family(
-        Encoder,
-        stacks=("encoder.layer",),
-        embeddings=("embeddings",),
-        widths=("hidden_size", "intermediate_size"),
+    "roberta": replace(
+        _BERT,
         classifier=("classifier",),
         vocabulary=("lm_head.dense", "gelu", "lm_head.layer_norm", "lm_head.decoder"),
         reserved=2,
-        unused=("pooler",),
-        feed_forward="intermediate",
     ),
-    "electra": Family(
-        Encoder,
-        stacks=("encoder.layer",),
+    "electra": replace(
+        _BERT,
         embeddings=("embeddings", "embeddings_project"),
         widths=("hidden_size", "intermediate_size", "embedding_size"),
         classifier=("classifier",),
         vocabulary=("generator_predictions", "generator_lm_head"),
-        feed_forward="intermediate",
+        unused=(),
     ),
-    "deberta-v2": Family(
-        Encoder,
-        stacks=("encoder.layer",),
-        embeddings=("embeddings",),
-        widths=("hidden_size", "intermediate_size"),
+    "deberta-v2": replace(
+        _BERT,
         classifier=("pooler", "dropout", "classifier"),
-        vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
-        feed_forward="intermediate",
+        unused=(),
+        sites={
+            **_BERT.sites,
+            "query": ("attention.self.query_proj",),
+            "key": ("attention.self.key_proj",),
+            "value": ("attention.self.value_proj",),
+        },
     ),
     "t5": Family(
         Seq2Seq,
@@ -88,6 +109,14 @@ FAMILIES: Mapping[str, Family] = {
         head_width="d_kv",
         depths=("num_layers", "num_decoder_layers"),
         vocabulary=("lm_head",),
+        sites={
+            "query": ("layer.?.*Attention.q",),
+            "key": ("layer.?.*Attention.k",),
+            "value": ("layer.?.*Attention.v",),
+            "output": ("layer.?.*Attention.o",),
+            "up": ("layer.?.DenseReluDense.wi*",),
+            "down": ("layer.?.DenseReluDense.wo",),
+        },
     ),
     "gpt2": Family(
         Causal,
@@ -97,6 +126,14 @@ FAMILIES: Mapping[str, Family] = {
         depths=("n_layer",),
         vocabulary=("lm_head",),
         feed_forward="mlp",
+        sites={
+            "query": ("attn.c_attn:0/3",),
+            "key": ("attn.c_attn:1/3",),
+            "value": ("attn.c_attn:2/3",),
+            "output": ("attn.c_proj",),
+            "up": ("mlp.c_fc",),
+            "down": ("mlp.c_proj",),
+        },
     ),
     "opt": Family(
         Causal,
@@ -105,6 +142,14 @@ FAMILIES: Mapping[str, Family] = {
         widths=("hidden_size", "ffn_dim", "word_embed_proj_dim"),
         output="word_embed_proj_dim",
         vocabulary=("lm_head",),
+        sites={
+            "query": ("self_attn.q_proj",),
+            "key": ("self_attn.k_proj",),
+            "value": ("self_attn.v_proj",),
+            "output": ("self_attn.out_proj",),
+            "up": ("fc1",),
+            "down": ("fc2",),
+        },
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -141,7 +186,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     if family is None:
         raise UserError(
             f"model.backbone: {name!r} is of the family {config.model_type!r}, which has no Family record. Give it one"
-            " in lit_spu/backbones/families.py (block lists, embeddings, widths and head), as for"
+            " in lit_spu/backbones/families.py (block lists, embeddings, widths, head and sites), as for"
             f" {', '.join(FAMILIES)}."
         )
     if tokenizer.pad_token is None:

@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from lit_spu.backbones import Batch, Head, load_backbone
 from lit_spu.errors import UserError
 from lit_spu.metrics import task_metrics
+from lit_spu.nn.adapter import Adapter
 from lit_spu.optim import schedules
 from lit_spu.tasks import Encoding, load_task
 
@@ -182,6 +183,32 @@ class Method(LightningModule, ABC):
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics()
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """What learns at single linears of the backbone."""
+        return [module for module in self.modules() if isinstance(module, Adapter)]
+
+    def merge(self) -> None:
+        """Write what was trained into the backbone's own weights: the same answers at the plain backbone's cost.
+
+        Raises:
+            UserError: if the method answers by more than the backbone's weights.
+        """
+        if type(self).forward is not Method.forward:
+            raise UserError(
+                f"{type(self).__name__} cannot be merged: what it trains stands beside the backbone and reads it, which"
+                " no weight of the backbone can do. Export it as safetensors."
+            )
+        for adapter in self.adapters:
+            adapter.merge()
+
+    def unmerge(self) -> None:
+        """Take it out again: the backbone's weights are what they were, to the bit."""
+        for adapter in self.adapters:
+            adapter.unmerge()
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

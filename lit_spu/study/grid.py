@@ -114,6 +114,11 @@ class Cell:
         return self.row == ZERO_SHOT
 
     @property
+    def command(self) -> str:
+        """Its command line as a user would write it."""
+        return " ".join(("lit-spu", *self.args))
+
+    @property
     def folder(self) -> str:
         """A name for its directory that other flags would change."""
         digest = hashlib.sha256("\0".join(self.args).encode()).hexdigest()[:8]

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from lit_spu.data.glue import GLUE
+from lit_spu.errors import UserError
 from lit_spu.measure import MIB
 from lit_spu.metrics import task_metrics
 from lit_spu.study.compare import Outcome
@@ -27,6 +28,7 @@ Record = dict[str, Any]
 T = TypeVar("T")
 K = TypeVar("K")
 
+RESULTS = "results.json"
 MAJORITY = "majority"
 """The row of the best constant answer."""
 
@@ -62,10 +64,22 @@ def record(outcome: Outcome) -> Record:
         **{f"config.{name}": value for name, value in flat(config).items()},
         **{f"version.{name}": version for name, version in summary["versions"].items()},
         "git": launch.get("git"),
-        "command": " ".join(("lit-spu", *cell.args)),
+        "command": cell.command,
         "curve": curve(run / "metrics.csv", monitor),
         "data": config.get("data"),
     }
+
+
+def kept(out: Path) -> dict[str, Record]:
+    """The records that are in `results.json`, by their command lines; those of an earlier study of other runs too."""
+    try:
+        results = json.loads((out / RESULTS).read_text())
+        runs: list[Record] = [*results.get("others", []), *results["runs"]]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{out / RESULTS} is no study's: {error!r}. Move it away, or give another --out.") from error
+    return {run["command"]: run for run in runs}
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -200,7 +214,13 @@ def _task(args: Sequence[str]) -> str:
 
 
 def write(records: Sequence[Record], found: Sequence[Row], out: Path) -> None:
-    """`results.csv`, a line a run, and `results.json`, which also has the rows and the learning curves."""
+    """`results.csv`, a line a run, and `results.json`, which also has the rows and the learning curves.
+
+    Records of runs that are not of this study stay in `results.json`: their directories may be gone.
+    """
+    others = kept(out)
+    for r in records:
+        others.pop(r["command"], None)
     names = list(dict.fromkeys(name for r in records for name in r if name not in ("curve", "data")))
     with (out / "results.csv").open("w") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
@@ -221,4 +241,6 @@ def write(records: Sequence[Record], found: Sequence[Row], out: Path) -> None:
         }
         for row in found
     ]
-    (out / "results.json").write_text(json.dumps({"rows": summary, "runs": list(records)}, indent=1) + "\n")
+    (out / RESULTS).write_text(
+        json.dumps({"rows": summary, "runs": list(records), "others": list(others.values())}, indent=1) + "\n"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,7 +129,15 @@ def test_a_whole_study(tmp_path: Path) -> None:
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "2 of 5 runs to do" in again.stdout
-    assert json.loads((out / "results.json").read_text())["rows"][1]["seeds"] == 2
+    results = (out / "results.json").read_text()
+    assert json.loads(results)["rows"][1]["seeds"] == 2
+    # results.json alone is enough to go on from, and a smaller study in its place loses nothing
+    shutil.rmtree(out / "cells")
+    for flags, said in (("--seeds=1", "0 of 3 runs"), ("--seeds=1,2", "0 of 5 runs")):
+        more = subprocess.run(compare(tmp_path, flags), cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert more.returncode == 0, more.stdout + more.stderr
+        assert f"{said} to do" in more.stdout
+    assert (out / "results.json").read_text() == results
 
 
 @pytest.mark.slow

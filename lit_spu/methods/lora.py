@@ -1,0 +1,61 @@
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): frozen weights with learned low-rank pairs beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from lit_spu.backbones import Role, Site
+from lit_spu.errors import UserError
+from lit_spu.methods.base import Method
+from lit_spu.nn import adapter
+from lit_spu.nn.lora import LowRank
+
+
+class LoRA(Method):
+    """Train y = Wx + (α/r)·B(A x) at linears of the frozen backbone.
+
+    Args:
+        rank: r, the rank of B·A.
+        alpha: α, which scales B·A by α/r.
+        dropout: Share of its inputs that A does not see in training.
+        roles: The linears that get a pair, by what they do in a block.
+        norms: Train the blocks' normalisation layers as well.
+        rank_stabilised: Scale by α/√r, so that the size of a step does not fall with the rank
+            (https://arxiv.org/abs/2312.03732).
+        start: B = 0, or SiVA's: B·A are the top singular vectors of W, and the rest of W is frozen. Either way the
+            backbone's answers are what they were at the start.
+
+    Raises:
+        UserError: if a number is out of range, or the backbone has no linear of a role.
+    """
+
+    def __init__(
+        self,
+        rank: int = 4,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        roles: Sequence[Role] = get_args(Role),
+        norms: bool = False,
+        rank_stabilised: bool = False,
+        start: Literal["zero", "svd"] = "zero",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        sites = self.backbone.sites(*roles)
+        widest = min((min(site.weight.shape) for site in sites), default=0)
+        if not 1 <= rank <= widest:
+            raise UserError(f"model.rank={rank}: the backbone's linears allow 1 to {widest}.")
+        self.backbone.freeze()
+        scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+        def pair(site: Site) -> LowRank:
+            made = LowRank(site, rank, scale, dropout).attach()
+            if start == "svd":
+                made.take_top()
+            return made
+
+        self.pairs = adapter.at(sites, pair)
+        for norm in self.backbone.norms if norms else ():
+            norm.requires_grad_(True)

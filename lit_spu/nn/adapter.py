@@ -1,0 +1,55 @@
+"""What is learned at single linears of a frozen model, and can be written into their weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lit_spu.backbones.base import Site
+
+
+class Adapter(nn.Module, ABC):
+    """Something small that learns at a site. It is put on by a hook, so that the model stays as it is."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.merged_from: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the linear's own weight holds it."""
+        return self.merged_from is not None
+
+    @abstractmethod
+    def written(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight [outputs, inputs] and bias [outputs] with which the linear alone puts out the same."""
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write it into the linear's weight: the same outputs at the cost of the plain model."""
+        if not self.merged:
+            weight, bias = self.site.weight, self.site.bias
+            self.merged_from = weight.clone(), None if bias is None else bias.clone()
+            self._put(*self.written(weight, bias))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take it out again: the linear is what it was, to the bit."""
+        if self.merged_from is not None:
+            self._put(*self.merged_from)
+            self.merged_from = None
+
+    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.site.weight.copy_(weight)
+        if bias is not None and self.site.bias is not None:
+            self.site.bias.copy_(bias)
+
+
+def at(sites: Iterable[Site], make: Callable[[Site], Adapter]) -> nn.ModuleDict:
+    """An adapter for every site, by the site's path."""
+    # a module's name has no dots in it
+    return nn.ModuleDict({str(site).replace(".", "/"): make(site) for site in sites})

@@ -1,0 +1,104 @@
+"""Low-rank adaptation (LoRA, https://arxiv.org/abs/2106.09685): W stays, and B·A is learned beside it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_spu.backbones.base import Site
+from lit_spu.nn.adapter import Adapter
+
+
+class LowRank(Adapter):
+    """y = Wx + s·B(A x) at a site, with A [rank, inputs] random and B [outputs, rank] zero at the start.
+
+    Args:
+        site: Where.
+        rank: r, the number of A's rows and of B's columns.
+        scale: s; α/r in the paper, α/√r if rank-stabilised (https://arxiv.org/abs/2312.03732).
+        dropout: Share of the inputs that A does not see in training.
+    """
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        outputs, inputs = site.weight.shape
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+
+    def attach(self) -> LowRank:
+        """Add it to what the linear puts out, from now on."""
+        self.site.linear.register_forward_hook(self._hook)
+        return self
+
+    def _hook(self, linear: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        return out if self.merged else self.add_to(out, args[0])
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """Add s·B(A x) to `out` [..., the linear's outputs] in place, from `x` [..., inputs]; gives `out`."""
+        low = F.linear(self.dropout(x), self.a.to(x.dtype))
+        part = self.site.outputs(out)
+        added: Tensor = AddLowRank.apply(part, low.to(out.dtype), self.b.to(out.dtype), self.scale)  # type: ignore[no-untyped-call]
+        return added if part is out else out
+
+    @property
+    def product(self) -> Tensor:
+        """s·BA, [outputs, inputs]."""
+        return self.scale * self.b @ self.a
+
+    def written(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.product.to(weight.dtype), bias
+
+    @torch.no_grad()
+    def take_top(self) -> None:
+        """Start from the top singular vectors of W, and leave the rest of it frozen: the outputs stay the same.
+
+        With W = UΣVᵀ: B = U_r·√(Σ_r/s), A = √(Σ_r/s)·V_rᵀ, and W becomes W − s·BA.
+        """
+        weight, rank = self.site.weight, len(self.a)
+        tall = weight.shape[0] > weight.shape[1]
+        wide = weight.T if tall else weight
+        # the smaller Gram matrix's: a quarter of the time of the whole decomposition
+        squares, vectors = torch.linalg.eigh(wide @ wide.T)
+        top = vectors[:, -rank:].flip(1)
+        size = (squares[-rank:].flip(0).clamp_min(1e-12).sqrt() / self.scale).sqrt()  # √(Σ_r/s)
+        left, right = top * size, (top / (size * self.scale)).T @ wide
+        if tall:
+            left, right = right.T, left.T
+        self.a.copy_(right)
+        self.b.copy_(left)
+        weight.sub_(self.product)
+
+
+class AddLowRank(torch.autograd.Function):
+    """out += s·low·Bᵀ: no copy of `out` [..., outputs] forward, none of its gradient backward.
+
+    The linear that made `out` does not keep it. autograd's own in-place sum would go through a view of two dimensions,
+    and copy the gradient for that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
+        out.flatten(0, -2).addmm_(low.flatten(0, -2), b.T, alpha=scale)
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(low, b)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        low, b = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        return (
+            gradient,
+            (flat @ b).mul_(ctx.scale).view_as(low),
+            (flat.T @ low.flatten(0, -2)).mul_(ctx.scale),
+            None,
+        )

@@ -1,0 +1,99 @@
+"""Sites: the linears of every family by what they do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from lit_spu.backbones import Role, load_backbone
+from lit_spu.backbones.base import Family
+from lit_spu.errors import UserError
+from lit_spu.tasks import TASKS
+from tests.conftest import FAMILIES
+
+ROLES = get_args(Role)
+Tiny = Callable[[str], str]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_a_block_is_a_site_once(tiny: Tiny, family: str) -> None:
+    backbone = load_backbone(tiny(family), TASKS["sst2"])
+    sites = backbone.sites(*ROLES)
+    linears = [
+        module
+        for block in backbone.blocks
+        for name, module in block.named_modules()
+        # DeBERTa projects its relative positions, which are no states of the stream
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.ndim == 2
+        and not isinstance(module, nn.Embedding)
+        and ".pos_" not in name
+    ]
+    assert {id(site.linear) for site in sites} == {id(linear) for linear in linears}
+    for linear in linears:
+        parts = [site for site in sites if site.linear is linear]
+        assert torch.equal(
+            torch.cat([site.weight for site in parts]), parts[0].weight if len(parts) == 1 else linear.weight.T
+        )
+    assert len({str(site) for site in sites}) == len(sites)
+    assert all(backbone.stem.model.get_submodule(site.path) is site.linear for site in sites)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_roles_fit_their_shapes(tiny: Tiny, family: str) -> None:
+    """The tiny models are 32 wide and 64 or 128 inside: that tells widening from narrowing and from attention."""
+    shapes = {
+        role: {tuple(site.weight.shape) for site in load_backbone(tiny(family), TASKS["sst2"]).sites(role)}
+        for role in ROLES
+    }
+    grouped = {(16, 32), (32, 32)}  # keys and values may be shared by two heads
+    inner = 128 if family == "gpt2" else 64
+    assert shapes["up"] == {(inner, 32)}
+    assert shapes["down"] == {(32, inner)}
+    assert shapes["query"] == shapes["output"] == {(32, 32)}
+    assert shapes["key"] == shapes["value"]
+    assert shapes["key"] <= grouped
+
+
+@pytest.mark.parametrize(("family", "blocks", "cross"), [("bert", 4, 0), ("t5", 8, 4), ("t5-gated", 8, 4)])
+def test_cross_attention_and_gated_feed_forwards_are_not_missed(
+    tiny: Tiny, family: str, blocks: int, cross: int
+) -> None:
+    backbone = load_backbone(tiny(family), TASKS["sst2"])
+    assert len(backbone.sites("key")) == blocks + cross
+    assert len(backbone.sites("down")) == blocks
+    assert len(backbone.sites("up")) == blocks * (2 if family == "t5-gated" else 1)
+
+
+def test_a_key_of_a_fused_linear_is_the_key(tiny: Tiny) -> None:
+    """Attention does not change by a constant in all keys: it must not by the bias of what is called a key."""
+    backbone = load_backbone(tiny("gpt2"), TASKS["sst2"]).eval()
+    x = {"input_ids": torch.arange(1, 7).view(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    with torch.no_grad():
+        before = backbone.stem.run(x)
+        role: Role
+        for role, same in (("key", True), ("query", False), ("value", False)):
+            site = backbone.sites(role)[0]
+            assert site.bias is not None
+            site.bias.add_(1.0)
+            assert torch.allclose(backbone.stem.run(x), before, atol=1e-5) is same
+            site.bias.sub_(1.0)
+
+
+def test_a_role_that_no_linear_plays_is_an_error(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(tiny("bert"), TASKS["sst2"])
+    family = backbone.stem.family
+    without = {role: patterns for role, patterns in family.sites.items() if role != "value"}
+    backbone.stem.family = Family(**{**vars(family), "sites": without})
+    with pytest.raises(UserError, match=re.escape("bert have no linear for value")):
+        backbone.sites("query", "value")
+
+
+@pytest.mark.parametrize(("family", "norms"), [("bert", 8), ("t5", 4 * 2 + 4 * 3), ("llama", 8)])
+def test_the_norms_are_those_of_the_blocks(tiny: Tiny, family: str, norms: int) -> None:
+    assert len(load_backbone(tiny(family), TASKS["sst2"]).norms) == norms
