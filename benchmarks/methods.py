@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lit_spu.measure import MIB, LiveBytes, interleave
 from lit_spu.methods.base import Method
+from lit_spu.nn.ia3 import Scale
+from lit_spu.nn.lora import LowRank
 from lit_spu.study.grid import build, method_configs
 from lit_spu.study.steps import live_bytes, training_step
 from lit_spu.tasks import Task
@@ -45,6 +47,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Rows beyond the configs' own: the config, and what is set otherwise."""
 
 
+PEERS = ("lora", "ia3")
+"""Configs that the peft library can do as well: each has a row of its own."""
+
+
 def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Method]:
     """Every method that a config names, with that config's settings, on the backbone in that folder."""
     found: dict[str, Method] = {}
@@ -54,9 +60,34 @@ def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Me
                 torch.manual_seed(0)
                 # the configs' reduction is for the narrow mini models
                 found[name] = build(path, backbone=str(backbone), task=task.name, **{"reduction": 8, **changed})
+    for name in PEERS:
+        if name in found:
+            found[f"{name} (peft)"] = under_peft(found[name])
     if FULL not in found:
         raise FileNotFoundError(f"{configs}/{FULL}.yaml: the method that all others are compared with")
     return found
+
+
+def under_peft(method: Method) -> Method:
+    """The same pairs or vectors, of the peft library: what trains beside them, and how, stays the same."""
+    import peft
+
+    twin = build(CONFIGS / "head.yaml", backbone=method.backbone.name, task=method.task.name)
+    adapters = {twin.backbone.path(adapter.site): adapter for adapter in method.adapters}
+    pairs = [adapter for adapter in adapters.values() if isinstance(adapter, LowRank)]
+    learns = {name for name, p in method.backbone.named_parameters() if p.requires_grad}
+    config: peft.PeftConfig
+    if pairs:
+        rank = len(pairs[0].a)
+        config = peft.LoraConfig(r=rank, lora_alpha=int(pairs[0].scale * rank), target_modules=list(adapters))
+    else:
+        inner = [name for name, adapter in adapters.items() if isinstance(adapter, Scale) and adapter.inputs]
+        config = peft.IA3Config(target_modules=list(adapters), feedforward_modules=inner)
+    parameters = dict(twin.backbone.named_parameters())
+    peft.get_peft_model(twin.backbone.model, config)  # puts its layers into the model
+    for name in learns:
+        parameters[name].requires_grad_(True)
+    return twin
 
 
 def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:

@@ -148,7 +148,13 @@ def tiny_model(family: str) -> Any:
         "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**bert)),
         "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**bert, embedding_size=16)),
         "deberta-v2": lambda: hf.DebertaV2ForMaskedLM(
-            hf.DebertaV2Config(**bert, relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm")
+            hf.DebertaV2Config(
+                **bert,
+                relative_attention=True,
+                pos_att_type=["p2c", "c2p"],
+                share_att_key=True,  # as in DeBERTa-v3: a block's keys and queries project the positions as well
+                norm_rel_ebd="layer_norm",
+            )
         ),
         "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5)),
         "t5-gated": lambda: hf.T5ForConditionalGeneration(

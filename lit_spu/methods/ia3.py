@@ -8,7 +8,7 @@ from typing import Any
 from lit_spu.backbones import Role
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
-from lit_spu.nn import adapter
+from lit_spu.nn.adapter import by_site
 from lit_spu.nn.ia3 import Scale
 
 
@@ -35,4 +35,4 @@ class IA3(Method):
             )
         sites = self.backbone.sites(*outputs, *inputs)
         self.backbone.freeze()
-        self.scales = adapter.at(sites, lambda site: Scale(site, inputs=site.role in inputs).attach())
+        self.scales = by_site(Scale(site, inputs=site.role in inputs).attach() for site in sites)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from lit_spu.backbones import Role, Site
-from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
-from lit_spu.nn import adapter
+from lit_spu.nn.adapter import by_site
 from lit_spu.nn.lora import LowRank
 
 
@@ -44,9 +43,6 @@ class LoRA(Method):
     ) -> None:
         super().__init__(**kwargs)
         sites = self.backbone.sites(*roles)
-        widest = min((min(site.weight.shape) for site in sites), default=0)
-        if not 1 <= rank <= widest:
-            raise UserError(f"model.rank={rank}: the backbone's linears allow 1 to {widest}.")
         self.backbone.freeze()
         scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
@@ -56,6 +52,6 @@ class LoRA(Method):
                 made.take_top()
             return made
 
-        self.pairs = adapter.at(sites, pair)
+        self.pairs = by_site(map(pair, sites))
         for norm in self.backbone.norms if norms else ():
             norm.requires_grad_(True)

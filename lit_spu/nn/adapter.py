@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Adapter(nn.Module, ABC):
             self.site.bias.copy_(bias)
 
 
-def at(sites: Iterable[Site], make: Callable[[Site], Adapter]) -> nn.ModuleDict:
-    """An adapter for every site, by the site's path."""
+def by_site(adapters: Iterable[Adapter]) -> nn.ModuleDict:
+    """The adapters by the paths of their sites."""
     # a module's name has no dots in it
-    return nn.ModuleDict({str(site).replace(".", "/"): make(site) for site in sites})
+    return nn.ModuleDict({str(adapter.site).replace(".", "/"): adapter for adapter in adapters})

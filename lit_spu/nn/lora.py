@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.backbones.base import Site
+from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
 
 
@@ -21,11 +22,16 @@ class LowRank(Adapter):
         rank: r, the number of A's rows and of B's columns.
         scale: s; α/r in the paper, α/√r if rank-stabilised (https://arxiv.org/abs/2312.03732).
         dropout: Share of the inputs that A does not see in training.
+
+    Raises:
+        UserError: if the rank is more than the linear's own can be, or none.
     """
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(site)
         outputs, inputs = site.weight.shape
+        if not 1 <= rank <= min(outputs, inputs):
+            raise UserError(f"model.rank={rank}: {site.path} allows 1 to {min(outputs, inputs)}.")
         self.a = nn.Parameter(torch.empty(rank, inputs))
         self.b = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))

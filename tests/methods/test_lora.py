@@ -96,7 +96,7 @@ def test_what_stands_beside_the_backbone_is_not_merged(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("rank", [0, 33])
 def test_impossible_ranks_are_refused(tiny: Tiny, rank: int) -> None:
-    with pytest.raises(UserError, match=rf"model.rank={rank}: the backbone's linears allow 1 to 32"):
+    with pytest.raises(UserError, match=rf"model.rank={rank}: encoder.layer.0.attention.self.query allows 1 to 32"):
         LoRA(rank=rank, backbone=tiny("bert"))
 
 

@@ -1,0 +1,187 @@
+"""Side LoRA: what it starts as, what it is with all blocks re-entered, and what it never touches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_spu.backbones import load_backbone
+from lit_spu.errors import UserError
+from lit_spu.measure import LiveBytes
+from lit_spu.methods.base import Method
+from lit_spu.methods.lora import LoRA
+from lit_spu.methods.side_lora import SideLoRA
+from tests.conftest import FAMILIES, encode
+
+Tiny = Callable[[str], str]
+
+
+def disturbed(method: Method) -> Any:
+    """The method with all of its pairs away from their start."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for adapter in method.adapters:
+            for parameter in adapter.parameters():
+                parameter.normal_(std=0.2)
+    return method
+
+
+def twin(folder: str, make: Callable[..., Method], **settings: Any) -> Any:
+    torch.manual_seed(0)  # for the same new head
+    return make(backbone=folder, **settings).eval().double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_starts_as_the_backbone(tiny: Tiny, family: str) -> None:
+    folder = tiny(family)
+    side = twin(folder, SideLoRA)
+    torch.manual_seed(0)
+    plain = load_backbone(folder, side.task).eval().double()
+    batch = encode(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(side(batch), plain(batch), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("t5")])
+def test_with_every_block_entered_it_is_lora(tiny: Tiny, family: str) -> None:
+    folder = tiny(family)
+    side, lora = disturbed(twin(folder, SideLoRA, reentry=4)), disturbed(twin(folder, LoRA))
+    batch = encode(side.backbone)
+    assert torch.equal(side(batch), lora(batch))
+
+
+@pytest.mark.parametrize("reentry", [0, 1, 4])
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "t5", "gpt2"])
+def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
+    """Each linear of a block that is not re-entered: W x_b + b + s·B(A x_s), from a plain run and a run of the side."""
+    side: SideLoRA = disturbed(twin(tiny(family), SideLoRA, reentry=reentry))
+    plain = load_backbone(tiny(family), side.task).eval().double()
+    plain.load_state_dict(side.backbone.state_dict())
+    batch = encode(plain)
+    sites = {id(site.linear): site.path for site in side.backbone.sites(*plain.stem.family.sites)}
+    pairs: dict[str, list[Any]] = {}
+    for adapter in side.adapters:
+        pairs.setdefault(adapter.site.path, []).append(adapter)
+    entered = {id(m) for block in side.backbone.stem.stacks[-1][4 - reentry :] for m in block.modules()}
+    out_of: dict[str, list[Tensor]] = {path: [] for path in sites.values()}
+    for path, linear in ((p, plain.stem.model.get_submodule(p)) for p in out_of):
+        linear.register_forward_hook(lambda _m, _i, out, path=path: out_of[path].append(out.clone()))
+
+    def check(linear: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        path, x = sites[id(linear)], args[0]
+        wanted = linear_of(linear, x) if id(linear) in entered else out_of[path].pop(0)
+        for pair in pairs[path]:
+            width = wanted.shape[-1] // pair.site.slots
+            wanted[..., pair.site.slot * width :][..., :width] += pair.scale * x @ pair.a.T @ pair.b.T
+        torch.testing.assert_close(out, wanted, atol=1e-12, rtol=0)
+        seen[path] += 1
+
+    seen: Counter[str] = Counter()
+    with torch.no_grad():
+        plain(batch)
+        for path in out_of:
+            linear = side.backbone.stem.model.get_submodule(path)
+            linear.register_forward_hook(lambda m, i, out: check(m, i, out) if is_side(m) else None)
+
+        def is_side(module: nn.Module) -> bool:
+            return id(module) in entered or "forward" in vars(module)
+
+        side(batch)
+    assert set(seen) == set(out_of)
+
+
+@pytest.mark.parametrize("reentry", [0, 2, 4])
+def test_the_side_of_a_decoder_attends_to_the_side_of_the_encoder(tiny: Tiny, reentry: int) -> None:
+    side = disturbed(twin(tiny("t5"), SideLoRA, reentry=reentry))
+    plain = load_backbone(tiny("t5"), side.task).eval().double()
+    batch, read, left = encode(plain), [], []
+    model = side.backbone.stem.model
+    model.encoder.register_forward_hook(lambda _m, _i, out: left.append(out.last_hidden_state))
+    for site in side.backbone.sites("key"):
+        if "EncDecAttention" in site.path:
+            site.linear.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
+    with torch.no_grad():
+        side(batch)
+        inputs = plain.inputs(batch)
+        expected = plain.stem.model.encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    backbones, sides = left[0].chunk(2)
+    torch.testing.assert_close(backbones, expected, atol=1e-12, rtol=0)
+    assert not torch.allclose(sides, backbones, atol=1e-3)
+    wanted = [backbones, sides] * (4 - reentry) + [sides] * reentry
+    assert [torch.equal(x, y) for x, y in zip(read, wanted, strict=True)] == [True] * len(wanted)
+
+
+def linear_of(linear: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = type(linear).forward(linear, x)
+    return out.clone()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_gradient_enters_the_backbone(tiny: Tiny, family: str) -> None:
+    """Its linears are never asked for one: each runs once, without gradient, and the side's weights all get theirs."""
+    method = disturbed(SideLoRA(backbone=tiny(family)).train())
+    calls: Counter[bool] = Counter()
+    linears = {site.linear for site in method.backbone.sites(*method.backbone.stem.family.sites)}
+    for linear in linears:
+        forward = linear.forward
+
+        def counted(x: Tensor, forward: Any = forward) -> Any:
+            calls[torch.is_grad_enabled()] += 1
+            return forward(x)
+
+        linear.forward = counted
+    method.loss(encode(method.backbone)).backward()
+    assert calls[True] == 0
+    assert calls[False] >= len(linears)
+    head = {id(p) for p in method.backbone.parameters() if p.requires_grad}
+    assert all(p.grad is None for p in method.backbone.parameters() if id(p) not in head)
+    assert all(p.grad is not None for p in method.pairs.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_changes_memory_alone(tiny: Tiny, family: str) -> None:
+    losses, gradients, peaks = [], [], []
+    for on in (False, True):
+        method = disturbed(twin(tiny(family), SideLoRA, activation_checkpointing=on)).train()
+        batch = encode(method.backbone)
+        with LiveBytes(method) as live:
+            loss = method.loss(batch)
+            loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in method.pairs.parameters()])
+        peaks.append(live.peak_bytes)
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize("reentry", [-1, 5])
+def test_impossible_depths_are_refused(tiny: Tiny, reentry: int) -> None:
+    with pytest.raises(UserError, match=rf"model.reentry={reentry}.*4 blocks; give 0 to 4"):
+        SideLoRA(reentry=reentry, backbone=tiny("bert"))
+
+
+def test_it_is_not_merged(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="SideLoRA cannot be merged"):
+        SideLoRA(backbone=tiny("bert")).merge()
+
+
+def test_an_error_in_a_block_leaves_the_model_as_it_was(tiny: Tiny) -> None:
+    method = SideLoRA(backbone=tiny("bert"))
+    batch = encode(method.backbone)
+    scores = method.eval()(batch)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("interrupted")
+
+    handle = method.backbone.blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        method(batch)
+    handle.remove()
+    assert not any("forward" in vars(module) for module in method.backbone.modules())
+    assert torch.equal(method(batch), scores)
