@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from lit_spu.methods.base import Method
@@ -18,21 +18,68 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path) -> Method:
-    """The trained method of a checkpoint file, or of a run directory (its best), on the CPU and in evaluation mode.
+    """What was trained, on the CPU and in evaluation mode.
+
+    Args:
+        path: A checkpoint file, a run directory (its best), or a folder that `lit-spu export` wrote as safetensors.
 
     Raises:
-        UserError: if there is no checkpoint, or if it does not belong to a method.
+        UserError: if there is no checkpoint, or if it does not belong to a method or to the backbone that it names.
     """
-    from lit_spu import discovery, runs
+    from pathlib import Path
+
+    from lit_spu import discovery, runs, trained
     from lit_spu.errors import UserError
 
-    file = runs.checkpoint(path, "best")
-    made_by = runs.made_with(file)["model"]["class_path"].rpartition(".")[2]
+    exported = (Path(path) / trained.WEIGHTS).is_file()
+    file = Path(path) if exported else runs.checkpoint(path, "best")
+    checkpoint = trained.read(file) if exported else {}
+    made_by = (checkpoint["method"] if exported else runs.made_with(file)["model"]["class_path"]).rpartition(".")[2]
     methods = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods")}
     if made_by not in methods:
         raise UserError(f"{file} was made by {made_by}, which is no method of lit_spu {__version__}.")
-    method: Method = methods[made_by].load_from_checkpoint(file, map_location="cpu", weights_only=True)  # type: ignore[attr-defined]
+    cls: type[Method] = methods[made_by]
+    if exported:
+        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name[0] != "_"}
+        method = cls(**settings)
+        method.on_load_checkpoint(checkpoint)
+        method.load_state_dict(checkpoint["state_dict"])
+    else:
+        method = cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
     return method.eval()
+
+
+def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
+    """Several trained methods, by name, that hold their backbone once: what is frozen and equal is one tensor for all.
+
+    Each answers as if it had been loaded alone, so that another adapter is another name, and nothing is loaded again.
+
+    Args:
+        paths: What to load, as for `load`. Tasks and methods may differ, the backbone may not.
+
+    Raises:
+        UserError: if one cannot be loaded, or is of another backbone than the first.
+    """
+    import torch
+
+    from lit_spu.errors import UserError
+
+    loaded: dict[str, Method] = {}
+    for name, path in paths.items():
+        method = load(path)
+        for other_name, other in loaded.items():
+            if method.backbone.fingerprint != other.backbone.fingerprint:
+                raise UserError(
+                    f"{name!r} ({path}) was trained on {method.backbone.name!r}, and {other_name!r} on"
+                    f" {other.backbone.name!r}, which is not the same backbone."
+                )
+            theirs = dict(other.backbone.named_parameters())
+            for key, own in method.backbone.named_parameters():
+                one = theirs.get(key)
+                if one is not None and not (own.requires_grad or one.requires_grad) and torch.equal(own, one):
+                    own.data = one.data
+        loaded[name] = method
+    return loaded
 
 
 def _classes() -> Iterator[type]:

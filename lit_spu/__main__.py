@@ -16,6 +16,7 @@ SUBCOMMANDS = {
 COMMANDS = {
     "estimate": "Tell the peak memory of every method before training.",
     "compare": "Run methods x tasks x backbones x seeds, and report what they cost and score.",
+    "export": "Write a trained method for other tools: peft, Hugging Face, safetensors.",
     "doctor": "Look at versions, devices, caches and the hub, and tell what to do.",
 }
 """The other subcommands."""

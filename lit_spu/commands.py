@@ -1,4 +1,4 @@
-"""The subcommands that are no training run: estimate, compare and doctor."""
+"""The subcommands that are no run: estimate, compare, export and doctor."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from lit_spu.__main__ import COMMANDS
 from lit_spu.doctor import doctor
 from lit_spu.errors import UserError
+from lit_spu.export import export
 from lit_spu.measure import MIB, Kind
 from lit_spu.parser import Parser, answered
 from lit_spu.study import report
@@ -189,7 +190,12 @@ def run(args: Sequence[str]) -> None:
     """Run the command line of one of these."""
     name, *given = args
     Parser.given = given
-    commands: dict[str, Callable[..., None]] = {"estimate": estimate, "compare": compare, "doctor": doctor}
+    commands: dict[str, Callable[..., None]] = {
+        "estimate": estimate,
+        "compare": compare,
+        "export": export,
+        "doctor": doctor,
+    }
     command = commands[name]
     parser = Parser(prog=f"lit-spu {name}", description=COMMANDS[name])
     if command is not doctor:

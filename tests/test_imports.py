@@ -31,9 +31,11 @@ DOOR = {
     "cli",
     "commands",
     "doctor",
+    "export",
     "parser",
     "predictions",
     "runs",
+    "trained",
 }  # the top may import everything below it
 
 

@@ -328,7 +328,7 @@ class Backbone(nn.Module, ABC):
         self.name = name
         self.stem = self.trunk_class(base_of(model), family)
         self.classifies = head == "classifier" and bool(family.classifier)
-        self.steps = [STEPS.get(path) or model.get_submodule(path) for path in self._path]
+        self.steps = [STEPS.get(path) or model.get_submodule(path) for path in self.head_path]
         self.rows: nn.Parameter | None = None
         self.row_bias: nn.Parameter | None = None
         if not self.classifies:
@@ -337,7 +337,8 @@ class Backbone(nn.Module, ABC):
         self.train()
 
     @property
-    def _path(self) -> tuple[str, ...]:
+    def head_path(self) -> tuple[str, ...]:
+        """What the head does one after the other: modules of the model, and functions in `STEPS`."""
         family = self.stem.family
         return family.classifier if self.classifies else family.vocabulary[:-1]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_spu.backbones import Role
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
+from lit_spu.nn import peft_format
 from lit_spu.nn.adapter import by_site
 from lit_spu.nn.ia3 import Scale
 
@@ -19,13 +21,18 @@ class IA3(Method):
         outputs: The linears whose outputs are scaled, by what they do in a block.
         inputs: Those whose inputs are scaled. The paper scales the inner state of the feed-forward, which is what
             `down` reads; on the linear in front of it a negative scale would not pass a ReLU.
+        adapter: A folder of the peft library's to start from, with vectors at the same linears.
 
     Raises:
         UserError: if nothing is scaled, a role stands in both, or the backbone has no linear of a role.
     """
 
     def __init__(
-        self, outputs: Sequence[Role] = ("key", "value"), inputs: Sequence[Role] = ("down",), **kwargs: Any
+        self,
+        outputs: Sequence[Role] = ("key", "value"),
+        inputs: Sequence[Role] = ("down",),
+        adapter: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if set(outputs) & set(inputs) or not {*outputs, *inputs}:
@@ -36,3 +43,6 @@ class IA3(Method):
         sites = self.backbone.sites(*outputs, *inputs)
         self.backbone.freeze()
         self.scales = by_site(Scale(site, inputs=site.role in inputs).attach() for site in sites)
+        if adapter:
+            peft_format.read(self.backbone, self.adapters, Path(adapter))
+            self.hparams["adapter"] = None  # a checkpoint holds what was trained; the folder may be gone

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lit_spu.backbones import Role, Site
+from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
+from lit_spu.nn import peft_format
 from lit_spu.nn.adapter import by_site
 from lit_spu.nn.lora import LowRank
 
@@ -25,6 +28,7 @@ class LoRA(Method):
             (https://arxiv.org/abs/2312.03732).
         start: B = 0, or SiVA's: B·A are the top singular vectors of W, and the rest of W is frozen. Either way the
             backbone's answers are what they were at the start.
+        adapter: A folder of the peft library's to start from, with the same rank, scale and linears.
 
     Raises:
         UserError: if a number is out of range, or the backbone has no linear of a role.
@@ -39,6 +43,7 @@ class LoRA(Method):
         norms: bool = False,
         rank_stabilised: bool = False,
         start: Literal["zero", "svd"] = "zero",
+        adapter: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -55,3 +60,8 @@ class LoRA(Method):
         self.pairs = by_site(map(pair, sites))
         for norm in self.backbone.norms if norms else ():
             norm.requires_grad_(True)
+        if adapter and start == "svd":
+            raise UserError(f"model.adapter={adapter} gives a start, and model.start=svd another: give one of them.")
+        if adapter:
+            peft_format.read(self.backbone, self.adapters, Path(adapter))
+            self.hparams["adapter"] = None  # a checkpoint holds what was trained; the folder may be gone

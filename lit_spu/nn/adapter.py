@@ -34,6 +34,8 @@ class Adapter(nn.Module, ABC):
         if not self.merged:
             weight, bias = self.site.weight, self.site.bias
             self.merged_from = weight.clone(), None if bias is None else bias.clone()
+            for parameter in self.site.linear.parameters(recurse=False):
+                parameter.data = parameter.data.clone()  # other methods may hold the same weights
             self._put(*self.written(weight, bias))
 
     @torch.no_grad()

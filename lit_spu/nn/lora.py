@@ -37,6 +37,7 @@ class LowRank(Adapter):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
+        self.taken: tuple[Tensor, Tensor] | None = None  # the A and B that were taken from W
 
     def attach(self) -> LowRank:
         """Add it to what the linear puts out, from now on."""
@@ -80,6 +81,7 @@ class LowRank(Adapter):
         self.a.copy_(right)
         self.b.copy_(left)
         weight.sub_(self.product)
+        self.taken = self.a.clone(), self.b.clone()
 
 
 class AddLowRank(torch.autograd.Function):

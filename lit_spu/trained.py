@@ -1,0 +1,43 @@
+"""What was trained, in one file of safetensors without pickle: weights by their names, and what they belong to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_spu.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_spu.methods.base import Method
+
+WEIGHTS = "trained.safetensors"
+
+
+def write(method: Method, folder: Path) -> None:
+    """Write what a checkpoint of the method would hold: its trained weights, and the rest as JSON in the metadata."""
+    from safetensors.torch import save_file
+
+    method.setup("export")
+    checkpoint: dict[str, Any] = {"state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams)}
+    method.on_save_checkpoint(checkpoint)
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.pop("state_dict").items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS, metadata={"lit_spu": json.dumps(checkpoint)})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The same as a checkpoint.
+
+    Raises:
+        UserError: if the file was not written so.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            checkpoint: dict[str, Any] = json.loads(file.metadata()["lit_spu"])
+            checkpoint["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / WEIGHTS} was not written by lit-spu export: {error!r}") from error
+    return checkpoint
