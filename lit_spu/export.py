@@ -120,7 +120,8 @@ def card(method: Method, file: Path, use: str, format: Form) -> str:
     else:
         asked = (
             f"A text is put into the task's template (the {method.encoding.format} format). The answer is"
-            f" the likeliest of the label words {', '.join(task.label_words)}, which stand for {labels or 'the ends of the scale'}."
+            f" the likeliest of the label words {', '.join(task.label_words)}, which stand for"
+            f" {labels or 'the ends of the scale'}."
         )
     return f"""---
 base_model: {method.backbone.name}

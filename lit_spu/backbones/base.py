@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Tensor]
 Head = Literal["classifier", "prompt"]
+Precision = Literal["fp32", "bf16", "int8"]
 Role = Literal["query", "key", "value", "output", "up", "down"]
 """What a linear of a block does: makes queries, keys or values, joins the heads, widens the state or narrows it."""
 Step = Callable[[Tensor], Tensor]
@@ -62,7 +63,7 @@ class Site(NamedTuple):
     def weight(self) -> Tensor:
         """The weight of its outputs, [outputs, inputs]: a view."""
         whole: Tensor = self.linear.weight.T if self.transposed else self.linear.weight
-        return whole.chunk(self.slots)[self.slot]
+        return whole if self.slots == 1 else whole.chunk(self.slots)[self.slot]
 
     @property
     def bias(self) -> Tensor | None:
@@ -391,7 +392,8 @@ class Backbone(nn.Module, ABC):
 
     def read(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The one state [batch, any width] that the head reads of the last stream's [batch, tokens, any width]."""
-        return hidden[:, 0] if self.classifies else self.answer(hidden, batch)
+        state = hidden[:, 0] if self.classifies else self.answer(hidden, batch)
+        return state.float() if state.dtype is torch.bfloat16 else state  # heads are in fp32
 
     def head(self, state: Tensor) -> Tensor:
         """Scores [batch, labels] from the states [batch, width] that `read` gives.
@@ -426,11 +428,40 @@ class Backbone(nn.Module, ABC):
 
     # -- what learns ------------------------------------------------------------------------------------------------
 
-    def freeze(self) -> None:
-        """Freeze all that was pretrained; a new classification head goes on learning."""
+    def freeze(self, precision: Precision = "fp32") -> None:
+        """Freeze all that was pretrained, and hold it in that precision; a new classification head goes on learning."""
         self.requires_grad_(False)
         if self.classifies:
             self._head_modules.requires_grad_(True)
+        if precision == "int8":
+            self._quantise()
+        if precision == "bf16":
+            head = set(self._head_modules.parameters())
+            for parameter in self.stem.model.parameters():
+                if parameter not in head:
+                    parameter.data = parameter.data.bfloat16()
+            for module in self.stem.model.modules():  # a BERT runs its pooler by itself, too
+                if module in self.steps:
+                    _in_fp32(module)
+
+    def _quantise(self) -> None:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise UserError("model.backbone_precision=int8 needs torchao: pip install 'lit-spu[int8]'.") from error
+        linears = {site.linear for site in self.sites(*self.stem.family.sites)}
+        if any(not isinstance(linear, nn.Linear) for linear in linears):
+            raise UserError(
+                f"model.backbone_precision=int8: torchao quantises nn.Linear only, which a"
+                f" {self.stem.model.config.model_type} does not have. Use bf16."
+            )
+        quantize_(self.stem.model, Int8WeightOnlyConfig(), filter_fn=lambda module, _: module in linears)
+
+    def unfreeze(self, module: nn.Module) -> None:
+        """Train a module of a frozen backbone after all, in fp32."""
+        module.requires_grad_(True)
+        if any(parameter.dtype is torch.bfloat16 for parameter in module.parameters()):
+            _in_fp32(module.float())
 
     def untie_head(self) -> None:
         """Let a language-model head learn apart from the embeddings: its label words' rows become its own weights."""
@@ -473,7 +504,9 @@ class Backbone(nn.Module, ABC):
         if self.rows is not None:
             return self.rows, self.row_bias
         linear = self.model.get_submodule(self.stem.family.vocabulary[-1])
-        return linear.weight[self.words], None if linear.bias is None else linear.bias[self.words]
+        weight = linear.weight[self.words]
+        weight = weight.float() if weight.dtype is torch.bfloat16 else weight
+        return weight, None if linear.bias is None else linear.bias[self.words]
 
     def wordings(self, head: Head) -> Sequence[Sequence[str]]:
         """The words that may stand for the labels, those that are preferred first."""
@@ -529,6 +562,15 @@ def has(model: nn.Module, path: str) -> bool:
         return isinstance(model.get_submodule(path), nn.Module)
     except AttributeError:
         return False
+
+
+def _in_fp32(module: nn.Module) -> None:
+    """Let a module compute in fp32 among others that do not."""
+
+    def forward(inner: Step, x: Tensor) -> Tensor:
+        return inner(x.float()).to(x.dtype)
+
+    module.forward = partial(forward, module.forward)
 
 
 def _parts(pattern: str) -> tuple[str, int, int]:

@@ -7,7 +7,7 @@ bytes are the tensors alone. They leave out scratch space inside one operator an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -129,23 +129,21 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run the operator, then count."""
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            self._see(leaf, outside=True)
+        for tensor in _tensors((args, kwargs)):
+            self._see(tensor, outside=True)
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            self._see(leaf, outside=False)
+        for tensor in _tensors(result):
+            self._see(tensor, outside=False)
         self._sum += self._held
         if self._held > self.peak_bytes:
             self.peak_bytes, self._peak_sample = self._held, self._samples
         self._samples += 1
         return result
 
-    def _see(self, leaf: object, *, outside: bool) -> _Lifetime | None:
-        """The lifetime of the leaf's storage, begun now, or at entry if the tensor comes from `outside`."""
-        if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
-            return None
+    def _see(self, tensor: Tensor, *, outside: bool) -> _Lifetime | None:
+        """The lifetime of the tensor's storage, begun now, or at entry if the tensor comes from `outside`."""
         try:
-            storage = leaf.untyped_storage()
+            storage = tensor.untyped_storage()
         except NotImplementedError:  # sparse tensors have none; their indices and values are seen for themselves
             return None
         key, nbytes = id(storage), storage.nbytes()
@@ -172,10 +170,11 @@ class LiveBytes(TorchDispatchMode):
     def _parameters(self) -> Iterable[nn.Parameter]:
         return self._module.parameters() if self._module else ()
 
-    def _mark(self, tensor: object, kind: Kind) -> None:
-        life = self._see(tensor, outside=True)
-        if life:
-            life.kind = max(life.kind, kind)
+    def _mark(self, value: object, kind: Kind) -> None:
+        for tensor in _tensors(value):
+            life = self._see(tensor, outside=True)
+            if life:
+                life.kind = max(life.kind, kind)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self._mark(tensor, Kind.ACTIVATIONS)
@@ -192,5 +191,15 @@ class LiveBytes(TorchDispatchMode):
         for buffer in self._module.buffers() if self._module else ():
             self._mark(buffer, Kind.WEIGHTS)
         for optimizer in self._optimizers:
-            for leaf in tree_leaves(list(optimizer.state.values())):
-                self._mark(leaf, Kind.OPTIMIZER)
+            self._mark(list(optimizer.state.values()), Kind.OPTIMIZER)
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    """The tensors with a storage among nested values; a quantised or sharded one has it in its parts."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+            if type(leaf) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(leaf):
+                names, _ = leaf.__tensor_flatten__()
+                yield from _tensors([getattr(leaf, name) for name in names])
+            else:
+                yield leaf

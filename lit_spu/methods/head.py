@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_spu.methods.base import Method
+from lit_spu.methods.base import FrozenBackbone
 
 
-class HeadOnly(Method):
+class HeadOnly(FrozenBackbone):
     """Freeze the backbone and train its head; a language-model head learns its label words' rows."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.backbone.freeze()
         self.backbone.untie_head()

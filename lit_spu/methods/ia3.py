@@ -8,13 +8,13 @@ from typing import Any
 
 from lit_spu.backbones import Role
 from lit_spu.errors import UserError
-from lit_spu.methods.base import Method
+from lit_spu.methods.base import FrozenBackbone
 from lit_spu.nn import peft_format
 from lit_spu.nn.adapter import by_site
 from lit_spu.nn.ia3 import Scale
 
 
-class IA3(Method):
+class IA3(FrozenBackbone):
     """Train vectors, ones at the start, that multiply the states around linears of the frozen backbone.
 
     Args:
@@ -41,7 +41,6 @@ class IA3(Method):
                 " least one role."
             )
         sites = self.backbone.sites(*outputs, *inputs)
-        self.backbone.freeze()
         self.scales = by_site(Scale(site, inputs=site.role in inputs).attach() for site in sites)
         if adapter:
             peft_format.read(self.backbone, self.adapters, Path(adapter))

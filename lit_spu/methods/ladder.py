@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch
-from lit_spu.methods.base import Method
+from lit_spu.methods.base import FrozenBackbone
 from lit_spu.nn.ladder import SideNetwork
 
 
-class LadderSideTuning(Method):
+class LadderSideTuning(FrozenBackbone):
     """Train a side network beside the frozen backbone.
 
     Args:
@@ -36,7 +36,6 @@ class LadderSideTuning(Method):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.backbone.freeze()
         self.side = SideNetwork(self.backbone, reduction, drop_layers)
         if activation_checkpointing:
             self.side.trunk.recompute_feed_forwards()

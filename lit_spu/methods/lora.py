@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 
 from lit_spu.backbones import Role, Site
 from lit_spu.errors import UserError
-from lit_spu.methods.base import Method
+from lit_spu.methods.base import FrozenBackbone
 from lit_spu.nn import peft_format
 from lit_spu.nn.adapter import by_site
 from lit_spu.nn.lora import LowRank
 
 
-class LoRA(Method):
+class LoRA(FrozenBackbone):
     """Train y = Wx + (α/r)·B(A x) at linears of the frozen backbone.
 
     Args:
@@ -48,7 +48,6 @@ class LoRA(Method):
     ) -> None:
         super().__init__(**kwargs)
         sites = self.backbone.sites(*roles)
-        self.backbone.freeze()
         scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
         def pair(site: Site) -> LowRank:
@@ -59,7 +58,7 @@ class LoRA(Method):
 
         self.pairs = by_site(map(pair, sites))
         for norm in self.backbone.norms if norms else ():
-            norm.requires_grad_(True)
+            self.backbone.unfreeze(norm)
         if adapter and start == "svd":
             raise UserError(f"model.adapter={adapter} gives a start, and model.start=svd another: give one of them.")
         if adapter:

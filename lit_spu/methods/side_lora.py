@@ -15,13 +15,13 @@ from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, Role
 from lit_spu.errors import UserError
-from lit_spu.methods.base import Method
+from lit_spu.methods.base import FrozenBackbone
 from lit_spu.nn.adapter import by_site
 from lit_spu.nn.lora import LowRank
 from lit_spu.nn.side_lora import SideStream
 
 
-class SideLoRA(Method):
+class SideLoRA(FrozenBackbone):
     """Train y_s = W x_b + b + (α/r)·B(A x_s) on a side state x_s beside the frozen backbone's x_b.
 
     Args:
@@ -54,7 +54,6 @@ class SideLoRA(Method):
             raise UserError(
                 f"model.reentry={reentry}: the backbone's last stack has {depth} blocks; give 0 to {depth}."
             )
-        self.backbone.freeze()
         pairs = [LowRank(site, rank, alpha / rank, dropout) for site in self.backbone.sites(*roles)]
         self.pairs = by_site(pairs)
         self.stream = SideStream(self.backbone.stem, pairs, reentry, recompute=activation_checkpointing)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_spu.backbones.base import Site
+from lit_spu.errors import UserError
 
 
 class Adapter(nn.Module, ABC):
@@ -28,9 +29,19 @@ class Adapter(nn.Module, ABC):
     def written(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight [outputs, inputs] and bias [outputs] with which the linear alone puts out the same."""
 
+    def writable(self) -> None:
+        """Raises UserError if the linear's weight cannot hold anything else."""
+        if type(self.site.linear.weight.data) is not Tensor:
+            raise UserError(f"{self.site.path} is held in int8, which cannot be changed: use fp32 or bf16.")
+
     @torch.no_grad()
     def merge(self) -> None:
-        """Write it into the linear's weight: the same outputs at the cost of the plain model."""
+        """Write it into the linear's weight: the same outputs at the cost of the plain model.
+
+        Raises:
+            UserError: if the weight is quantised.
+        """
+        self.writable()
         if not self.merged:
             weight, bias = self.site.weight, self.site.bias
             self.merged_from = weight.clone(), None if bias is None else bias.clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -34,10 +35,10 @@ class Ladder(nn.Module):
     ) -> None:
         super().__init__()
         self.kept, self.depth, self.radius, self.shared = tuple(kept), stream.depth, radius, shared
-        self.first = projection(stream.width, width)
+        self.first = Projection(stream.width, width)
         read = [(i, j) for i in kept for j in self.window(i) if 0 <= j < stream.depth]
         names = dict.fromkeys(self.name(i, j) for i, j in read)
-        self.down = nn.ModuleDict({name: projection(stream.width, width) for name in names})
+        self.down = nn.ModuleDict({name: Projection(stream.width, width) for name in names})
         self.fusion = fusion(stream.depth, kept, 2 * radius + 1, width)
 
     def window(self, i: int) -> range:
@@ -101,7 +102,7 @@ class SideNetwork(nn.Module):
         self.trunk = backbone.stem.shrunk(reduction, self.kept)
         self.model = self.trunk.model
         self.climb(Ladder)
-        self.up = projection(self.trunk.output_width, backbone.width)
+        self.up = Projection(self.trunk.output_width, backbone.width)
 
     def climb(self, ladder: Callable[[Stream, Sequence[int], int], Ladder]) -> None:
         """Put new rungs in: `ladder` makes those of a stream from it, its kept blocks and the side network's width."""
@@ -117,13 +118,16 @@ class SideNetwork(nn.Module):
             return self.trunk.run(self.trunk.inputs_like(inputs))
 
 
-def projection(wide: int, narrow: int) -> nn.Linear:
-    """A linear that keeps the scale of what it reads.
+class Projection(nn.Linear):
+    """A linear that keeps the scale of what it reads, in the precision of that: what it keeps is no larger.
 
     The published ones start at a standard deviation of 0.01, which suits T5's large residual stream. Behind the norms
     of a BERT their output would drown in the side network's own, and a narrow side network would not learn.
     """
-    linear = nn.Linear(wide, narrow)
-    torch.nn.init.normal_(linear.weight, std=wide**-0.5)
-    torch.nn.init.zeros_(linear.bias)
-    return linear
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).to(self.weight.dtype)

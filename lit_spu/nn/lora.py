@@ -67,10 +67,14 @@ class LowRank(Adapter):
         """Start from the top singular vectors of W, and leave the rest of it frozen: the outputs stay the same.
 
         With W = UΣVᵀ: B = U_r·√(Σ_r/s), A = √(Σ_r/s)·V_rᵀ, and W becomes W − s·BA.
+
+        Raises:
+            UserError: if the weight is quantised.
         """
+        self.writable()
         weight, rank = self.site.weight, len(self.a)
         tall = weight.shape[0] > weight.shape[1]
-        wide = weight.T if tall else weight
+        wide = (weight.T if tall else weight).to(self.a.dtype)
         # the smaller Gram matrix's: a quarter of the time of the whole decomposition
         squares, vectors = torch.linalg.eigh(wide @ wide.T)
         top = vectors[:, -rank:].flip(1)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_spu.measure import Kind, LiveBytes
@@ -232,3 +233,13 @@ def test_the_timeline_adds_up() -> None:
     assert set(live.timeline[Kind.GRADIENTS][:began]) == {0}
     assert live.timeline[Kind.GRADIENTS][-1] == weights
     assert live.timeline[Kind.OPTIMIZER][-1] >= 2 * weights
+
+
+def test_a_tensor_of_parts_is_the_sum_of_its_parts() -> None:
+    """As quantised weights are: the whole has a shape of its own and no storage."""
+    two = TwoTensor(torch.ones(10), torch.ones(10))
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(two, requires_grad=False))
+    with LiveBytes(module) as live:
+        module.weight.sum()
+    assert live.by_kind[Kind.WEIGHTS] == 2 * 10 * 4

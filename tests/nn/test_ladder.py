@@ -17,7 +17,7 @@ from lit_spu.backbones.base import Trunk
 from lit_spu.backbones.families import FAMILIES as RECORDS
 from lit_spu.errors import UserError
 from lit_spu.nn.fusion import Gated
-from lit_spu.nn.ladder import Ladder, SideNetwork, projection
+from lit_spu.nn.ladder import Ladder, Projection, SideNetwork
 from lit_spu.tasks import TASKS
 from tests.conftest import FAMILIES, encode
 
@@ -232,7 +232,7 @@ def test_impossible_side_networks_are_refused(tiny: Tiny) -> None:
 @pytest.mark.parametrize("wide", [384, 768])
 def test_a_projection_keeps_the_scale_of_what_it_reads(wide: int) -> None:
     torch.manual_seed(0)
-    out = projection(wide, 96)(torch.randn(1000, wide))
+    out = Projection(wide, 96)(torch.randn(1000, wide))
     assert out.std().item() == pytest.approx(1.0, abs=0.05)
 
 
