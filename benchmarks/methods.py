@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,8 @@ def under_peft(method: Method) -> Method:
     """The same pairs or vectors, of the peft library: what trains beside them, and how, stays the same."""
     import peft
 
-    twin = build(CONFIGS / "head.yaml", backbone=method.backbone.name, task=method.task.name)
+    twin = build(CONFIGS / f"{FULL}.yaml", backbone=method.backbone.name, task=method.task.name)
+    twin.backbone.freeze()
     adapters = {twin.backbone.path(adapter.site): adapter for adapter in method.adapters}
     pairs = [adapter for adapter in adapters.values() if isinstance(adapter, LowRank)]
     learns = {name for name, p in method.backbone.named_parameters() if p.requires_grad}
@@ -84,7 +86,9 @@ def under_peft(method: Method) -> Method:
         inner = [name for name, adapter in adapters.items() if isinstance(adapter, Scale) and adapter.inputs]
         config = peft.IA3Config(target_modules=list(adapters), feedforward_modules=inner)
     parameters = dict(twin.backbone.named_parameters())
-    peft.get_peft_model(twin.backbone.model, config)  # puts its layers into the model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the library asks transformers for what has another name now
+        peft.get_peft_model(twin.backbone.model, config)  # puts its layers into the model
     for name in learns:
         parameters[name].requires_grad_(True)
     return twin

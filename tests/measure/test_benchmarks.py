@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from benchmarks import data, methods, models
 from lit_spu.data.batching import BucketSampler, Examples, Loader
@@ -15,6 +16,7 @@ from lit_spu.tasks import TASKS
 
 
 def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
     from transformers import DistilBertConfig
 
     config = DistilBertConfig(
@@ -25,7 +27,11 @@ def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
     batch = batch_of(32, 32, task)
     rows = {cost.name: cost for cost in methods.costs(found, batch, rounds=1)}
     named = {path.stem for path in methods.CONFIGS.glob("*.yaml") if "class_path" in path.read_text()}
-    assert {name.partition(",")[0] for name in rows} == named | {"forward"}
+    peers = {f"{name} (peft)" for name in methods.PEERS}
+    assert {name.partition(",")[0] for name in rows} == named | {"forward"} | peers
+    for name in methods.PEERS:
+        assert rows[name].trainable == rows[f"{name} (peft)"].trainable
+        assert rows[name].above_mib <= rows[f"{name} (peft)"].above_mib
     full, forward = rows["full"], rows["forward"]
     backbone = sum(parameter.numel() for parameter in found["full"].backbone.parameters())
     assert full.trainable == backbone

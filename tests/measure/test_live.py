@@ -238,8 +238,7 @@ def test_the_timeline_adds_up() -> None:
 def test_a_tensor_of_parts_is_the_sum_of_its_parts() -> None:
     """As quantised weights are: the whole has a shape of its own and no storage."""
     two = TwoTensor(torch.ones(10), torch.ones(10))
-    module = nn.Module()
-    module.register_parameter("weight", nn.Parameter(two, requires_grad=False))
+    module = nn.ParameterList([nn.Parameter(two, requires_grad=False)])
     with LiveBytes(module) as live:
-        module.weight.sum()
+        module[0].sum()
     assert live.by_kind[Kind.WEIGHTS] == 2 * 10 * 4
