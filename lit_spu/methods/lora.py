@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,10 +47,9 @@ class LoRA(FrozenBackbone):
     ) -> None:
         super().__init__(**kwargs)
         sites = self.backbone.sites(*roles)
-        scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
         def pair(site: Site) -> LowRank:
-            made = LowRank(site, rank, scale, dropout).attach()
+            made = LowRank(site, rank, alpha, dropout, rank_stabilised).attach()
             if start == "svd":
                 made.take_top()
             return made

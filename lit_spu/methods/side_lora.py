@@ -54,7 +54,7 @@ class SideLoRA(FrozenBackbone):
             raise UserError(
                 f"model.reentry={reentry}: the backbone's last stack has {depth} blocks; give 0 to {depth}."
             )
-        pairs = [LowRank(site, rank, alpha / rank, dropout) for site in self.backbone.sites(*roles)]
+        pairs = [LowRank(site, rank, alpha, dropout) for site in self.backbone.sites(*roles)]
         self.pairs = by_site(pairs)
         self.stream = SideStream(self.backbone.stem, pairs, reentry, recompute=activation_checkpointing)
 

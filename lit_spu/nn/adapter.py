@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lit_spu.backbones.base import Site
 from lit_spu.errors import UserError
@@ -31,7 +32,7 @@ class Adapter(nn.Module, ABC):
 
     def writable(self) -> None:
         """Raises UserError if the linear's weight cannot hold anything else."""
-        if type(self.site.linear.weight.data) is not Tensor:
+        if is_traceable_wrapper_subclass(self.site.linear.weight.data):
             raise UserError(f"{self.site.path} is held in int8, which cannot be changed: use fp32 or bf16.")
 
     @torch.no_grad()

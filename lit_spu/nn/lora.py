@@ -20,14 +20,17 @@ class LowRank(Adapter):
     Args:
         site: Where.
         rank: r, the number of A's rows and of B's columns.
-        scale: s; α/r in the paper, α/√r if rank-stabilised (https://arxiv.org/abs/2312.03732).
+        alpha: α, for a scale s of α/r.
         dropout: Share of the inputs that A does not see in training.
+        rank_stabilised: s = α/√r instead (https://arxiv.org/abs/2312.03732).
 
     Raises:
         UserError: if the rank is more than the linear's own can be, or none.
     """
 
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, site: Site, rank: int, alpha: float, dropout: float = 0.0, rank_stabilised: bool = False
+    ) -> None:
         super().__init__(site)
         outputs, inputs = site.weight.shape
         if not 1 <= rank <= min(outputs, inputs):
@@ -35,7 +38,7 @@ class LowRank(Adapter):
         self.a = nn.Parameter(torch.empty(rank, inputs))
         self.b = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.scale = scale
+        self.scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
         self.dropout = nn.Dropout(dropout)
         self.taken: tuple[Tensor, Tensor] | None = None  # the A and B that were taken from W
 

@@ -47,6 +47,7 @@ def record(outcome: Outcome) -> Record:
     summary = json.loads((run / "summary.json").read_text())
     cell = outcome.cell
     config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else {}
+    config.pop("run_dir", None)  # the study's own, and no setting
     launches = run / "launches.jsonl"
     launch = json.loads(launches.read_text().splitlines()[-1]) if launches.exists() else {}
     monitor = load_task(_task(cell.args)).monitor

@@ -37,9 +37,10 @@ def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_the_feed_forwards_changes_memory_alone(tiny: Callable[[str], str], family: str) -> None:
     losses, gradients, saved = [], [], []
+    folder = tiny(family)
     for recompute in (False, True):
         torch.manual_seed(0)
-        method = LadderSideTuning(backbone=tiny(family), reduction=2, activation_checkpointing=recompute).train()
+        method = LadderSideTuning(backbone=folder, reduction=2, activation_checkpointing=recompute).train()
         batch = encode(method.backbone)
         with SavedForBackward(method.parameters()) as counter:
             loss = method.loss(batch)

@@ -25,7 +25,7 @@ KINDS = ("linear", "transposed", "fused")
 
 
 def trained(where: Site, **settings: Any) -> LowRank:
-    pair = LowRank(where, 2, 0.7, **settings).double()
+    pair = LowRank(where, 2, 1.4, **settings).double()
     nn.init.normal_(pair.b)
     return pair
 
@@ -81,7 +81,7 @@ def test_the_top_singular_vectors_move_into_the_pair(outputs: int, inputs: int) 
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs).double()
     where, whole = Site("linear", linear, "up"), linear.weight.detach().clone()
-    pair = LowRank(where, 3, 2.0).double()
+    pair = LowRank(where, 3, 6.0).double()
     pair.take_top()
     u, s, v = torch.linalg.svd(whole, full_matrices=False)
     torch.testing.assert_close(pair.product.detach(), u[:, :3] * s[:3] @ v[:3], atol=1e-10, rtol=0)
@@ -118,7 +118,7 @@ def expected_without_hooks(where: Site, pair: LowRank, x: Tensor) -> Tensor:
 
 def test_under_autocast_it_joins_what_the_linear_puts_out() -> None:
     linear = nn.Linear(6, 9)
-    pair = LowRank(Site("linear", linear, "up"), 2, 1.0)
+    pair = LowRank(Site("linear", linear, "up"), 2, 2.0)
     nn.init.normal_(pair.b)
     x = torch.randn(4, 6)
     plain = linear(x)
