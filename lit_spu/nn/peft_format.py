@@ -67,13 +67,13 @@ def _pairs(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[s
     tensors: dict[str, Tensor] = {}
     ranks, scales = {}, {}
     for path, pairs in by_path.items():
-        columns = []
+        rows, columns = [], []
         for pair in pairs:
-            for b in (pair.b, *([] if pair.taken is None else [-pair.taken[1]])):
+            for a, b in ((pair.a, pair.b), *([] if pair.taken is None else [(pair.taken[0], -pair.taken[1])])):
                 column = b.new_zeros(len(b) * pair.site.slots, b.shape[1])
                 column[pair.site.slot * len(b) :][: len(b)] = b.detach()
+                rows.append(a)
                 columns.append(column)
-        rows = [a for pair in pairs for a in (pair.a, *([] if pair.taken is None else [pair.taken[0]]))]
         tensors |= {f"{path}.lora_A.weight": torch.cat(rows), f"{path}.lora_B.weight": torch.cat(columns, 1)}
         ranks[path], scales[path] = sum(len(a) for a in rows), pairs[0].scale
     rank, scale = max(ranks.values(), key=list(ranks.values()).count), next(iter(scales.values()))
