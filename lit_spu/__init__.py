@@ -26,24 +26,19 @@ def load(path: str | Path) -> Method:
     Raises:
         UserError: if there is no checkpoint, or if it does not belong to a method or to the backbone that it names.
     """
-    from pathlib import Path
-
     from lit_spu import discovery, runs, trained
     from lit_spu.errors import UserError
 
-    exported = (Path(path) / trained.WEIGHTS).is_file()
-    file = Path(path) if exported else runs.checkpoint(path, "best")
-    checkpoint = trained.read(file) if exported else {}
-    made_by = (checkpoint["method"] if exported else runs.made_with(file)["model"]["class_path"]).rpartition(".")[2]
+    file = runs.checkpoint(path, "best")
+    settings = runs.made_with(file)
+    made_by = settings["model"]["class_path"].rpartition(".")[2]
     methods = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods")}
     if made_by not in methods:
         raise UserError(f"{file} was made by {made_by}, which is no method of lit_spu {__version__}.")
     cls: type[Method] = methods[made_by]
-    if exported:
-        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name[0] != "_"}
-        method = cls(**settings)
-        method.on_load_checkpoint(checkpoint)
-        method.load_state_dict(checkpoint["state_dict"])
+    if file.name == trained.WEIGHTS:
+        method = cls(**settings["model"]["init_args"], task=settings["data"]["task"])
+        trained.restore(method, file)
     else:
         method = cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
     return method.eval()

@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_spu import discovery, runs
+from lit_spu import discovery, runs, trained
 from lit_spu.__main__ import SUBCOMMANDS
 from lit_spu.callbacks.finish_validation import FinishValidation
 from lit_spu.callbacks.run_summary import RunSummary
@@ -142,6 +142,11 @@ class SpuCLI(LightningCLI):
         run = yaml.safe_load(config.read_text())
         return {**self.made_with, "trainer": run["trainer"], "seed_everything": run["seed_everything"]}
 
+    @property
+    def exported(self) -> Path | None:
+        """The checkpoint, if it is what `lit-spu export` wrote as safetensors."""
+        return self.file if self.file and self.file.name == trained.WEIGHTS else None
+
     def _parse_ckpt_path(self) -> None:
         """Compare the settings with those of the checkpoint; Lightning's own would let the checkpoint win in silence.
 
@@ -155,6 +160,13 @@ class SpuCLI(LightningCLI):
         if self.file is None:
             self._recall(config.ckpt_path, subcommand)
         config.ckpt_path = str(self.file)
+        if self.exported:
+            if subcommand == "fit":
+                raise UserError(
+                    f"--ckpt_path: {self.file} holds what was trained, and no run that could go on. Give the directory"
+                    " of a run, or leave out --ckpt_path to start a new one."
+                )
+            config.ckpt_path = None  # Lightning cannot read it
         self._dump_config()
         was, now = self.made_with["model"], self.config_dump["model"]
         ours, its = (either["class_path"].rpartition(".")[2] for either in (now, was))
@@ -256,8 +268,10 @@ class SpuCLI(LightningCLI):
         if subcommand != "fit":
             # to evaluate, the states of the callbacks of training are not wanted
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-            if not self._get(self.config, "ckpt_path"):
+            if self.file is None:
                 say("No --ckpt_path: this is the method before any training.")
+        if exported := self.exported:
+            trained.restore(self.model, exported)
         if self.resumed == self.run_dir:
             self._keep_metrics()
         try:

@@ -88,7 +88,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"""
 
 def weights(method: Method, folder: Path) -> str:
     """What was trained and nothing else; gives how to load it."""
-    trained.write(method, folder)
+    trained.write(method, folder / trained.WEIGHTS)
     return f"""import lit_spu
 
 method = lit_spu.load({str(folder)!r})

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_spu import trained
 from lit_spu.errors import UserError, did_you_mean
 
 PATTERN = "runs/{task}/{method}/{seed}/{time}"
@@ -47,6 +48,8 @@ def directory(pattern: str, *, task: str, method: str, seed: object) -> Path:
 def checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
     """The checkpoint file at `path`, which may also be a run directory: then its best or its last.
 
+    Of a folder that `lit-spu export` wrote as safetensors, it is the file of the weights.
+
     Raises:
         UserError: if there is none.
     """
@@ -54,7 +57,7 @@ def checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
     if path.is_file():
         return path
     # a run that never validated has no best one
-    for file in (path / "checkpoints" / f"{name}.ckpt" for name in (which, "last")):
+    for file in (path / trained.WEIGHTS, *(path / "checkpoints" / f"{name}.ckpt" for name in (which, "last"))):
         if file.is_file():
             return file
     problem = "is a run that saved no checkpoint" if (path / "config.yaml").exists() else "is no checkpoint and no run"
@@ -70,9 +73,14 @@ def made_with(file: Path) -> dict[str, Any]:
     import torch
 
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if file.name == trained.WEIGHTS:
+            checkpoint = trained.read(file)
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         model = dict(checkpoint["hyper_parameters"])
         made_by = model.pop("_class_path", None) or checkpoint["method"]
+    except UserError:
+        raise
     except Exception as error:  # whatever torch makes of a file that is something else
         raise UserError(f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu.") from error
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))

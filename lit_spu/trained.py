@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WEIGHTS = "trained.safetensors"
 
 
-def write(method: Method, folder: Path) -> None:
+def write(method: Method, file: Path) -> None:
     """Write what a checkpoint of the method would hold: its trained weights, and the rest as JSON in the metadata."""
     from safetensors.torch import save_file
 
@@ -22,11 +22,11 @@ def write(method: Method, folder: Path) -> None:
     checkpoint: dict[str, Any] = {"state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams)}
     method.on_save_checkpoint(checkpoint)
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.pop("state_dict").items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS, metadata={"lit_spu": json.dumps(checkpoint)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, file, metadata={"lit_spu": json.dumps(checkpoint)})
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     """The same as a checkpoint.
 
     Raises:
@@ -35,9 +35,20 @@ def read(folder: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            checkpoint: dict[str, Any] = json.loads(file.metadata()["lit_spu"])
-            checkpoint["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(file, "pt") as weights:
+            checkpoint: dict[str, Any] = json.loads(weights.metadata()["lit_spu"])
+            checkpoint["state_dict"] = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / WEIGHTS} was not written by lit-spu export: {error!r}") from error
+        raise UserError(f"{file} was not written by lit-spu export: {error!r}") from error
     return checkpoint
+
+
+def restore(method: Method, file: Path) -> None:
+    """Give a method the weights in a file.
+
+    Raises:
+        UserError: if the file was not written so, or belongs to another backbone or another method.
+    """
+    checkpoint = read(file)
+    method.on_load_checkpoint(checkpoint)
+    method.load_state_dict(checkpoint["state_dict"])

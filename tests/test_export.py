@@ -187,7 +187,7 @@ def test_weights_of_another_backbone_and_nonsense_are_refused(
     method = IA3(backbone=tiny("bert"))
     export.weights(method, folder)
     tensors = load_file(folder / trained.WEIGHTS)
-    description = {"lit_spu": json.dumps({**trained.read(folder), "state_dict": None})}
+    description = {"lit_spu": json.dumps({**trained.read(folder / trained.WEIGHTS), "state_dict": None})}
     save_file({**tensors, "nonsense": torch.zeros(1)}, folder / trained.WEIGHTS, description)
     with pytest.raises(UserError, match="1 of the weights do not match"):
         lit_spu.load(folder)
@@ -206,6 +206,13 @@ def test_what_peft_has_no_form_for_is_refused(tiny: Tiny, tmp_path: Path, make: 
         export.peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
 
 
+def test_what_was_trained_outside_of_the_model_does_not_get_lost(tiny: Tiny, tmp_path: Path) -> None:
+    method = LoRA(backbone=tiny("t5"))
+    method.backbone.untie_head()
+    with pytest.raises(UserError, match="label words were trained by themselves"):
+        export.peft(method, tmp_path / "out")
+
+
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # a run of two steps
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Path(__file__).parents[1] / "configs" / "ia3.yaml"
@@ -219,6 +226,15 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert "base_model: mini-bert" in card
         assert "best accuracy on validation: 0." in card
         assert str(out) in card
+    answers = [tmp_path / f"{made}.tsv" for made in ("run", "safetensors")]
+    for file in answers:
+        given = [f"--ckpt_path={file.with_suffix('')}", f"--output={file}", f"--data.cache={tmp_path}"]
+        main(["predict", *given, f"--run_dir={tmp_path}/predict_{file.stem}"])
+    assert answers[0].read_text() == answers[1].read_text()
+    assert "before any training" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fit", f"--ckpt_path={tmp_path}/safetensors", f"--run_dir={tmp_path}/more"])
+    assert "no run that could go on" in capsys.readouterr().err
     for arguments, says in (
         (["--output", str(tmp_path / "peft")], "holds something already"),
         (["--output", str(tmp_path / "new"), "--format", "onnx"], "onnx"),

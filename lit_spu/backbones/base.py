@@ -197,6 +197,11 @@ class Trunk:
         return found
 
     @property
+    def all_sites(self) -> list[Site]:
+        """The linears of all blocks, whatever they do."""
+        return self.sites(*self.family.sites)
+
+    @property
     def norms(self) -> list[nn.Module]:
         """The blocks' normalisation layers."""
         return [part for block in self.blocks for part in block.modules() if type(part).__name__.endswith("Norm")]
@@ -449,7 +454,7 @@ class Backbone(nn.Module, ABC):
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
             raise UserError("model.backbone_precision=int8 needs torchao: pip install 'lit-spu[int8]'.") from error
-        linears = {site.linear for site in self.sites(*self.stem.family.sites)}
+        linears = {site.linear for site in self.stem.all_sites}
         if any(not isinstance(linear, nn.Linear) for linear in linears):
             raise UserError(
                 f"model.backbone_precision=int8: torchao quantises nn.Linear only, which a"

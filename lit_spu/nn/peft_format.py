@@ -121,7 +121,7 @@ def read(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
         raise UserError(f"model.adapter: {folder} holds {config.get('peft_type')}, where {kind} is asked for.")
     theirs = {PART.sub("", name) for name in tensors if PART.search(name)}
     if theirs != {backbone.path(adapter.site) for adapter in adapters}:
-        here = {backbone.path(site): site.role for site in backbone.sites(*backbone.stem.family.sites)}
+        here = {backbone.path(site): site.role for site in backbone.stem.all_sites}
         roles = ", ".join(dict.fromkeys(role for path, role in here.items() if path in theirs))
         raise UserError(
             f"model.adapter: {folder} is for other linears than these settings: for"

@@ -41,7 +41,7 @@ class SideStream:
         self.recompute = recompute
         self.twice = [*trunk.stacks[:-1], trunk.stacks[-1][: len(trunk.stacks[-1]) - reentry]]
         self.once = trunk.stacks[-1][len(self.twice[-1]) :]
-        self.linears = {site.linear for site in trunk.sites(*trunk.family.sites)}
+        self.linears = {site.linear for site in trunk.all_sites}
         entered = {part for block in self.once for part in block.modules()}
         self.pairs: dict[nn.Module, list[LowRank]] = defaultdict(list)
         for pair in pairs:
