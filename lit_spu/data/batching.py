@@ -71,6 +71,7 @@ class BucketSampler(DistributedSampler[list[int]]):
         lengths: Tokens of each example.
         batch_size: Examples of a batch on one device.
         shuffle: Whether to train on them.
+        same_batches: Draw the batches in the first epoch alone, and only their order in each.
         num_replicas: Number of devices.
         rank: This device's number.
         seed: With the epoch, decides the shuffle.
@@ -85,6 +86,7 @@ class BucketSampler(DistributedSampler[list[int]]):
         batch_size: int,
         *,
         shuffle: bool,
+        same_batches: bool = False,
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
@@ -97,6 +99,7 @@ class BucketSampler(DistributedSampler[list[int]]):
             )
         self.lengths = lengths
         self.batch_size = batch_size
+        self.same_batches = same_batches
         self.position = 0  # batches of this epoch that were given out; the next pass goes on behind them
 
     def __len__(self) -> int:
@@ -121,7 +124,8 @@ class BucketSampler(DistributedSampler[list[int]]):
     def _training_batches(self) -> list[Indices]:
         size = self.batch_size * self.num_replicas
         rng = np.random.default_rng((self.seed, self.epoch))
-        shuffled = rng.permutation(len(self.lengths))
+        drawn = np.random.default_rng((self.seed, 0)) if self.same_batches else rng
+        shuffled = drawn.permutation(len(self.lengths))
         buckets = np.split(shuffled, range(_BUCKET * size, len(shuffled), _BUCKET * size))
         order = np.concatenate([bucket[np.argsort(self.lengths[bucket], kind="stable")] for bucket in buckets])
         order = order[: len(order) // self.num_replicas * self.num_replicas]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 
 from lit_spu.data import sources, text
-from lit_spu.data.batching import BucketSampler, Examples, Loader
+from lit_spu.data.batching import Batch, BucketSampler, Examples, Loader
 from lit_spu.data.sources import Parts, Row
 from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Split, load_task
@@ -47,6 +48,9 @@ class GLUE(LightningDataModule):
         split_seed: Draws the shots, the limited subsets and the sample data.
         template: How an example becomes text: auto (as the backbone expects), pair, named, cloze, prefix, or a text
             with {field} for each field and {mask} for the blank.
+        same_batches: Put the training examples into batches once, and shuffle only these from epoch to epoch. The last
+            bits of what a backbone computes for a text depend on the texts beside it: with the same batches, a cache
+            gives back exactly what would have been computed.
         num_workers: Processes that prepare batches; 0 is enough, for the examples are tokenised beforehand.
         limit_train: Use only so many training examples, drawn at random with `split_seed`, in their own order.
         limit_validation: The same for each validation set.
@@ -69,6 +73,7 @@ class GLUE(LightningDataModule):
         shots: int | None = None,
         split_seed: int = 42,
         template: str = "auto",
+        same_batches: bool = False,
         num_workers: int = 0,
         limit_train: int | None = None,
         limit_validation: int | None = None,
@@ -96,6 +101,7 @@ class GLUE(LightningDataModule):
         self.shots = shots
         self.split_seed = split_seed
         self.template = template
+        self.same_batches = same_batches
         self.num_workers = num_workers
         self.limit_train = limit_train
         self.limit_validation = limit_validation
@@ -138,6 +144,13 @@ class GLUE(LightningDataModule):
         if self.trainer is not None and self.trainer.world_size > 1:
             raise UserError("data.text=-: only one process can read the standard input: set --trainer.devices=1.")
         return sources.parse(self.task, sys.stdin, "standard input")
+
+    def texts(self) -> Iterator[Batch]:
+        """All texts that are set up, once and in batches: for who prepares something for each of them."""
+        for parts in self._examples.values():
+            for examples in parts:
+                for start in range(0, len(examples), 256):
+                    yield examples[range(start, min(start + 256, len(examples)))]
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -235,6 +248,7 @@ class GLUE(LightningDataModule):
                     examples.tokens.lengths,
                     self.batch_size,
                     shuffle=shuffle,
+                    same_batches=self.same_batches,
                     seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # where Lightning keeps it
                     **shares,
                 ),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.profiler import record_function
 
-from lit_spu.backbones import Batch, Head, Precision, load_backbone
+from lit_spu.backbones import Batch, Head, Precision, Taps, load_backbone
+from lit_spu.backbones.cache import TapCache
 from lit_spu.errors import UserError
 from lit_spu.metrics import task_metrics
 from lit_spu.nn.adapter import Adapter
@@ -266,3 +268,48 @@ class FrozenBackbone(Method):
     def __init__(self, backbone_precision: Precision = "fp32", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.backbone.freeze(backbone_precision)
+
+
+class TapReader(FrozenBackbone):
+    """A way to fine-tune that reads what the blocks of the frozen backbone put out.
+
+    Args:
+        cache: Run the backbone once for each text, and keep what its blocks put out while training: in `memory`, or in
+            files in this folder, which all runs share. A step on texts that are kept takes about a tenth of a forward
+            pass. How much it takes is told before anything is kept.
+        cache_precision: What it is kept in: as it is, or in a half or a quarter of that.
+
+    Raises:
+        UserError: if there is no room for what is to be kept.
+    """
+
+    @abstractmethod
+    def __init__(self, cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cache, self.cache_precision = cache, cache_precision
+        self.kept: TapCache | None = None
+
+    def taps(self, batch: Batch) -> tuple[Taps, ...]:
+        """What every block of the backbone computed, per stream."""
+        with torch.no_grad(), record_function("backbone"):
+            return self.kept(batch) if self.kept else self.backbone.trunk(batch)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.cache is None:
+            return
+        folder = None if self.cache == "memory" else Path(self.cache)
+        with self.trainer.precision_plugin.forward_context():  # which decides what the backbone computes, too
+            self.kept = TapCache(self.backbone, folder, self.cache_precision)
+        texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
+        if texts is None:
+            rank_zero_info(f"Cache in {self.kept.store}: how much it will take, these data do not tell.")
+            return
+        plan = self.kept.plan(texts(), self.trainer.num_devices)
+        rank_zero_info(
+            f"Cache in {self.kept.store}: {plan.texts:,} texts, {plan.new:,} of them new, for which"
+            f" {plan.nbytes / 2**20:,.0f} MiB ({self.cache_precision}) will be kept."
+        )
+
+    def teardown(self, stage: str) -> None:
+        self.kept = None

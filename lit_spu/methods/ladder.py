@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch
-from lit_spu.methods.base import FrozenBackbone
+from lit_spu.methods.base import TapReader
 from lit_spu.nn.ladder import SideNetwork
 
 
-class LadderSideTuning(FrozenBackbone):
+class LadderSideTuning(TapReader):
     """Train a side network beside the frozen backbone.
 
     Args:
@@ -41,8 +40,7 @@ class LadderSideTuning(FrozenBackbone):
             self.side.trunk.recompute_feed_forwards()
 
     def forward(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), record_function("backbone"):
-            taps = self.backbone.trunk(batch)
+        taps = self.taps(batch)
         with record_function("side"):
             hidden = self.side(taps, self.backbone.inputs(batch))
             state = self.side.up(self.backbone.read(hidden, batch))

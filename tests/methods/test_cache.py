@@ -1,0 +1,116 @@
+"""Training on what is kept of the backbone is training on the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_spu.data.glue import GLUE
+from lit_spu.errors import UserError
+from lit_spu.methods.base import TapReader
+from lit_spu.methods.kladder import KLadder
+from lit_spu.methods.ladder import LadderSideTuning
+
+Run = Callable[..., Trainer]
+
+# the mini models tell all of these texts apart, which the tiny ones' few words do not
+WIDE = {"limit_train": 40, "limit_validation": 20, "batch_size": 8}
+
+
+class Watch(Callback):
+    """Every training loss, and how often the backbone's first block ran in each epoch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.ran: list[int] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TapReader)
+        pl_module.backbone.blocks[0].register_forward_hook(lambda *_: self._count())
+
+    def _count(self) -> None:
+        self.ran[-1] += 1
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ran.append(0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ran.append(0)
+
+
+METHODS: dict[str, Callable[..., TapReader]] = {
+    "lst": LadderSideTuning,
+    "windows": lambda **kwargs: KLadder(k=1, fusion="dynamic", **kwargs),
+    "attention": lambda **kwargs: KLadder(k=2, fusion="attention", **kwargs),
+}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kind"),
+    [("mini-bert", "lst"), ("mini-t5", "lst"), ("mini-bert", "windows"), ("mini-t5", "attention")],
+)
+def test_the_losses_are_equal_to_the_bit(
+    data: Callable[..., GLUE], fit: Run, tmp_path: Path, backbone: str, kind: str
+) -> None:
+    losses = []
+    for cache in (None, "memory", str(tmp_path / "taps"), str(tmp_path / "taps")):
+        torch.manual_seed(0)
+        method = METHODS[kind](backbone=backbone, reduction=4, lr=1e-2, cache=cache)
+        watch = Watch()
+        fit(method, data(same_batches=True, **WIDE), watch, max_epochs=3)
+        losses.append(watch.losses)
+        steps, validations = 5, 3
+        assert watch.ran[0] > 0 or len(losses) == 4  # the sanity check runs it, unless a run before has
+        if cache is None:
+            assert watch.ran[1:] == [steps + validations] * 3
+        else:  # nothing runs twice, and nothing at all that another run has kept
+            assert watch.ran[2:] == [0, 0]
+            assert (watch.ran[1] == 0) == (len(losses) == 4)
+    assert len(losses[0]) == 15
+    assert all(other == losses[0] for other in losses[1:])
+
+
+def test_other_batches_change_the_last_bits_alone(data: Callable[..., GLUE], fit: Run) -> None:
+    losses = []
+    for cache in (None, "memory"):
+        torch.manual_seed(0)
+        watch = Watch()
+        fit(LadderSideTuning(reduction=4, cache=cache), data(**WIDE), watch, max_epochs=3)
+        losses.append(torch.tensor(watch.losses))
+    assert torch.equal(losses[0][:5], losses[1][:5])  # the first epoch's were computed
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+
+
+def test_after_the_run_and_without_a_trainer_nothing_is_kept(data: Callable[..., GLUE], fit: Run) -> None:
+    method = LadderSideTuning(reduction=4, cache="memory")
+    assert method.kept is None
+    fit(method, data(**WIDE))
+    assert method.kept is None
+
+
+def test_what_has_no_room_is_refused_before_training(
+    data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_spu.backbones.cache.InMemory.free", lambda self: 1000)
+    method = LadderSideTuning(reduction=4, cache="memory")
+    with pytest.raises(UserError, match=r"model.cache: what the backbone computes for \d+ texts takes"):
+        fit(method, data(**WIDE))
+
+
+def test_the_size_is_told_before(
+    data: Callable[..., GLUE], fit: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(tmp_path / "taps")
+    for new in ("60", "0"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fit(LadderSideTuning(reduction=4, cache=folder), data(**WIDE))
+        assert f"60 texts, {new} of them new" in caplog.text
