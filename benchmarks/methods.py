@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_spu.backbones.cache import TapCache
 from lit_spu.measure import MIB, LiveBytes, interleave
-from lit_spu.methods.base import Method
+from lit_spu.methods.base import Method, TapReader
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
 from lit_spu.study.grid import build, method_configs
@@ -44,6 +45,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full, recomputed": (FULL, {"activation_checkpointing": True}),
     "kladder, k=2": ("kladder", {"k": 2}),
     "lst, kept": ("lst", {"activation_checkpointing": False}),
+    "lst, cached": ("lst", {"tap_cache": "memory"}),
+    "kladder, cached": ("kladder", {"tap_cache": "memory"}),
 }
 """Rows beyond the configs' own: the config, and what is set otherwise."""
 
@@ -109,7 +112,8 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     """Measure all methods on one batch: live bytes over two steps (the second with optimizer state), then time.
 
     Live bytes are those above the loaded backbone: a method's own weights count. Time is the process's own, the median
-    over the rounds, and ratios are medians of the rounds' ratios; both with one thread.
+    over the rounds, and ratios are medians of the rounds' ratios; both with one thread. A cached step reads what the
+    first kept: it is one of the second epoch and later.
     """
     torch.set_num_threads(1)
     backbone = next(iter(found.values())).backbone
@@ -117,6 +121,8 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     calls: dict[str, Callable[[], None]] = {}
     above: dict[str, float] = {}
     for name, method in found.items():
+        if isinstance(method, TapReader) and method.tap_cache:
+            method.kept = TapCache(method.backbone)
         calls[name], optimizers = training_step(method, batch)
         above[name] = (live_bytes(method, calls[name], optimizers).peak_bytes - loaded) / MIB
     plain = found[FULL]

@@ -17,6 +17,7 @@ COMMANDS = {
     "estimate": "Tell the peak memory of every method before training.",
     "compare": "Run methods x tasks x backbones x seeds, and report what they cost and score.",
     "export": "Write a trained method for other tools: peft, Hugging Face, safetensors.",
+    "separate": "Write a distilled student as a model of its own, and compare it with its teacher.",
     "doctor": "Look at versions, devices, caches and the hub, and tell what to do.",
 }
 """The other subcommands."""

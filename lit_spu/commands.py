@@ -1,4 +1,4 @@
-"""The subcommands that are no run: estimate, compare, export and doctor."""
+"""The subcommands that are no run: estimate, compare, export, separate and doctor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lit_spu.errors import UserError
 from lit_spu.export import export
 from lit_spu.measure import MIB, Kind
 from lit_spu.parser import Parser, answered
+from lit_spu.separate import separate
 from lit_spu.study import report
 from lit_spu.study.compare import Forecast, Outcome, Runner, known
 from lit_spu.study.estimate import estimates
@@ -194,6 +195,7 @@ def run(args: Sequence[str]) -> None:
         "estimate": estimate,
         "compare": compare,
         "export": export,
+        "separate": separate,
         "doctor": doctor,
     }
     command = commands[name]

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from lit_spu import __version__, load, runs, trained
+from lit_spu.backbones import Backbone
 from lit_spu.backbones.families import quiet_loading
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
@@ -31,9 +32,7 @@ def export(ckpt_path: str, output: str, format: Form = "safetensors") -> None:
     Raises:
         UserError: if there is no checkpoint, the folder is not empty, or the method has no such form.
     """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output: {folder} holds something already. Give a new folder.")
+    folder = new_folder(output)
     file = runs.checkpoint(ckpt_path, "best")
     method = load(file)
     write: Mapping[Form, Callable[[Method, Path], str]] = {"peft": peft, "merged": merged, "safetensors": weights}
@@ -42,6 +41,18 @@ def export(ckpt_path: str, output: str, format: Form = "safetensors") -> None:
     (folder / "README.md").write_text(card(method, file, use, format))
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     print(f"{folder}: {type(method).__name__} as {format}, {size:,.2f} MB")
+
+
+def new_folder(output: str) -> Path:
+    """The folder to write.
+
+    Raises:
+        UserError: if it holds something.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output: {folder} holds something already. Give a new folder.")
+    return folder
 
 
 def peft(method: Method, folder: Path) -> str:
@@ -74,7 +85,13 @@ def merged(method: Method, folder: Path) -> str:
             f"--format merged: {type(method).__name__} trained weights that {type(model).__name__} does not have. Use"
             " safetensors."
         )
-    if method.backbone.classifies and not method.task.regression:
+    return model_folder(method, method.backbone, folder)
+
+
+def model_folder(method: Method, backbone: Backbone, folder: Path) -> str:
+    """A model of a method with its tokenizer; gives how to load it."""
+    model = backbone.model
+    if backbone.classifies and not method.task.regression:
         model.config.id2label = dict(enumerate(method.task.labels))
         model.config.label2id = {label: number for number, label in enumerate(method.task.labels)}
     with quiet_loading():

@@ -35,6 +35,7 @@ DOOR = {
     "parser",
     "predictions",
     "runs",
+    "separate",
     "trained",
 }  # the top may import everything below it
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,7 @@ class Family:
     depths: tuple[str, ...] = ("num_hidden_layers",)  # the settings that count each stack's blocks
     head_width: str | None = None  # the setting for the width of one attention head, where there is one
     output: str = "hidden_size"  # the setting for the width of the last hidden states
+    after: tuple[str, ...] = ()  # what comes behind the last block of the last stack
     unused: tuple[str, ...] = ()  # modules of the base model that no head reads through it
     reserved: int = 0  # of the model's positions, those that no token takes
     # the last name of a block's module that widens its state, where recomputing it saves memory: a ReLU keeps its
@@ -225,6 +226,12 @@ class Trunk:
         hidden: Tensor = self.model(**inputs).last_hidden_state
         return hidden
 
+    def finish(self, last: Tensor) -> Tensor:
+        """What `run` gives, from the output of the last block: both [batch, tokens, width]."""
+        for path in self.family.after:
+            last = self.model.get_submodule(path)(last) if has(self.model, path) else last
+        return last
+
     def taps(self, inputs: Batch) -> tuple[Taps, ...]:
         """Run, and give what every block of every stream computed."""
         first: list[Tensor] = []
@@ -264,14 +271,32 @@ class Trunk:
     def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> Trunk:
         """A new trunk of this architecture at 1/`reduction` of the width, with the `keep` blocks of each stream only.
 
-        It has as many heads, each narrower, and no embeddings: `inputs_like` gives it something to run on, and the
-        caller puts the state in front of the first block. Its weights are new.
+        It has no embeddings: `inputs_like` gives it something to run on, and the caller puts the state in front of the
+        first block. Its weights are new.
 
         Raises:
             UserError: if the widths do not divide by `reduction`.
         """
         from transformers import AutoModel
 
+        config = self.narrowed(reduction, keep)
+        config.update({"vocab_size": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None})
+        model = AutoModel.from_config(config, dtype=torch.float32)
+        attention.install(model)
+        for path in (*self.family.embeddings, *self.family.unused):
+            if has(model, path):
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, Placeholder() if path in self.family.embeddings else None)
+        return type(self)(model, self.family)
+
+    def narrowed(self, reduction: int, keep: Sequence[Sequence[int]]) -> Any:
+        """The settings of this architecture at 1/`reduction` of the width, with the `keep` blocks of each stream only.
+
+        It has as many heads, each narrower.
+
+        Raises:
+            UserError: if the widths do not divide by `reduction`.
+        """
         old, family = self.model.config, self.family
         widths = {name: getattr(old, name) for name in family.widths if getattr(old, name, None) is not None}
         head = widths.get(family.head_width or "", old.hidden_size // old.num_attention_heads)
@@ -287,17 +312,9 @@ class Trunk:
             )
         changes: dict[str, Any] = {name: width // reduction for name, width in widths.items()}
         changes |= {name: len(kept) for name, kept in zip(family.depths, keep, strict=True)}
-        changes |= {"vocab_size": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
         if getattr(old, "layer_types", None):
             changes["layer_types"] = [old.layer_types[i] for i in keep[0]]
-        config = type(old).from_dict({**copy.deepcopy(old.to_dict()), **changes})
-        model = AutoModel.from_config(config, dtype=torch.float32)
-        attention.install(model)
-        for path in (*family.embeddings, *family.unused):
-            if has(model, path):
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, Placeholder() if path in family.embeddings else None)
-        return type(self)(model, family)
+        return type(old).from_dict({**copy.deepcopy(old.to_dict()), **changes})
 
     def inputs_like(self, inputs: Batch) -> dict[str, Tensor]:
         """The same batch for a trunk without embeddings: blank states of its own width, and the same masks."""
@@ -317,6 +334,7 @@ class Backbone(nn.Module, ABC):
         model: The Hugging Face model, unmodified and with its own parameter names.
         encoding: How the data module is to write examples for it.
         name: The name or folder that it was loaded from.
+        knows_answers: Whether its head was trained before, and not made anew for the task.
     """
 
     words: Tensor
@@ -332,6 +350,8 @@ class Backbone(nn.Module, ABC):
         self.task = task
         self.encoding = encoding
         self.name = name
+        self.answers_by: Head = head
+        self.knows_answers = False
         self.stem = self.trunk_class(base_of(model), family)
         self.classifies = head == "classifier" and bool(family.classifier)
         self.steps = [STEPS.get(path) or model.get_submodule(path) for path in self.head_path]
@@ -387,6 +407,18 @@ class Backbone(nn.Module, ABC):
         """The blocks' normalisation layers."""
         return self.stem.norms
 
+    def student(self, reduction: int, keep: Sequence[Sequence[int]]) -> Self:
+        """A whole new model of this architecture, 1/`reduction` as wide, with the `keep` blocks of each stream only.
+
+        Its weights are random, its embeddings as narrow as its blocks, and its tokenizer and answers this one's.
+
+        Raises:
+            UserError: if the widths do not divide by `reduction`.
+        """
+        model = type(self.model)(self.stem.narrowed(reduction, keep))
+        attention.install(base_of(model))
+        return type(self)(model, self.stem.family, self.task, self.answers_by, self.encoding, self.name)
+
     def forward(self, batch: Batch) -> Tensor:
         """Scores [batch, labels]."""
         return self.head(self.read(self.stem.run(self.inputs(batch)), batch))
@@ -394,6 +426,10 @@ class Backbone(nn.Module, ABC):
     def trunk(self, batch: Batch) -> tuple[Taps, ...]:
         """What every block computed, per stream."""
         return self.stem.taps(self.inputs(batch))
+
+    def scores(self, taps: Sequence[Taps], batch: Batch) -> Tensor:
+        """Scores [batch, labels] from what every block computed."""
+        return self.head(self.read(self.stem.finish(taps[-1].blocks[-1]), batch))
 
     def read(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The one state [batch, any width] that the head reads of the last stream's [batch, tokens, any width]."""
@@ -437,11 +473,11 @@ class Backbone(nn.Module, ABC):
         """Freeze all that was pretrained, and hold it in that precision; a new classification head goes on learning."""
         self.requires_grad_(False)
         if self.classifies:
-            self._head_modules.requires_grad_(True)
+            self.head_modules.requires_grad_(True)
         if precision == "int8":
             self._quantise()
         if precision == "bf16":
-            head = set(self._head_modules.parameters())
+            head = set(self.head_modules.parameters())
             for parameter in self.stem.model.parameters():
                 if parameter not in head:
                     parameter.data = parameter.data.bfloat16()
@@ -475,7 +511,7 @@ class Backbone(nn.Module, ABC):
         weight, bias = self.word_rows()
         self.rows = nn.Parameter(weight.detach().clone())
         self.row_bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self._head_modules.requires_grad_(True)
+        self.head_modules.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Backbone:
         """Training mode where something learns; what is frozen stays in evaluation mode, without dropout."""
@@ -485,16 +521,17 @@ class Backbone(nn.Module, ABC):
             self.stem.model.train()
             for part in (*self.stem.embeddings, *self.blocks):
                 part.train(any(p.requires_grad for p in part.parameters()))
-        self._head_modules.train(mode and self.head_learns)
+        self.head_modules.train(mode and self.head_learns)
         return self
 
     @property
     def head_learns(self) -> bool:
         """Whether anything of the head is trained."""
-        return self.rows is not None or any(p.requires_grad for p in self._head_modules.parameters())
+        return self.rows is not None or any(p.requires_grad for p in self.head_modules.parameters())
 
     @property
-    def _head_modules(self) -> nn.ModuleList:
+    def head_modules(self) -> nn.ModuleList:
+        """The modules of the head."""
         return nn.ModuleList(step for step in self.steps if isinstance(step, nn.Module))
 
     @property

@@ -152,7 +152,7 @@ class TapCache:
     def __init__(self, backbone: Backbone, folder: Path | None = None, precision: Precision = "fp32") -> None:
         self.backbone = backbone
         self.stored = _STORED[precision]
-        self.dtype = next(p.dtype for p in backbone.stem.model.parameters() if not p.requires_grad)
+        self.dtype = next(backbone.stem.embeddings[0].parameters()).dtype
         self.store: Store = InMemory() if folder is None else InFiles(folder / f"{_digest(backbone)}-{precision}")
 
     def __call__(self, batch: Batch) -> tuple[Taps, ...]:
@@ -196,9 +196,10 @@ class TapCache:
                 if kind.itemsize < size
             ]
             raise UserError(
-                f"model.cache: what the backbone computes for {plan.new:,} texts takes {need / _MIB:,.0f} MiB, and"
+                f"model.tap_cache: what the backbone computes for {plan.new:,} texts takes {need / _MIB:,.0f} MiB, and"
                 f" {self.store} has room for {free / _MIB:,.0f}. Give"
-                f" {', '.join([*less, 'fewer texts (--data.limit_train)', 'another folder'])} or --model.cache=null."
+                f" {', '.join([*less, 'another folder', 'fewer texts (--data.limit_train)'])} or"
+                " --model.tap_cache=null."
             )
         return plan
 
@@ -218,7 +219,9 @@ class TapCache:
         counts = [ids_of.new_full((len(ids_of),), ids_of.shape[1]).cpu() for ids_of in ids]
         if (mask := inputs.get("attention_mask")) is not None:
             if bool((mask[:, 1:] > mask[:, :-1]).any()):
-                raise UserError("model.cache wants texts that are padded on the right: set it to null for these data.")
+                raise UserError(
+                    "model.tap_cache wants texts that are padded on the right: set it to null for these data."
+                )
             counts[0] = mask.sum(1).cpu()
         return counts
 
@@ -241,7 +244,8 @@ class TapCache:
             self.store.add({key: np.concatenate(part) for key, part in parts.items()})
         except OSError as error:
             raise UserError(
-                f"model.cache: {self.store} cannot be written ({error}). Give another folder, or model.cache=null."
+                f"model.tap_cache: {self.store} cannot be written ({error}). Give another folder, or"
+                " --model.tap_cache=null."
             ) from error
 
     def _read(
@@ -296,8 +300,9 @@ def _digest(backbone: Backbone) -> str:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     packages = [f"{package} {version(package)}" for package in ("torch", "transformers")]
     digest.update(repr((Path(__file__).read_bytes(), config, device, autocast, packages)).encode())
+    head = set(backbone.head_modules.parameters())  # a BERT's pooler, which no tap is behind
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if parameter not in head:
             plain = parameter.dequantize() if is_traceable_wrapper_subclass(parameter.data) else parameter
             digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
             digest.update(plain.detach().cpu().reshape(-1).view(torch.uint8).numpy())

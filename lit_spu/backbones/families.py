@@ -44,6 +44,7 @@ _LLAMA = Family(
     embeddings=("embed_tokens",),
     widths=("hidden_size", "intermediate_size", "head_dim"),
     head_width="head_dim",
+    after=("norm",),
     vocabulary=("lm_head",),
     feed_forward="mlp",
     sites={
@@ -92,6 +93,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "deberta-v2": replace(
         _BERT,
+        widths=("hidden_size", "intermediate_size", "pooler_hidden_size"),
         classifier=("pooler", "dropout", "classifier"),
         unused=(),
         sites={
@@ -108,6 +110,7 @@ FAMILIES: Mapping[str, Family] = {
         widths=("d_model", "d_ff", "d_kv"),
         head_width="d_kv",
         depths=("num_layers", "num_decoder_layers"),
+        after=("decoder.final_layer_norm", "decoder.dropout"),
         vocabulary=("lm_head",),
         sites={
             "query": ("layer.?.*Attention.q",),
@@ -124,6 +127,7 @@ FAMILIES: Mapping[str, Family] = {
         embeddings=("wte", "wpe"),
         widths=("n_embd", "n_inner"),
         depths=("n_layer",),
+        after=("ln_f",),
         vocabulary=("lm_head",),
         feed_forward="mlp",
         sites={
@@ -141,6 +145,7 @@ FAMILIES: Mapping[str, Family] = {
         embeddings=("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
         widths=("hidden_size", "ffn_dim", "word_embed_proj_dim"),
         output="word_embed_proj_dim",
+        after=("decoder.final_layer_norm", "decoder.project_out"),
         vocabulary=("lm_head",),
         sites={
             "query": ("self_attn.q_proj",),
@@ -194,12 +199,14 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     form, mask = family.shape.reads(head, tokenizer)
     positions = getattr(config, "max_position_embeddings", None)  # a T5's are relative: it has no such setting
     room = positions and positions - family.reserved
-    model = load_model(source, name, family, task, head, local)
-    return family.shape(model, family, task, head, Encoding(tokenizer, form, mask, room), name)
+    model, knows = load_model(source, name, family, task, head, local)
+    backbone = family.shape(model, family, task, head, Encoding(tokenizer, form, mask, room), name)
+    backbone.knows_answers = knows
+    return backbone
 
 
-def load_model(source: str, name: str, family: Family, task: Task, head: Head, local: bool) -> Any:
-    """The weights under the head that is asked for; only a new classification head may be missing from them."""
+def load_model(source: str, name: str, family: Family, task: Task, head: Head, local: bool) -> tuple[Any, bool]:
+    """The model, and whether its head came with it: only a new classification head may be missing from the weights."""
     import transformers
 
     classifies = head == "classifier" and bool(family.classifier)
@@ -209,7 +216,7 @@ def load_model(source: str, name: str, family: Family, task: Task, head: Head, l
     if isinstance(torch.empty(0), FakeTensor):
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, **options)
         config.use_cache = False
-        return auto.from_config(config).eval()
+        return auto.from_config(config).eval(), not classifies
     with quiet_loading():
         model, info = auto.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, local_files_only=local, **options
@@ -223,7 +230,7 @@ def load_model(source: str, name: str, family: Family, task: Task, head: Head, l
             f"model.backbone: {name!r} lacks {len(missing)} of the weights that model.head={head} needs"
             f" ({', '.join(sorted(missing)[:3])}…): they would be random. {advice}"
         )
-    return model
+    return model, not info["missing_keys"]
 
 
 def on_hub(name: str) -> bool:

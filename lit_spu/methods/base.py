@@ -274,9 +274,9 @@ class TapReader(FrozenBackbone):
     """A way to fine-tune that reads what the blocks of the frozen backbone put out.
 
     Args:
-        cache: Run the backbone once for each text, and keep what its blocks put out while training: in `memory`, or in
-            files in this folder, which all runs share. A step on texts that are kept takes about a tenth of a forward
-            pass. How much it takes is told before anything is kept.
+        tap_cache: Run the backbone once for each text, and keep what its blocks put out while training: in `memory`, or
+            in files in this folder, which all runs share. A step on texts that are kept takes about a tenth of a
+            forward pass. How much it takes is told before anything is kept.
         cache_precision: What it is kept in: as it is, or in a half or a quarter of that.
 
     Raises:
@@ -284,9 +284,9 @@ class TapReader(FrozenBackbone):
     """
 
     @abstractmethod
-    def __init__(self, cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
+    def __init__(self, tap_cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.cache, self.cache_precision = cache, cache_precision
+        self.tap_cache, self.cache_precision = tap_cache, cache_precision
         self.kept: TapCache | None = None
 
     def taps(self, batch: Batch) -> tuple[Taps, ...]:
@@ -296,9 +296,9 @@ class TapReader(FrozenBackbone):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.cache is None:
+        if self.tap_cache is None:
             return
-        folder = None if self.cache == "memory" else Path(self.cache)
+        folder = None if self.tap_cache == "memory" else Path(self.tap_cache)
         with self.trainer.precision_plugin.forward_context():  # which decides what the backbone computes, too
             self.kept = TapCache(self.backbone, folder, self.cache_precision)
         texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)

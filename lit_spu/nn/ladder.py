@@ -73,6 +73,21 @@ class Ladder(nn.Module):
         return enter
 
 
+def kept_blocks(streams: Sequence[Stream], drop_layers: Sequence[int]) -> list[list[int]]:
+    """The blocks of every stream but these (0 is the lowest).
+
+    Raises:
+        UserError: if there are no such blocks, or a stream is left without any.
+    """
+    deepest = max(stream.depth for stream in streams) - 1
+    kept = [[i for i in range(stream.depth) if i not in drop_layers] for stream in streams]
+    if not all(kept) or not all(0 <= layer <= deepest for layer in drop_layers):
+        raise UserError(
+            f"model.drop_layers={list(drop_layers)}: layers are 0 to {deepest}, and one of each stack must stay."
+        )
+    return kept
+
+
 class SideNetwork(nn.Module):
     """The backbone's own architecture at 1/`reduction` of its width, one side stack a stream, fed by a ladder a stream.
 
@@ -93,12 +108,7 @@ class SideNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.streams = backbone.streams
-        deepest = max(stream.depth for stream in self.streams) - 1
-        self.kept = [[i for i in range(stream.depth) if i not in drop_layers] for stream in self.streams]
-        if not all(self.kept) or not all(0 <= layer <= deepest for layer in drop_layers):
-            raise UserError(
-                f"model.drop_layers={list(drop_layers)}: layers are 0 to {deepest}, and one of each stack must stay."
-            )
+        self.kept = kept_blocks(self.streams, drop_layers)
         self.trunk = backbone.stem.shrunk(reduction, self.kept)
         self.model = self.trunk.model
         self.climb(Ladder)

@@ -77,6 +77,22 @@ def test_taps_are_the_hidden_states_and_the_head_can_be_run_apart(tiny: Tiny, fa
             assert torch.equal(ours, theirs)
     hidden = backbone.stem.run(backbone.inputs(batch))
     assert torch.equal(backbone.head(backbone.read(hidden, batch)), backbone(batch))
+    assert torch.equal(backbone.scores(taps, batch), backbone(batch))
+
+
+@pytest.mark.parametrize("head", ["classifier", "prompt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_is_the_same_model_narrower(tiny: Tiny, family: str, head: str) -> None:
+    backbone = load(tiny(family), head)
+    batch = encode(backbone)
+    everything = [range(stream.depth) for stream in backbone.streams]
+    twin = backbone.student(1, everything).double().eval()
+    twin.load_state_dict(backbone.state_dict())
+    torch.testing.assert_close(twin(batch), backbone(batch), atol=1e-12, rtol=0)
+    student = backbone.student(2, [[1, 3]] * len(everything))
+    assert [stream.depth for stream in student.streams] == [2] * len(everything)
+    assert student.streams[0].width * 2 == backbone.streams[0].width
+    assert student(batch).shape == backbone(batch).shape
 
 
 @pytest.mark.parametrize("family", FAMILIES)

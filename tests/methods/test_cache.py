@@ -63,7 +63,7 @@ def test_the_losses_are_equal_to_the_bit(
     losses = []
     for cache in (None, "memory", str(tmp_path / "taps"), str(tmp_path / "taps")):
         torch.manual_seed(0)
-        method = METHODS[kind](backbone=backbone, reduction=4, lr=1e-2, cache=cache)
+        method = METHODS[kind](backbone=backbone, reduction=4, lr=1e-2, tap_cache=cache)
         watch = Watch()
         fit(method, data(same_batches=True, **WIDE), watch, max_epochs=3)
         losses.append(watch.losses)
@@ -83,14 +83,14 @@ def test_other_batches_change_the_last_bits_alone(data: Callable[..., GLUE], fit
     for cache in (None, "memory"):
         torch.manual_seed(0)
         watch = Watch()
-        fit(LadderSideTuning(reduction=4, cache=cache), data(**WIDE), watch, max_epochs=3)
+        fit(LadderSideTuning(reduction=4, tap_cache=cache), data(**WIDE), watch, max_epochs=3)
         losses.append(torch.tensor(watch.losses))
     assert torch.equal(losses[0][:5], losses[1][:5])  # the first epoch's were computed
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
 
 
 def test_after_the_run_and_without_a_trainer_nothing_is_kept(data: Callable[..., GLUE], fit: Run) -> None:
-    method = LadderSideTuning(reduction=4, cache="memory")
+    method = LadderSideTuning(reduction=4, tap_cache="memory")
     assert method.kept is None
     fit(method, data(**WIDE))
     assert method.kept is None
@@ -100,8 +100,8 @@ def test_what_has_no_room_is_refused_before_training(
     data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_spu.backbones.cache.InMemory.free", lambda self: 1000)
-    method = LadderSideTuning(reduction=4, cache="memory")
-    with pytest.raises(UserError, match=r"model.cache: what the backbone computes for \d+ texts takes"):
+    method = LadderSideTuning(reduction=4, tap_cache="memory")
+    with pytest.raises(UserError, match=r"model.tap_cache: what the backbone computes for \d+ texts takes"):
         fit(method, data(**WIDE))
 
 
@@ -112,5 +112,5 @@ def test_the_size_is_told_before(
     for new in ("60", "0"):
         caplog.clear()
         with caplog.at_level("INFO"):
-            fit(LadderSideTuning(reduction=4, cache=folder), data(**WIDE))
+            fit(LadderSideTuning(reduction=4, tap_cache=folder), data(**WIDE))
         assert f"60 texts, {new} of them new" in caplog.text
