@@ -55,8 +55,6 @@ def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
     Raises:
         UserError: if one cannot be loaded, or is of another backbone than the first.
     """
-    import torch
-
     from lit_spu.errors import UserError
 
     loaded: dict[str, Method] = {}
@@ -68,11 +66,7 @@ def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
                     f"{name!r} ({path}) was trained on {method.backbone.name!r}, and {other_name!r} on"
                     f" {other.backbone.name!r}, which is not the same backbone."
                 )
-            theirs = dict(other.backbone.named_parameters())
-            for key, own in method.backbone.named_parameters():
-                one = theirs.get(key)
-                if one is not None and not (own.requires_grad or one.requires_grad) and torch.equal(own, one):
-                    own.data = one.data
+            method.backbone.share(other.backbone)
         loaded[name] = method
     return loaded
 

@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"backbones.base"},
     "callbacks": {"measure"},
     "study": {"methods", "data", "measure", "metrics", "discovery", "tasks"},
-    "methods": {"nn", "optim", "backbones", "metrics", "tasks"},
+    "methods": {"nn", "optim", "backbones", "metrics", "tasks", "discovery"},
 }
 DOOR = {
     "__init__",

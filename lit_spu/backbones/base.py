@@ -504,6 +504,14 @@ class Backbone(nn.Module, ABC):
         if any(parameter.dtype is torch.bfloat16 for parameter in module.parameters()):
             _in_fp32(module.float())
 
+    def share(self, other: Backbone) -> None:
+        """Hold what is frozen and equal in both once: in the other's tensors."""
+        theirs = dict(other.named_parameters())
+        for name, own in self.named_parameters():
+            one = theirs.get(name)
+            if one is not None and not (own.requires_grad or one.requires_grad) and torch.equal(own, one):
+                own.data = one.data
+
     def untie_head(self) -> None:
         """Let a language-model head learn apart from the embeddings: its label words' rows become its own weights."""
         if self.classifies:

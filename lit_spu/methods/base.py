@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,12 +91,7 @@ class Method(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, and linear warm-up and decay by step."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = self.parameter_groups()
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
@@ -104,6 +99,15 @@ class Method(LightningModule, ABC):
             optimizer = torch.optim.Adafactor(groups, lr=self.lr)
         schedule = schedules.linear(optimizer, self.warmup, self._steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, with its learning rate and its weight decay."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay, "lr": self.lr},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "lr": self.lr},
+        ]
+        return [group for group in groups if group["params"]]
 
     def _steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -140,8 +144,12 @@ class Method(LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout depend on the seed, the rank and the batch alone: a resumed run draws what it would have."""
-        key = np.random.SeedSequence((self.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        torch.manual_seed(self.batch_seed(self.seed))
+
+    def batch_seed(self, seed: int) -> int:
+        """What a seed comes to in this batch of training on this rank."""
+        key = np.random.SeedSequence((seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+        return int(key.generate_state(1, np.uint64)[0])
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, self._prefix("val", dataloader_idx))
@@ -287,7 +295,7 @@ class TapReader(FrozenBackbone):
     def __init__(self, tap_cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tap_cache, self.cache_precision = tap_cache, cache_precision
-        self.kept: TapCache | None = None
+        self.kept: Callable[[Batch], tuple[Taps, ...]] | None = None
 
     def taps(self, batch: Batch) -> tuple[Taps, ...]:
         """What every block of the backbone computed, per stream."""
@@ -300,14 +308,14 @@ class TapReader(FrozenBackbone):
             return
         folder = None if self.tap_cache == "memory" else Path(self.tap_cache)
         with self.trainer.precision_plugin.forward_context():  # which decides what the backbone computes, too
-            self.kept = TapCache(self.backbone, folder, self.cache_precision)
+            self.kept = cache = TapCache(self.backbone, folder, self.cache_precision)
         texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
         if texts is None:
-            rank_zero_info(f"Cache in {self.kept.store}: how much it will take, these data do not tell.")
+            rank_zero_info(f"Cache in {cache.store}: how much it will take, these data do not tell.")
             return
-        plan = self.kept.plan(texts(), self.trainer.num_devices)
+        plan = cache.plan(texts(), self.trainer.num_devices)
         rank_zero_info(
-            f"Cache in {self.kept.store}: {plan.texts:,} texts, {plan.new:,} of them new, for which"
+            f"Cache in {cache.store}: {plan.texts:,} texts, {plan.new:,} of them new, for which"
             f" {plan.nbytes / 2**20:,.0f} MiB ({self.cache_precision}) will be kept."
         )
 
