@@ -35,8 +35,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if path.parent.name != "methods" or path.stem not in METHODS:
         return markdown
     cls = METHODS[path.stem]
-    configs = [file for file in sorted((ROOT / "configs").glob("*.yaml")) if f"{cls.__module__}." in file.read_text()]
-    shown = [f"`configs/{file.name}`\n\n```yaml\n{file.read_text()}```" for file in configs]
+    configs = [file for file in sorted((ROOT / "configs").rglob("*.yaml")) if f"{cls.__module__}." in file.read_text()]
+    shown = [f"`{file.relative_to(ROOT)}`\n\n```yaml\n{file.read_text()}```" for file in configs]
     return "\n\n".join((markdown, "## Settings", settings(cls), "## Configs", *shown, *measured(configs)))
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from lit_spu.__main__ import main
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = [*sorted(FOLDER.glob("*.yaml")), *sorted(FOLDER.glob("grids/*.yaml"))]
 METHODS = [path for path in CONFIGS if "class_path" in yaml.safe_load(path.read_text()).get("model", {})]
 OVERLAYS = [path for path in CONFIGS if path not in METHODS]
 
