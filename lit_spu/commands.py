@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, get_origin, get_type_hints
 
 from rich.box import SIMPLE
@@ -140,7 +141,9 @@ def _run(
                 outcomes[outcome.cell] = outcome
                 waiting.remove(outcome.cell)
                 forecast.add(outcome)
-                end = f"{outcome.seconds:.0f} s" if outcome.done else f"no result: {outcome.problem}"
+                # that a backbone cannot be asked without training is no trouble: the report tells why
+                trouble = shorten(outcome.problem, 100) if outcome.cell.optional else outcome.problem
+                end = f"{outcome.seconds:.0f} s" if outcome.done else f"no result: {trouble}"
                 progress.console.print(f"{outcome.cell}: {end}", highlight=False, soft_wrap=True)
                 progress.update(bar, description=forecast.says(waiting))
         except KeyboardInterrupt:
