@@ -62,7 +62,11 @@ class Site(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The weight of its outputs, [outputs, inputs]: a view."""
-        whole: Tensor = self.linear.weight.T if self.transposed else self.linear.weight
+        return self.part(self.linear.weight)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Its part [outputs, inputs] of something that lies as the linear's weight does: a view."""
+        whole = whole.T if self.transposed else whole
         return whole if self.slots == 1 else whole.chunk(self.slots)[self.slot]
 
     @property
@@ -179,23 +183,30 @@ class Trunk:
         Raises:
             UserError: if the family has no linear for one of the roles.
         """
-        found = []
-        for path, stack in zip(self.family.stacks, self.stacks, strict=True):
-            for number, block in enumerate(stack):
-                linears = {name: part for name, part in block.named_modules() if not list(part.children())}
-                found += [
-                    Site(f"{path}.{number}.{name}", linear, role, slot, slots)
-                    for role in roles
-                    for pattern, slot, slots in map(_parts, self.family.sites.get(role, ()))
-                    for name, linear in linears.items()
-                    if fnmatchcase(name, pattern)
-                ]
+        found = [
+            site
+            for stream, stack in enumerate(self.stacks)
+            for number in range(len(stack))
+            for site in self.sites_of(stream, number, *roles)
+        ]
         if missing := set(roles) - {site.role for site in found}:
             raise UserError(
                 f"The blocks of {self.model.config.model_type} have no linear for {', '.join(sorted(missing))}:"
                 " see `sites` of its Family in lit_spu/backbones/families.py."
             )
         return found
+
+    def sites_of(self, stream: int, number: int, *roles: Role) -> list[Site]:
+        """The linears of one block that play one of these roles, role by role."""
+        block, path = self.stacks[stream][number], f"{self.family.stacks[stream]}.{number}"
+        linears = {name: part for name, part in block.named_modules() if not list(part.children())}
+        return [
+            Site(f"{path}.{name}", linear, role, slot, slots)
+            for role in roles
+            for pattern, slot, slots in map(_parts, self.family.sites.get(role, ()))
+            for name, linear in linears.items()
+            if fnmatchcase(name, pattern)
+        ]
 
     @property
     def all_sites(self) -> list[Site]:
@@ -205,7 +216,7 @@ class Trunk:
     @property
     def norms(self) -> list[nn.Module]:
         """The blocks' normalisation layers."""
-        return [part for block in self.blocks for part in block.modules() if type(part).__name__.endswith("Norm")]
+        return [norm for block in self.blocks for norm in norms_of(block)]
 
     def recompute(self) -> None:
         """Recompute blocks that train in the backward pass instead of storing what they hold.
@@ -598,6 +609,11 @@ def fingerprint(parts: Sequence[nn.Module]) -> str:
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def norms_of(block: nn.Module) -> list[nn.Module]:
+    """The normalisation layers of a block, in the order of what they belong to."""
+    return [part for part in block.modules() if type(part).__name__.endswith("Norm")]
 
 
 def base_of(model: Any) -> nn.Module:

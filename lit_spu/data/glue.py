@@ -152,6 +152,12 @@ class GLUE(LightningDataModule):
                 for start in range(0, len(examples), 256):
                     yield examples[range(start, min(start + 256, len(examples)))]
 
+    def draw(self, count: int) -> Iterator[Batch]:
+        """So many training examples (or all), drawn at random with `split_seed`, each in a batch of its own."""
+        (examples,) = self._examples["train"]
+        for index in Random(self.split_seed).sample(range(len(examples)), min(count, len(examples))):
+            yield examples[[index]]
+
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:

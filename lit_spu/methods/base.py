@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -297,6 +297,9 @@ class TapReader(FrozenBackbone):
         self.tap_cache, self.cache_precision = tap_cache, cache_precision
         self.kept: Callable[[Batch], tuple[Taps, ...]] | None = None
 
+    def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
+        """Begin a new training run; `examples` draws so many of the training examples, each in a batch of its own."""
+
     def taps(self, batch: Batch) -> tuple[Taps, ...]:
         """What every block of the backbone computed, per stream."""
         with torch.no_grad(), record_function("backbone"):
@@ -304,6 +307,8 @@ class TapReader(FrozenBackbone):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if not self.trainer.ckpt_path:
+            self.prepare(self._examples)
         if self.tap_cache is None:
             return
         folder = None if self.tap_cache == "memory" else Path(self.tap_cache)
@@ -318,6 +323,14 @@ class TapReader(FrozenBackbone):
             f"Cache in {cache.store}: {plan.texts:,} texts, {plan.new:,} of them new, for which"
             f" {plan.nbytes / 2**20:,.0f} MiB ({self.cache_precision}) will be kept."
         )
+
+    def _examples(self, count: int) -> Iterator[Batch]:
+        draw = getattr(getattr(self.trainer, "datamodule", None), "draw", None)
+        if draw is None:
+            raise UserError(
+                "model.start=fisher draws examples from lit_spu's GLUE data: train on these, or use magnitude."
+            )
+        yield from map(self.trainer.strategy.batch_to_device, draw(count))
 
     def teardown(self, stage: str) -> None:
         self.kept = None

@@ -6,14 +6,16 @@ through the side network alone, so nothing of the backbone is stored for the bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch
+from lit_spu.errors import UserError
 from lit_spu.methods.base import TapReader
+from lit_spu.nn import pruning
 from lit_spu.nn.ladder import SideNetwork
 
 
@@ -23,21 +25,57 @@ class LadderSideTuning(TapReader):
     Args:
         reduction: The backbone's width over the side network's (r).
         drop_layers: Blocks beside which the side network has none, in every stack; 0 is the lowest.
+        start: The side network's weights: random, or the backbone's, of which the most important 1/r of each width is
+            kept, by magnitude or by their Fisher information about the task.
+        prune_order: What is kept of the backbone's residual stream: the same coordinates everywhere, or, as in the
+            paper's code, ranked anew by each part of a block for the next.
+        fisher_examples: Training examples whose gradients make the Fisher information.
+        backbone_dropout: Leave the backbone's dropout on while training, as the paper's code does.
         activation_checkpointing: Recompute the side network's feed-forwards in the backward pass, which costs a per
             cent of a step. Off, a step takes up to a quarter more memory.
+
+    Raises:
+        UserError: if a number is out of range, or the settings exclude each other.
     """
 
     def __init__(
         self,
         reduction: int = 8,
         drop_layers: Sequence[int] = (),
+        start: Literal["random", "magnitude", "fisher"] = "random",
+        prune_order: pruning.Order = "residual",
+        fisher_examples: int = 1024,
+        backbone_dropout: bool = False,
         activation_checkpointing: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if start != "random" and kwargs.get("backbone_precision", "fp32") != "fp32":
+            raise UserError(f"model.start={start} prunes weights in fp32: leave out --model.backbone_precision.")
+        if backbone_dropout and self.tap_cache:
+            raise UserError("model.backbone_dropout makes the backbone answer anew each time: leave out tap_cache.")
+        self.start, self.prune_order, self.fisher_examples = start, prune_order, fisher_examples
+        self.backbone_dropout = backbone_dropout
         self.side = SideNetwork(self.backbone, reduction, drop_layers)
+        if start == "magnitude":
+            self._prune(pruning.magnitude(self.backbone.stem))
         if activation_checkpointing:
             self.side.trunk.recompute_feed_forwards()
+
+    def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
+        if self.start == "fisher":
+            self.eval()
+            self._prune(pruning.fisher(self.backbone, examples(self.fisher_examples)))
+            self.train()
+
+    def _prune(self, scores: pruning.Scores) -> None:
+        pruning.start(self.side.trunk, self.backbone.stem, self.side.kept, scores, self.prune_order)
+
+    def train(self, mode: bool = True) -> LadderSideTuning:
+        super().train(mode)
+        if self.backbone_dropout:
+            self.backbone.stem.model.train(mode)
+        return self
 
     def forward(self, batch: Batch) -> Tensor:
         taps = self.taps(batch)

@@ -6,7 +6,7 @@ nothing else. So a grid of rates or seeds costs one backbone and as many side ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +58,10 @@ class SharedTrunk(TapReader):
         self.seeds = {name: own.get("seed") for name, own in siblings.items()}
         self.draws: dict[str, int] = {}  # the seed of each in this batch
         self.best = next(iter(siblings))
+
+    def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
+        for sibling in self.siblings.values():
+            sibling.prepare(examples)
 
     def forward(self, batch: Batch) -> Tensor:
         scores: Tensor = self.siblings[self.best](batch)
