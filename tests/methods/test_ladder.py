@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from lit_spu.data.glue import GLUE
+from lit_spu.errors import UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.ladder import LadderSideTuning
+from lit_spu.nn import pruning
 from tests.conftest import FAMILIES, encode
 
 
@@ -63,3 +69,67 @@ def test_it_stores_a_fraction_of_full_fine_tuning(tiny: Callable[[str], str]) ->
             method.loss(batch)
         saved.append(counter.nbytes)
     assert saved[1] < 0.3 * saved[0]
+
+
+def sides(method: LadderSideTuning) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in method.side.model.parameters()]
+
+
+def test_it_starts_as_the_pruned_backbone_once(
+    data: Callable[..., GLUE], fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """By magnitude when it is made, by Fisher information when training begins, and not when it goes on."""
+    small = data(limit_train=64, limit_validation=20)
+    made = LadderSideTuning(start="magnitude", reduction=4)
+    assert all(torch.equal(*pair) for pair in zip(sides(made), sides(pruned(made, "magnitude")), strict=True))
+    method = LadderSideTuning(start="fisher", fisher_examples=8, reduction=4, lr=0.0)
+    random = sides(method)
+    trainer = fit(method, small)
+    started = sides(method)
+    assert not any(torch.equal(*pair) for pair in zip(random[:3], started[:3], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(started, sides(pruned(method, "fisher", small)), strict=True))
+    head = {id(p) for p in method.backbone.head_modules.parameters()}
+    assert all(p.grad is None and not p.requires_grad for p in method.backbone.parameters() if id(p) not in head)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = LadderSideTuning(start="fisher", fisher_examples=8, reduction=4, lr=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_spu.nn.pruning.fisher", None)  # which would fail
+        fit(again, small, ckpt_path=tmp_path / "x.ckpt")
+    assert all(torch.equal(*pair) for pair in zip(started, sides(again), strict=True))
+
+
+def pruned(method: LadderSideTuning, how: str, data: GLUE | None = None) -> LadderSideTuning:
+    """Another of its kind, started by hand."""
+    other = LadderSideTuning(reduction=4)
+    other.backbone.load_state_dict(method.backbone.state_dict())
+    trunk = other.backbone.eval().stem
+    scores = pruning.magnitude(trunk) if how == "magnitude" else pruning.fisher(other.backbone, data.draw(8))  # type: ignore[union-attr]
+    pruning.start(other.side.trunk, trunk, other.side.kept, scores)
+    return other
+
+
+def test_without_our_data_fisher_is_refused(fit: Callable[..., Trainer], data: Callable[..., GLUE]) -> None:
+    method = LadderSideTuning(start="fisher", reduction=4)
+    module = data()
+    monkeypatched: Any = module
+    monkeypatched.draw = None
+    with pytest.raises(UserError, match=r"model.start=fisher draws examples"):
+        fit(method, module)
+
+
+def test_settings_that_exclude_each_other_are_refused(tiny: Callable[[str], str]) -> None:
+    with pytest.raises(UserError, match=r"model.start=magnitude prunes weights in fp32"):
+        LadderSideTuning(backbone=tiny("bert"), reduction=2, start="magnitude", backbone_precision="bf16")
+    with pytest.raises(UserError, match=r"model.backbone_dropout"):
+        LadderSideTuning(backbone=tiny("bert"), reduction=2, backbone_dropout=True, tap_cache="memory")
+
+
+def test_the_backbones_dropout_is_off_unless_it_is_asked_for(tiny: Callable[[str], str]) -> None:
+    for asked in (False, True):
+        method = LadderSideTuning(backbone="mini-bert", reduction=4, backbone_dropout=asked).train()
+        batch = encode(method.backbone)
+        once, again = (method.backbone.trunk(batch)[0].blocks[-1] for _ in range(2))
+        assert torch.equal(once, again) is not asked
+        method.eval()
+        once, again = (method.backbone.trunk(batch)[0].blocks[-1] for _ in range(2))
+        assert torch.equal(once, again)
