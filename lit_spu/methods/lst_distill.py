@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from lit_spu.backbones import Batch, Taps
 from lit_spu.errors import UserError
 from lit_spu.methods.base import TapReader
-from lit_spu.nn import distances
+from lit_spu.nn import distances, pruning
 from lit_spu.nn.ladder import kept_blocks
 
 
@@ -32,6 +32,8 @@ class LSTDistillation(TapReader):
     Args:
         reduction: The backbone's width over the student's (r).
         drop_layers: Blocks of the teacher for which the student has none, in every stack; 0 is the lowest.
+        start: The student's weights: the teacher's, of which the greatest 1/r of each width is kept, or random. D then
+            picks the coordinates that are kept, or is random, too.
         states_weight: λ.
         scores_weight: μ. The teacher must know the task: a prompt, or a fine-tuned classifier as `backbone`.
         temperature: T.
@@ -48,6 +50,7 @@ class LSTDistillation(TapReader):
         self,
         reduction: int = 4,
         drop_layers: Sequence[int] = (),
+        start: Literal["magnitude", "random"] = "magnitude",
         states_weight: float = 1.0,
         scores_weight: float = 0.0,
         temperature: float = 2.0,
@@ -56,6 +59,8 @@ class LSTDistillation(TapReader):
     ) -> None:
         super().__init__(**kwargs)
         self.backbone.requires_grad_(False)
+        if start == "magnitude" and kwargs.get("backbone_precision") == "int8":
+            raise UserError("model.start=magnitude cannot prune weights in int8: use bf16 or fp32, or start=random.")
         if scores_weight and not self.backbone.knows_answers:
             raise UserError(
                 f"model.scores_weight={scores_weight}: the classification head of {self.backbone.name} is new, and its"
@@ -66,10 +71,16 @@ class LSTDistillation(TapReader):
         self.distance = getattr(distances, distance)
         self.kept_blocks = kept_blocks(self.backbone.streams, drop_layers)
         self.student = self.backbone.student(reduction, self.kept_blocks)
+        # D is the same whenever the method is made again: no checkpoint needs to hold it
         width, narrow = self.backbone.streams[0].width, self.student.streams[0].width
-        # the same whenever the method is made again: no checkpoint needs to hold it
-        random = torch.randn(narrow, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
-        self.register_buffer("down", random, persistent=False)
+        if start == "magnitude":
+            kept = pruning.start(
+                self.student.stem, self.backbone.stem, self.kept_blocks, pruning.magnitude(self.backbone.stem)
+            )
+            down = F.one_hot(kept, width).float()
+        else:
+            down = torch.randn(narrow, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
+        self.register_buffer("down", down, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
         with record_function("student"):

@@ -84,10 +84,22 @@ def test_a_new_head_has_nothing_to_teach(tiny: Tiny) -> None:
 
 def test_two_methods_made_alike_have_the_same_targets(tiny: Tiny) -> None:
     """A checkpoint does not hold what is fixed, so it must come out the same again, whatever the seed."""
-    torch.manual_seed(1)
-    one = LSTDistillation(backbone=tiny("bert"), reduction=2)
-    torch.manual_seed(2)
-    assert torch.equal(one.down, LSTDistillation(backbone=tiny("bert"), reduction=2).down)
+    for start in ("magnitude", "random"):
+        torch.manual_seed(1)
+        one = LSTDistillation(backbone=tiny("bert"), reduction=2, start=start)
+        torch.manual_seed(2)
+        assert torch.equal(one.down, LSTDistillation(backbone=tiny("bert"), reduction=2, start=start).down)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_student_begins_where_its_targets_do(tiny: Tiny, family: str) -> None:
+    """Its embeddings are the teacher's at the places that D picks."""
+    method = LSTDistillation(backbone=tiny(family), reduction=2, start="magnitude").eval()
+    assert bool((method.down.sum(1) == 1).all())
+    words = method.backbone.model.get_input_embeddings().weight
+    narrow = method.student.model.get_input_embeddings().weight
+    if words.shape[1] == method.down.shape[1]:  # not the embeddings of an ELECTRA, which are narrower
+        assert torch.equal(narrow, words @ method.down.T)
 
 
 def test_a_regression_is_taught_its_numbers(tiny: Tiny) -> None:
