@@ -83,3 +83,10 @@ class LadderSideTuning(TapReader):
             hidden = self.side(taps, self.backbone.inputs(batch))
             state = self.side.up(self.backbone.read(hidden, batch))
         return self.backbone.head(state)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        ladders: list[Any] = list(self.side.ladders)
+        for stream, ladder in enumerate(ladders):
+            of = f"stream {stream}/" if len(ladders) > 1 else ""
+            self.log_dict({f"{of}{name}": value for name, value in ladder.statistics().items()}, sync_dist=True)

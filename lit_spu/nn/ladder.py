@@ -21,7 +21,8 @@ class Ladder(nn.Module):
     """The rungs of one stream: rung i reads the backbone's block i, projected down, in front of side block i.
 
     With a `radius` of k, rung i reads the window of blocks i−k … i+k; blocks beyond the ends are zero. Windows share
-    each block's down-projection unless `shared` is off, when every slot of every rung has its own.
+    each block's down-projection unless `shared` is off, when every slot of every rung has its own. In training each tap
+    of each rung is left out whole, for each example by itself, with the probability `dropout`.
     """
 
     def __init__(
@@ -32,14 +33,16 @@ class Ladder(nn.Module):
         fusion: type[Fusion] = Gate,
         radius: int = 0,
         shared: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.kept, self.depth, self.radius, self.shared = tuple(kept), stream.depth, radius, shared
+        self.dropout = dropout
         self.first = Projection(stream.width, width)
         read = [(i, j) for i in kept for j in self.window(i) if 0 <= j < stream.depth]
         names = dict.fromkeys(self.name(i, j) for i, j in read)
         self.down = nn.ModuleDict({name: Projection(stream.width, width) for name in names})
-        self.fusion = fusion(stream.depth, kept, 2 * radius + 1, width)
+        self.fusion = fusion(stream, kept, 2 * radius + 1, width)
 
     def window(self, i: int) -> range:
         """The backbone's blocks that rung i reads."""
@@ -60,6 +63,8 @@ class Ladder(nn.Module):
             name = self.name(i, j)
             if name not in projected:
                 projected[name] = self.down[name](taps.blocks[j])
+            if self.training and self.dropout:
+                return projected[name] * F.dropout(zero.new_ones(len(zero), 1, 1), self.dropout)
             return projected[name]
 
         def enter(n: int, state: Tensor) -> Tensor:
@@ -71,6 +76,17 @@ class Ladder(nn.Module):
                 return fused
 
         return enter
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What each rung takes: the gate's share of the state, and that of each block in the window."""
+        found = {}
+        for i in self.kept:
+            if (gate := self.fusion.gate(i)) is not None:
+                found[f"gate/rung {i}"] = gate
+            if (shares := self.fusion.shares(i)) is not None:
+                within = ((j, share) for j, share in zip(self.window(i), shares, strict=True) if 0 <= j < self.depth)
+                found |= {f"window/rung {i}/block {j}": share for j, share in within}
+        return {name: value.detach() for name, value in found.items()}
 
 
 def kept_blocks(streams: Sequence[Stream], drop_layers: Sequence[int]) -> list[list[int]]:

@@ -7,12 +7,14 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.nn import fusion as fusions
-from tests.conftest import encode
+from tests.conftest import FAMILIES, encode
 
 Tiny = Callable[[str], str]
 FUSIONS = get_args(get_type_hints(KLadder.__init__)["fusion"])
@@ -68,9 +70,65 @@ def test_every_fusion_can_be_chosen() -> None:
     offered = {
         name.lower() for name, cls in vars(fusions).items() if isinstance(cls, type) and issubclass(cls, fusions.Fusion)
     }
-    assert offered - {"fusion", "gate"} == set(FUSIONS)
+    assert offered - {"fusion", "gate"} == {fusion.replace("_", "") for fusion in FUSIONS}
 
 
-def test_a_negative_radius_is_refused(tiny: Tiny) -> None:
+def test_impossible_windows_are_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"model\.k=-1"):
         KLadder(k=-1, backbone=tiny("bert"))
+    with pytest.raises(UserError, match=r"model\.tap_dropout=1"):
+        KLadder(tap_dropout=1.0, backbone=tiny("bert"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cross_attention_leaves_the_backbone_alone_and_padding_out(tiny: Tiny, family: str) -> None:
+    torch.manual_seed(0)
+    method = KLadder(k=2, fusion="cross_attention", backbone=tiny(family), reduction=2).double().eval()
+    for parameter in method.side.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = encode(method.backbone)
+    torch.testing.assert_close(method(batch), method(encode(method.backbone, pad_to=20)), atol=1e-10, rtol=0)
+    method.loss(batch).backward()
+    head = {id(p) for p in method.backbone.head_modules.parameters()}
+    assert all(p.grad is None for p in method.backbone.parameters() if id(p) not in head)
+
+
+def test_taps_are_left_out_whole(tiny: Tiny) -> None:
+    method = KLadder(k=1, tap_dropout=0.25, fusion="additive", backbone=tiny("bert"), reduction=2)
+    ladder, (taps,) = method.side.ladders[0], method.backbone.trunk(encode(method.backbone))
+    state = torch.zeros(4, taps.embeddings.shape[1], 16)
+    read = [ladder.down[str(j)](taps.blocks[j]) for j in range(4)]  # type: ignore[index,operator]
+    kept = torch.zeros(4, 3)
+    rounds = 300
+    for seed in range(rounds):
+        torch.manual_seed(seed)
+        out = ladder.train()(taps)(1, state)
+        for row in range(4):  # the sum of some of the three taps, each a third larger than it is
+            parts = torch.stack([read[j][row] / 0.75 for j in (0, 1, 2)])
+            found = torch.linalg.lstsq(parts.flatten(1).T, out[row].flatten().unsqueeze(1)).solution.squeeze()
+            torch.testing.assert_close(found, found.round(), atol=1e-3, rtol=0)
+            kept[row] += found.round().detach()
+    torch.testing.assert_close(kept / rounds, torch.full((4, 3), 0.75), atol=0.1, rtol=0)
+    torch.testing.assert_close(ladder.eval()(taps)(1, state), read[0] + read[1] + read[2])
+
+
+@pytest.mark.parametrize(("fusion", "gates"), [("gated", True), ("cross_attention", False), ("additive", False)])
+@pytest.mark.parametrize("backbone", ["mini-bert", "mini-t5"])
+def test_what_the_windows_read_is_logged(
+    data: Callable[..., GLUE], fit: Callable[..., Trainer], backbone: str, fusion: Any, gates: bool
+) -> None:
+    method = KLadder(k=1, fusion=fusion, backbone=backbone, reduction=4)
+    logged = fit(method, data(limit_train=16)).callback_metrics
+    depths = [stream.depth for stream in method.backbone.streams]
+    of = [""] if len(depths) == 1 else [f"stream {number}/" for number in range(len(depths))]
+    for prefix, depth in zip(of, depths, strict=True):
+        for i in range(depth):
+            assert (f"{prefix}gate/rung {i}" in logged) is gates
+            window = [logged.get(f"{prefix}window/rung {i}/block {j}") for j in range(depth)]
+            if fusion == "additive":
+                assert window == [None] * depth
+                continue
+            inside = [float(share) for share in window if share is not None]
+            assert len(inside) == min(i + 2, depth) - max(i - 1, 0)
+            if 0 < i < depth - 1:
+                assert sum(inside) == pytest.approx(1, abs=1e-5)

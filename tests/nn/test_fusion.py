@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_spu.nn.fusion import Additive, Attention, Dynamic, Fusion, Gate, Gated
+from lit_spu.backbones import Stream
+from lit_spu.nn.fusion import Additive, Attention, CrossAttention, Dynamic, Fusion, Gate, Gated
 
 DEPTH, WIDTH = 3, 4
+STREAM = Stream(DEPTH, 8, heads=2, causal=False, attends_to=None)
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
 
 def tensors(slots: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
@@ -24,7 +27,7 @@ def tensors(slots: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
 @given(alpha=st.floats(-0.5, 0.5))
 @settings(max_examples=20, deadline=None)
 def test_the_gate_is_the_published_one(alpha: float) -> None:
-    gate = Gate(DEPTH, range(DEPTH), 1, WIDTH).double()
+    gate = Gate(STREAM, range(DEPTH), 1, WIDTH).double()
     torch.nn.init.constant_(gate.alpha, alpha)
     state, taps = tensors(1)
     g = 1 / (1 + math.exp(-alpha / 0.1))
@@ -32,7 +35,7 @@ def test_the_gate_is_the_published_one(alpha: float) -> None:
 
 
 def test_the_gate_starts_halfway_with_slope_two_and_a_half() -> None:
-    gate = Gate(DEPTH, range(DEPTH), 1, WIDTH).double()
+    gate = Gate(STREAM, range(DEPTH), 1, WIDTH).double()
     state, taps = torch.ones(1, 1, WIDTH, dtype=torch.float64), [torch.zeros(1, 1, WIDTH, dtype=torch.float64)]
     out = gate(0, state, taps, None)
     assert float(out[0, 0, 0].detach()) == 0.5
@@ -43,7 +46,7 @@ def test_the_gate_starts_halfway_with_slope_two_and_a_half() -> None:
 
 def test_gated_with_one_slot_is_the_gate_bitwise() -> None:
     state, taps = tensors(1)
-    plain, windowed = Gate(DEPTH, range(DEPTH), 1, WIDTH), Gated(DEPTH, range(DEPTH), 1, WIDTH)
+    plain, windowed = Gate(STREAM, range(DEPTH), 1, WIDTH), Gated(STREAM, range(DEPTH), 1, WIDTH)
     state32, tap32 = state.float(), taps[0].float().requires_grad_()
     outs = [fusion(1, state32, [tap32], None) for fusion in (plain, windowed)]
     assert torch.equal(*outs)
@@ -56,7 +59,7 @@ def test_gated_with_one_slot_is_the_gate_bitwise() -> None:
 
 @pytest.mark.parametrize("slot", range(3))
 def test_a_one_hot_slot_reads_that_tap_alone(slot: int) -> None:
-    fusion = Gated(DEPTH, range(DEPTH), 3, WIDTH).double()
+    fusion = Gated(STREAM, range(DEPTH), 3, WIDTH).double()
     torch.nn.init.constant_(fusion.slots, -1e9)
     fusion.slots.data[:, slot] = 0.0
     state, taps = tensors(3)
@@ -65,11 +68,11 @@ def test_a_one_hot_slot_reads_that_tap_alone(slot: int) -> None:
 
 def test_additive_is_the_sum() -> None:
     state, taps = tensors(3)
-    torch.testing.assert_close(Additive(DEPTH, range(DEPTH), 3, WIDTH)(0, state, taps, None), state + sum(taps))
+    torch.testing.assert_close(Additive(STREAM, range(DEPTH), 3, WIDTH)(0, state, taps, None), state + sum(taps))
 
 
 def test_dynamic_gates_each_example_by_its_real_tokens() -> None:
-    fusion = Dynamic(DEPTH, range(DEPTH), 3, WIDTH).double()
+    fusion = Dynamic(STREAM, range(DEPTH), 3, WIDTH).double()
     state, taps = tensors(3)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     torch.testing.assert_close(fusion(0, state, taps, mask), 0.5 * state + 0.5 * sum(taps) / 3)  # it starts as `gated`
@@ -83,7 +86,7 @@ def test_dynamic_gates_each_example_by_its_real_tokens() -> None:
 
 def test_attention_is_a_loop_over_tokens() -> None:
     torch.manual_seed(0)
-    fusion = Attention(DEPTH, range(DEPTH), 3, WIDTH).double()
+    fusion = Attention(STREAM, range(DEPTH), 3, WIDTH).double()
     torch.nn.init.normal_(fusion.origin)
     state, taps = tensors(3)
     out = fusion(1, state, taps, None)
@@ -96,11 +99,82 @@ def test_attention_is_a_loop_over_tokens() -> None:
             torch.testing.assert_close(out[row, token], expected)
 
 
-@pytest.mark.parametrize("kind", [Gate, Gated, Additive, Dynamic, Attention])
+def looped(fusion: CrossAttention, state: Tensor, taps: list[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-attention token by token and head by head; also what each slot got of the real tokens' attention."""
+    query, key, value, last = (modules["1"] for modules in (fusion.query, fusion.key, fusion.value, fusion.out))
+    out, got = state.clone(), torch.zeros(len(taps), dtype=torch.float64)
+    for row in range(2):
+        for token in range(5):
+            sees = [
+                (slot, other)
+                for slot in range(len(taps))
+                for other in range(5)
+                if (mask is None or mask[row, other]) and (not fusion.causal or other <= token)
+            ]
+            if not sees:
+                continue
+            memory = torch.stack([taps[slot][row, other] + fusion.origin[1, slot] for slot, other in sees])
+            heads = []
+            for head in range(2):
+                part = slice(2 * head, 2 * head + 2)
+                shares = (key(memory)[:, part] @ query(state[row, token])[part] / 2**0.5).softmax(0)
+                heads.append(shares @ value(memory)[:, part])
+                if mask is None or mask[row, token]:
+                    for (slot, _), share in zip(sees, shares, strict=True):
+                        got[slot] += float(share)
+            out[row, token] = state[row, token] + last(torch.cat(heads))
+    return out, got / got.sum()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_cross_attention_is_a_loop_over_tokens_and_heads(causal: bool, mask: Tensor | None) -> None:
+    torch.manual_seed(0)
+    fusion = CrossAttention(STREAM._replace(causal=causal), range(DEPTH), 3, WIDTH).double()
+    torch.nn.init.normal_(fusion.origin)
+    state, taps = tensors(3)
+    with torch.no_grad():
+        wanted, got = looped(fusion, state, taps, mask)
+        torch.testing.assert_close(fusion(1, state, taps, mask), wanted, atol=1e-12, rtol=0)
+        assert fusion.shares(1) is None  # nothing is counted in training
+        torch.testing.assert_close(fusion.eval()(1, state, taps, mask), wanted, atol=1e-12, rtol=0)
+    shares = fusion.shares(1)
+    assert shares is not None
+    torch.testing.assert_close(shares, got, atol=1e-12, rtol=0)
+    assert fusion.shares(1) is None  # and each time anew
+
+
+def test_the_shares_of_attention_are_the_means_over_real_tokens() -> None:
+    torch.manual_seed(0)
+    fusion = Attention(STREAM, range(DEPTH), 3, WIDTH).double().eval()
+    torch.nn.init.normal_(fusion.origin)
+    batches = [tensors(3, seed) for seed in range(2)]
+    got = torch.zeros(3, dtype=torch.float64)
+    for state, taps in batches:
+        fusion(1, state, taps, MASK)
+        for row, token in MASK.nonzero().tolist():
+            memory = torch.stack([tap[row, token] + fusion.origin[1, slot] for slot, tap in enumerate(taps)])
+            got += (fusion.key["1"](memory) @ fusion.query["1"](state[row, token]) / WIDTH**0.5).softmax(0).detach()
+    shares = fusion.shares(1)
+    assert shares is not None
+    torch.testing.assert_close(shares, got / 16, atol=1e-12, rtol=0)
+
+
+def test_a_learned_window_tells_its_gate_and_its_shares() -> None:
+    fusion = Gated(STREAM, range(DEPTH), 3, WIDTH)
+    torch.nn.init.normal_(fusion.slots)
+    torch.nn.init.constant_(fusion.alpha, 0.1)
+    assert torch.equal(fusion.shares(2), fusion.slots[2].softmax(0))
+    assert float(fusion.gate(2).detach()) == pytest.approx(1 / (1 + math.exp(-1)))  # type: ignore[union-attr]
+    assert Dynamic(STREAM, range(DEPTH), 3, WIDTH).gate(0) is None  # type: ignore[func-returns-value]
+    assert Additive(STREAM, range(DEPTH), 3, WIDTH).shares(0) is None
+
+
+@pytest.mark.parametrize("kind", [Gate, Gated, Additive, Dynamic, Attention, CrossAttention])
 def test_gradients_are_right(kind: type[Fusion]) -> None:
     torch.manual_seed(0)
     slots = 1 if kind is Gate else 3
-    fusion = kind(DEPTH, range(DEPTH), slots, WIDTH).double()
+    fusion = kind(STREAM, range(DEPTH), slots, WIDTH).double()
     for parameter in fusion.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     state, taps = tensors(slots)
