@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ratios of two thr
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import data, methods, models
+from benchmarks import data, epochs, methods, models
 from lit_spu.backbones.families import ASSETS
 from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS
@@ -51,6 +52,8 @@ def main() -> None:
                 batch = batch_of(options.batch_size, length, task)
                 title = f"{name}, batch {options.batch_size}, {length} tokens, {rounds} rounds, one thread"
                 console.print(report(title, methods.costs(found, batch, rounds)))
+            seconds = epochs.epochs(backbone, task, rounds)
+            console.print(epoch_report(f"{name}, an epoch of 640 texts like SST-2's, {rounds} rounds", seconds))
 
 
 def report(title: str, costs: list[methods.Cost]) -> Table:
@@ -61,6 +64,17 @@ def report(title: str, costs: list[methods.Cost]) -> Table:
     for c in costs:
         time = (f"{c.milliseconds:,.0f}", f"{c.to_forward:.2f}", f"{c.to_full:.2f}")
         table.add_row(c.name, f"{c.trainable:,}", *time, f"{c.above_mib:,.0f}", f"{c.memory_to_full:.2f}")
+    return table
+
+
+def epoch_report(title: str, seconds: Mapping[str, float]) -> Table:
+    """Processor seconds, and how many forward passes and full fine-tunings they are."""
+    table = Table(title=title, title_justify="left")
+    for header in ("epoch", "s", "/ forward", "/ full"):
+        table.add_column(header, justify="left" if header == "epoch" else "right")
+    for name, found in sorted(seconds.items(), key=lambda item: item[1]):
+        ratios = (found / seconds[methods.FORWARD], found / seconds[methods.FULL])
+        table.add_row(name, f"{found:,.1f}", *(f"{ratio:.2f}" for ratio in ratios))
     return table
 
 

@@ -31,14 +31,19 @@ class Pipeline:
 
 
 def synthetic(examples: int, batch_size: int) -> Pipeline:
-    """Random tokens of lengths like those of SST-2's training split: many phrases, few sentences (synthetic)."""
+    """Random tokens of lengths like those of SST-2's training split."""
+    loader = random_texts(examples, batch_size, vocabulary=1000)
+    return measure(f"synthetic, {examples} examples", loader, loader.sampler.lengths, batch_size)
+
+
+def random_texts(examples: int, batch_size: int, vocabulary: int) -> Loader:
+    """Many texts of phrases, few of sentences, as in SST-2's training split (synthetic)."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.round(rng.lognormal(2.3, 0.7, examples)), 3, MAX_LENGTH).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = Tokens(rng.integers(7, 1000, starts[-1], dtype=np.int32), starts, None)
+    tokens = Tokens(rng.integers(7, vocabulary, starts[-1], dtype=np.int32), starts, None)
     sampler = BucketSampler(lengths, batch_size, shuffle=True)
-    loader = Loader(Examples(tokens, [0] * examples, pad_id=0), batch_size=None, sampler=sampler)
-    return measure(f"synthetic, {examples} examples", loader, lengths, batch_size)
+    return Loader(Examples(tokens, [i % 2 for i in range(examples)], pad_id=0), batch_size=None, sampler=sampler)
 
 
 def glue(folder: Path, tokenizer: Path, batch_size: int) -> Pipeline:

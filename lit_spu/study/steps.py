@@ -26,14 +26,14 @@ def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
     }
 
 
-def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[[], None], list[torch.optim.Optimizer]]:
-    """One training step as a call, and its optimizers: what the Trainer does, without what it logs."""
+def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..., None], list[torch.optim.Optimizer]]:
+    """One training step, on that batch or another, as a call, and its optimizers: the Trainer's, without its logs."""
     stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000)
     method.trainer = stand_in
     optimizer: torch.optim.Optimizer = method.configure_optimizers()["optimizer"]
     method.train()
 
-    def step() -> None:
+    def step(batch: dict[str, Tensor] = batch) -> None:
         method.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()

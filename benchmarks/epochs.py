@@ -1,0 +1,57 @@
+"""Whole epochs on texts of many lengths: what the cache of a side method saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.data import random_texts
+from benchmarks.methods import CONFIGS, FORWARD, FULL, forward_pass
+from lit_spu.backbones.cache import TapCache
+from lit_spu.measure import interleave
+from lit_spu.methods.base import Method, TapReader
+from lit_spu.study.grid import build
+from lit_spu.study.steps import training_step
+from lit_spu.tasks import Task
+
+
+def epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size: int = 32) -> dict[str, float]:
+    """Processor seconds of an epoch, by row: medians of interleaved rounds, with one thread."""
+    torch.set_num_threads(1)
+    batches = list(random_texts(texts, batch_size, vocabulary=16))
+    with TemporaryDirectory() as folder:
+        calls: dict[str, Callable[[], None]] = {}
+
+        def add(name: str, method: Method, cache: Callable[[TapReader], TapCache] | None = None) -> None:
+            step, _ = training_step(method, batches[0])
+
+            def epoch() -> None:
+                if cache is not None and isinstance(method, TapReader):
+                    method.kept = cache(method)
+                for batch in batches:
+                    step(batch)
+
+            calls[name] = epoch
+
+        full = build(CONFIGS / f"{FULL}.yaml", backbone=str(backbone), task=task.name)
+        passes = [forward_pass(full, batch) for batch in batches]
+        calls[FORWARD] = lambda: [run() for run in passes].clear()
+        add(FULL, full)
+
+        def ladder() -> TapReader:
+            made = build(CONFIGS / "lst.yaml", backbone=str(backbone), task=task.name, reduction=8)
+            assert isinstance(made, TapReader)
+            return made
+
+        add("lst", ladder())
+        add("lst, cached: first epoch", ladder(), lambda method: TapCache(method.backbone))
+        filled = ladder()
+        in_memory, in_files = TapCache(filled.backbone), TapCache(filled.backbone, Path(folder), "bf16")
+        add("lst, cached: later epochs", filled, lambda _: in_memory)
+        add("lst, cached in files, bf16: later epochs", ladder(), lambda _: in_files)
+        seconds = interleave(calls, rounds)
+    return {name: median(found) for name, found in seconds.items()}
