@@ -13,13 +13,13 @@ from torch import Tensor
 
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """The squared error over the teacher's variance: the states of a T5 grow a hundredfold from block to block."""
-    student, teacher = real(student, mask), real(teacher, mask)
-    return F.mse_loss(student, teacher) / teacher.var(unbiased=False)
+    variance = _mean((teacher - _mean(teacher.mean(-1), mask)).square().mean(-1), mask)
+    return _mean((student - teacher).square().mean(-1), mask) / variance
 
 
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """One minus the mean cosine of the tokens."""
-    return 1 - F.cosine_similarity(real(student, mask), real(teacher, mask), dim=-1).mean()
+    return 1 - _mean(F.cosine_similarity(student, teacher, dim=-1), mask)
 
 
 def relation(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -29,8 +29,7 @@ def relation(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     may differ.
     """
     ours, theirs = (_relations(states, mask) for states in (student, teacher))
-    divergence = F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
-    return real(divergence.unsqueeze(-1), mask).mean()
+    return _mean(F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1), mask)
 
 
 def _relations(states: Tensor, mask: Tensor | None) -> Tensor:
@@ -41,9 +40,11 @@ def _relations(states: Tensor, mask: Tensor | None) -> Tensor:
     return scores.log_softmax(-1)
 
 
-def real(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The states of the real tokens, [real tokens, width]."""
-    return states.flatten(0, 1) if mask is None else states[mask.bool()]
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of a number for each token [batch, tokens] over the real ones."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / mask.sum()
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from lit_spu.backbones.base import Site
 from lit_spu.nn.adapter import Adapter
-
-SMALLEST = 1e-6
 
 
 class Scale(Adapter):
@@ -41,33 +37,14 @@ class Scale(Adapter):
     def _behind(self, linear: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         if self.merged:
             return out
-        part = self.site.outputs(out)
-        scaled: Tensor = Multiply.apply(part, self.scale.to(out.dtype))  # type: ignore[no-untyped-call]
-        return scaled if part is out else out
+        scale = self.scale.to(out.dtype)
+        if self.site.slots == 1:
+            return out * scale
+        whole = scale.new_ones(out.shape[-1])  # of a fused linear, the other parts pass as they are
+        width = len(scale)
+        return out * torch.cat([whole[: self.site.slot * width], scale, whole[(self.site.slot + 1) * width :]])
 
     def written(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.inputs:
             return weight * self.scale, bias
         return weight * self.scale.unsqueeze(1), None if bias is None else bias * self.scale
-
-
-class Multiply(torch.autograd.Function):
-    """out *= scale, of which the product alone is kept for the backward pass.
-
-    Attention keeps the product of keys and values anyway, where autograd's own would keep `out` [..., outputs] as well.
-    It is found again by division, for which a scale of zero counts as a millionth.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, scale: Tensor) -> Tensor:
-        scale = torch.where(scale.abs() < SMALLEST, SMALLEST, scale)
-        out.mul_(scale)
-        ctx.mark_dirty(out)
-        ctx.save_for_backward(out, scale)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (gradient,) = gradients
-        product, scale = ctx.saved_tensors
-        return gradient * scale, (gradient * product).flatten(0, -2).sum(0) / scale

@@ -26,7 +26,9 @@ METHODS = [
 
 
 def made(cls: type[FrozenBackbone], folder: str, precision: Any) -> Any:
-    own = {"reduction": 2} if "reduction" in discovery.settings(cls) else {}
+    own: dict[str, Any] = {"reduction": 2} if "reduction" in discovery.settings(cls) else {}
+    if "siblings" in discovery.settings(cls):
+        own = {"siblings": {"one": {}, "other": {}}, "settings": {"reduction": 2}}
     torch.manual_seed(0)
     method = cls(backbone=folder, backbone_precision=precision, **own)
     torch.manual_seed(1)
@@ -49,7 +51,8 @@ def test_bf16_learns_what_fp32_does(tiny: Tiny, family: str, cls: type[FrozenBac
         assert all(p.dtype is torch.float32 for p in trained.values())
         gradients[precision] = torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None])
     assert F.cosine_similarity(gradients["fp32"], gradients["bf16"], dim=0) > 0.99
-    frozen = [p for p in method.backbone.stem.model.parameters() if not p.requires_grad]
+    head = {id(p) for p in method.backbone.head_modules.parameters()}  # which a student's teacher does not learn
+    frozen = [p for p in method.backbone.stem.model.parameters() if id(p) not in head]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
 
 

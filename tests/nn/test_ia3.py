@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_spu.backbones.base import Site
-from lit_spu.measure.saved import SavedForBackward
 from lit_spu.nn.ia3 import Scale
 
 
@@ -35,37 +33,6 @@ def test_it_scales_what_goes_in_or_comes_out(kind: str, inputs: bool) -> None:
     wanted = linear(x * vector) if inputs else linear(x) * vector
     scale.attach()
     torch.testing.assert_close(linear(x), wanted, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize(("kind", "inputs"), CASES)
-def test_its_gradients_are_those_of_the_product(kind: str, inputs: bool) -> None:
-    scale = scaled(kind, inputs)
-    linear, x = scale.site.linear, torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
-    with torch.no_grad():
-        scale.scale[1] = 0.0  # from which nothing could be divided
-    vector = torch.ones(6 if inputs else 9, dtype=torch.float64)
-    vector[scale.site.slot * len(scale.scale) :][: len(scale.scale)] = scale.scale.detach()
-    vector.requires_grad_()
-    weights = torch.randn(2, 4, 9, dtype=torch.float64)
-    ((linear(x * vector) if inputs else linear(x) * vector) * weights).sum().backward()
-    assert x.grad is not None
-    assert vector.grad is not None
-    wanted = x.grad.clone(), vector.grad[scale.site.slot * len(scale.scale) :][: len(scale.scale)]
-    x.grad = None
-    scale.attach()
-    (linear(x) * weights).sum().backward()
-    torch.testing.assert_close((x.grad, scale.scale.grad), wanted, atol=1e-5, rtol=0)
-
-
-def test_it_keeps_nothing_that_attention_does_not_keep() -> None:
-    x = torch.randn(2, 3, 5, 8)
-    key, value = (torch.randn_like(x, requires_grad=True) for _ in range(2))
-    with SavedForBackward() as plain:
-        F.scaled_dot_product_attention(x, key, value)
-    scales = [Scale(Site("linear", nn.Linear(8, 8).requires_grad_(False), "key")).attach() for _ in range(2)]
-    with SavedForBackward() as scaled:
-        F.scaled_dot_product_attention(x, scales[0].site.linear(x), scales[1].site.linear(x))
-    assert scaled.nbytes == plain.nbytes + sum(scale.scale.nbytes for scale in scales)
 
 
 @pytest.mark.parametrize(("kind", "inputs"), CASES)
