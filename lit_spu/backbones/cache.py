@@ -6,6 +6,7 @@ can be stale, and runs of any task, method, seed or batch size share it.
 
 from __future__ import annotations
 
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -152,6 +153,7 @@ class TapCache:
     def __init__(self, backbone: Backbone, folder: Path | None = None, precision: Precision = "fp32") -> None:
         self.backbone = backbone
         self.stored = _STORED[precision]
+        self.shapes = [(stream.depth + 1, stream.width) for stream in backbone.streams]
         self.dtype = next(backbone.stem.embeddings[0].parameters()).dtype
         self.store: Store = InMemory() if folder is None else InFiles(folder / f"{_digest(backbone)}-{precision}")
 
@@ -205,12 +207,8 @@ class TapCache:
 
     # -- one text's bytes: for each stream the numbers [blocks + 1, tokens, width], then the scales of int8 -----------
 
-    def _shape(self, stream: int, tokens: int) -> tuple[int, int, int]:
-        found = self.backbone.streams[stream]
-        return found.depth + 1, tokens, found.width
-
     def _size(self, stream: int, tokens: int) -> int:
-        blocks, tokens, width = self._shape(stream, tokens)
+        blocks, width = self.shapes[stream]
         return blocks * tokens * (width * self.stored.itemsize + (4 if self.stored is torch.int8 else 0))
 
     def _tokens(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -251,30 +249,30 @@ class TapCache:
     def _read(
         self, records: Sequence[Record], tokens: Sequence[Tensor], inputs: Mapping[str, Tensor]
     ) -> tuple[Taps, ...]:
-        like = _LIKE[self.stored]
-        starts = [0] * len(records)
+        left = list(records)
+
+        def take(row: int, like: Any, *shape: int) -> Any:
+            """The next numbers of a record."""
+            end = math.prod(shape) * np.dtype(like).itemsize
+            part, left[row] = left[row][:end], left[row][end:]
+            return part.view(like).reshape(shape)
+
         taps = []
         for stream, counts in enumerate(tokens):
-            blocks, longest, width = self._shape(stream, int(counts.max()))
+            (blocks, width), longest = self.shapes[stream], int(counts.max())
             numbers = torch.empty(blocks, len(records), longest, width, dtype=self.stored)
-            scales = torch.zeros(blocks, len(records), longest, 1)
             raw = (numbers.view(torch.int16) if self.stored is torch.bfloat16 else numbers).numpy()
-            for row, (record, count) in enumerate(zip(records, counts.tolist(), strict=True)):
-                end = starts[row] + blocks * count * width * self.stored.itemsize
-                raw[:, row, :count] = record[starts[row] : end].view(like).reshape(blocks, count, width)
+            scales = torch.zeros(blocks, len(records), longest, 1) if self.stored is torch.int8 else None
+            for row, count in enumerate(counts.tolist()):
+                raw[:, row, :count] = take(row, _LIKE[self.stored], blocks, count, width)
                 raw[:, row, count:] = 0
-                starts[row] = end
-                if self.stored is torch.int8:
-                    end += blocks * count * 4
-                    scales.numpy()[:, row, :count, 0] = (
-                        record[starts[row] : end].view(np.float32).reshape(blocks, count)
-                    )
-                    starts[row] = end
-            states = [
-                (block * scale if self.stored is torch.int8 else block).to(inputs["input_ids"].device, self.dtype)
-                for block, scale in zip(numbers, scales, strict=True)
-            ]
-            taps.append(Taps(states[0], tuple(states[1:]), None if stream else inputs.get("attention_mask")))
+                if scales is not None:
+                    scales.numpy()[:, row, :count] = take(row, np.float32, blocks, count, 1)
+            states = (
+                numbers if scales is None else (block * scale for block, scale in zip(numbers, scales, strict=True))
+            )
+            first, *others = (state.to(inputs["input_ids"].device, self.dtype) for state in states)
+            taps.append(Taps(first, tuple(others), None if stream else inputs.get("attention_mask")))
         return tuple(taps)
 
 
