@@ -245,6 +245,13 @@ class Trunk:
 
     def taps(self, inputs: Batch) -> tuple[Taps, ...]:
         """Run, and give what every block of every stream computed."""
+        with self.tapped(inputs) as taps:
+            self.run(inputs)
+        return taps()
+
+    @contextmanager
+    def tapped(self, inputs: Batch) -> Iterator[Callable[[], tuple[Taps, ...]]]:
+        """Gives what every block of every stream has computed, once something runs the trunk on these inputs."""
         first: list[Tensor] = []
         outputs: list[list[Tensor]] = [[] for _ in self.stacks]
 
@@ -252,6 +259,10 @@ class Trunk:
             if position == 0:
                 first.append(state)
             return state
+
+        def taps() -> tuple[Taps, ...]:
+            masks = [inputs.get("attention_mask"), *[None] * (len(first) - 1)]
+            return tuple(Taps(*tap) for tap in zip(first, map(tuple, outputs), masks, strict=True))
 
         with (
             self.entered(enter),
@@ -261,9 +272,7 @@ class Trunk:
                 for block in stack
             ),
         ):
-            self.run(inputs)
-        masks = [inputs.get("attention_mask"), *[None] * (len(first) - 1)]
-        return tuple(Taps(*tap) for tap in zip(first, map(tuple, outputs), masks, strict=True))
+            yield taps
 
     @contextmanager
     def entered(self, enter: Enter) -> Iterator[None]:

@@ -88,14 +88,13 @@ class LSTDistillation(TapReader):
         return scores
 
     def loss(self, batch: Batch) -> Tensor:
-        with record_function("student"):
-            own = self.student.trunk(batch)
-            scores = self.student.scores(own, batch)
+        with self.student.stem.tapped(self.student.inputs(batch)) as own:
+            scores = self(batch)
         loss = self.student.loss(scores, batch)
         if self.states_weight or self.scores_weight:
             taught = self.taps(batch)
         if self.states_weight:
-            loss = loss + self.states_weight * torch.stack([*self._distances(own, taught)]).mean()
+            loss = loss + self.states_weight * torch.stack([*self._distances(own(), taught)]).mean()
         if self.scores_weight:
             with torch.no_grad():
                 answers = self.backbone.scores(taught, batch)
