@@ -98,12 +98,19 @@ class _Pruning:
 
     def _residual(self) -> Tensor:
         """The coordinates of the residual stream that matter: by what writes into it, or by the embeddings alone."""
-        width, embedded = self.backbone.model.config.hidden_size, _parameters(self.backbone.embeddings)
-        embeddings = [name for name, p in self.backbone.model.named_parameters() if p in embedded and p.ndim == 2]
-        written = [self.scores[name].double().sum(0) for name in embeddings if self.scores[name].shape[1] == width]
+        written = self._columns(self.backbone.model.config.hidden_size)
         if self.order == "residual" or not written:
             written += [self._score(site).sum(1) for site in self.backbone.sites("output", "down")]
         return top(torch.stack(written).sum(0), self.narrow)
+
+    def _columns(self, width: int) -> list[Tensor]:
+        """The scores of the columns of each table of embeddings that is so wide."""
+        embedded = _parameters(self.backbone.embeddings)
+        return [
+            self.scores[name].double().sum(0)
+            for name, p in self.backbone.model.named_parameters()
+            if p in embedded and p.ndim == 2 and p.shape[1] == width
+        ]
 
     def _block(self, stream: int, number: int, place: int | None, current: Tensor) -> Tensor:
         """Start the side block at that place, if it has one; gives the coordinates that the next block reads."""
@@ -205,12 +212,7 @@ class _Pruning:
 
     def _other(self, was: int, now: int, name: str) -> Tensor:
         """What is kept of embeddings that are narrower than the blocks."""
-        embedded = _parameters(self.backbone.embeddings)
-        columns = [
-            self.scores[key].double().sum(0)
-            for key, p in self.backbone.model.named_parameters()
-            if p in embedded and p.ndim == 2 and p.shape[1] == was
-        ]
+        columns = self._columns(was)
         if not columns:
             raise UserError(
                 f"model.start: how {name} of a {self.backbone.model.config.model_type} narrows from {was} to {now} is"
