@@ -52,23 +52,20 @@ def separate(ckpt_path: str, output: str, data: dict[str, Any] | None = None) ->
     batches = list(module.val_dataloader()[0])
     seconds = interleave({"teacher": lambda: teacher(batches[0]), "student": lambda: student(batches[0])}, ROUNDS)
     table = Table(title=f"{folder}: {method.task.name}, validation", title_justify="left", box=SIMPLE)
-    metric = method.task.monitor.removeprefix("val/")
-    for header in ("model", "parameters", "MiB", metric, "ms a batch"):
+    for header in ("model", "parameters", "MiB", method.task.metrics[0], "ms a batch"):
         table.add_column(header, justify="left" if header == "model" else "right")
     for name, backbone in (("teacher", teacher), ("student", student)):
         count = sum(p.numel() for p in backbone.model.parameters())
         size = sum(p.nbytes for p in backbone.model.parameters()) / MIB
-        found = f"{score(backbone, batches)[metric]:.4f}" if backbone.knows_answers else "head untrained"
+        found = f"{score(backbone, batches):.4f}" if backbone.knows_answers else "head untrained"
         table.add_row(name, f"{count:,}", f"{size:,.1f}", found, f"{1000 * median(seconds[name]):,.1f}")
     Console().print(table)
 
 
 @torch.no_grad()
-def score(backbone: Backbone, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """The task's metrics of a model by itself."""
-    metrics = task_metrics(backbone.task)
+def score(backbone: Backbone, batches: Sequence[dict[str, torch.Tensor]]) -> float:
+    """What a model scores by itself, in the task's first metric."""
+    metric = task_metrics(backbone.task)[backbone.task.metrics[0]]
     for batch in batches:
-        prediction, _ = backbone.predict(backbone(batch))
-        for name in backbone.task.metrics:
-            metrics[name].update(prediction, batch["labels"])
-    return {name: float(metrics[name].compute()) for name in backbone.task.metrics}
+        metric.update(backbone.predict(backbone(batch))[0], batch["labels"])
+    return float(metric.compute().nan_to_num(0.0))
