@@ -72,15 +72,11 @@ def made_with(file: Path) -> dict[str, Any]:
     """
     import torch
 
+    exported = trained.read(file, weights=False) if file.name == trained.WEIGHTS else None
     try:
-        if file.name == trained.WEIGHTS:
-            checkpoint = trained.read(file)
-        else:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = exported or torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         model = dict(checkpoint["hyper_parameters"])
         made_by = model.pop("_class_path", None) or checkpoint["method"]
-    except UserError:
-        raise
     except Exception as error:  # whatever torch makes of a file that is something else
         raise UserError(f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu.") from error
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))

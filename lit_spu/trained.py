@@ -26,8 +26,8 @@ def write(method: Method, file: Path) -> None:
     save_file(weights, file, metadata={"lit_spu": json.dumps(checkpoint)})
 
 
-def read(file: Path) -> dict[str, Any]:
-    """The same as a checkpoint.
+def read(file: Path, weights: bool = True) -> dict[str, Any]:
+    """The same as a checkpoint, with its weights or without.
 
     Raises:
         UserError: if the file was not written so.
@@ -35,9 +35,10 @@ def read(file: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt") as weights:
-            checkpoint: dict[str, Any] = json.loads(weights.metadata()["lit_spu"])
-            checkpoint["state_dict"] = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+        with safe_open(file, "pt") as opened:
+            checkpoint: dict[str, Any] = json.loads(opened.metadata()["lit_spu"])
+            names = opened.keys() if weights else ()
+            checkpoint["state_dict"] = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} was not written by lit-spu export: {error!r}") from error
     return checkpoint
