@@ -19,8 +19,8 @@ from lit_spu.backbones import Batch
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import TapReader
 
-SHARED = ("backbone", "task", "head", "backbone_precision", "tap_cache", "cache_precision", "optimizer", "warmup")
-"""What siblings cannot have each for itself."""
+OWN = ("lr", "weight_decay", "activation_checkpointing")
+"""Of the settings that all methods have, those that each sibling may have for itself."""
 
 
 class SharedTrunk(TapReader):
@@ -132,7 +132,7 @@ def _made(side: str, name: str, common: Mapping[str, Any], own: Mapping[str, Any
     if side not in classes:
         raise UserError(f"model.side={side} reads no frozen backbone. {did_you_mean(side, classes)}")
     cls: Any = classes[side]
-    if shared := [setting for setting in SHARED if setting in own]:
+    if shared := [setting for setting in discovery.settings(TapReader) if setting in own and setting not in OWN]:
         raise UserError(f"model.siblings.{name}: {', '.join(shared)} must be the same for all: set it for the model.")
     known = {*discovery.settings(cls), "seed"}
     for setting in own:
