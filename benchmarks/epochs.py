@@ -23,35 +23,37 @@ def epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size
     """Processor seconds of an epoch, by row: medians of interleaved rounds, with one thread."""
     torch.set_num_threads(1)
     batches = list(random_texts(texts, batch_size, vocabulary=16))
+    calls: dict[str, Callable[[], None]] = {}
+
+    def add(name: str, method: Method, cache: Callable[[], TapCache] | None = None) -> None:
+        step, _ = training_step(method, batches[0])
+
+        def epoch() -> None:
+            if cache is not None and isinstance(method, TapReader):
+                method.kept = cache()
+            for batch in batches:
+                step(batch)
+
+        calls[name] = epoch
+
+    def made(config: str) -> Method:
+        return build(CONFIGS / f"{config}.yaml", backbone=str(backbone), task=task.name, reduction=8)
+
+    full = made(FULL)
+    passes = [forward_pass(full, batch) for batch in batches]
+
+    def forward() -> None:
+        for run in passes:
+            run()
+
     with TemporaryDirectory() as folder:
-        calls: dict[str, Callable[[], None]] = {}
-
-        def add(name: str, method: Method, cache: Callable[[TapReader], TapCache] | None = None) -> None:
-            step, _ = training_step(method, batches[0])
-
-            def epoch() -> None:
-                if cache is not None and isinstance(method, TapReader):
-                    method.kept = cache(method)
-                for batch in batches:
-                    step(batch)
-
-            calls[name] = epoch
-
-        full = build(CONFIGS / f"{FULL}.yaml", backbone=str(backbone), task=task.name)
-        passes = [forward_pass(full, batch) for batch in batches]
-        calls[FORWARD] = lambda: [run() for run in passes].clear()
+        calls[FORWARD] = forward
         add(FULL, full)
-
-        def ladder() -> TapReader:
-            made = build(CONFIGS / "lst.yaml", backbone=str(backbone), task=task.name, reduction=8)
-            assert isinstance(made, TapReader)
-            return made
-
-        add("lst", ladder())
-        add("lst, cached: first epoch", ladder(), lambda method: TapCache(method.backbone))
-        filled = ladder()
-        in_memory, in_files = TapCache(filled.backbone), TapCache(filled.backbone, Path(folder), "bf16")
-        add("lst, cached: later epochs", filled, lambda _: in_memory)
-        add("lst, cached in files, bf16: later epochs", ladder(), lambda _: in_files)
+        add("lst", made("lst"))
+        fresh, filled, filed = (made("lst") for _ in range(3))
+        in_memory, in_files = TapCache(filled.backbone), TapCache(filed.backbone, Path(folder), "bf16")
+        add("lst, cached: first epoch", fresh, lambda: TapCache(fresh.backbone))
+        add("lst, cached: later epochs", filled, lambda: in_memory)
+        add("lst, cached in files, bf16: later epochs", filed, lambda: in_files)
         seconds = interleave(calls, rounds)
     return {name: median(found) for name, found in seconds.items()}
