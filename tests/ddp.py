@@ -1,4 +1,4 @@
-"""Runs one method twice, each in processes of its own: on one device, and on two with half the batch each."""
+"""Runs a method in processes of its own: on one device, or on two with half the batch each."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from lightning.pytorch import Trainer
 
 def run_both(config: Path, backbone: str, folder: Path) -> list[dict[str, Any]]:
     """The trained weights and the metrics of both runs: one device, then two."""
-    results = []
-    for devices in (1, 2):
-        out = folder / f"{devices}.pt"
-        settings = {
-            "config": str(config),
-            "backbone": backbone,
-            "devices": devices,
-            "out": str(out),
-            "cache": str(folder),
-        }
-        command = [sys.executable, "-m", "tests.ddp", json.dumps(settings)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        root = Path(__file__).parents[1]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(out))
-    return results
+    return [run(config, backbone, folder, devices) for devices in (1, 2)]
+
+
+def run(config: Path, backbone: str, folder: Path, devices: int, **changed: Any) -> dict[str, Any]:
+    """The trained weights and the metrics of a run in processes of its own, with these of the method's settings."""
+    out = folder / f"{devices}.pt"
+    settings = {
+        "config": str(config),
+        "method": {"backbone": backbone, **changed},
+        "devices": devices,
+        "out": str(out),
+        "cache": str(folder),
+    }
+    command = [sys.executable, "-m", "tests.ddp", json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = torch.load(out)
+    return result
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
@@ -55,7 +58,7 @@ def main(settings: dict[str, Any]) -> None:
 
     devices = settings["devices"]
     seed_everything(0)
-    method = build(Path(settings["config"]), backbone=settings["backbone"])  # without dropout
+    method = build(Path(settings["config"]), **settings["method"])  # without dropout
     data = GLUE(batch_size=8 // devices, limit_train=40, limit_validation=21, cache=settings["cache"])
     trainer = quiet_trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2)
     trainer.fit(method, data)

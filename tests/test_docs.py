@@ -35,7 +35,7 @@ def test_every_setting_of_every_method_is_explained(hooks: ModuleType) -> None:
 
 
 def test_a_methods_own_default_is_shown(hooks: ModuleType) -> None:
-    assert "| `activation_checkpointing` | `True` |" in hooks.settings(hooks.METHODS["kladder"])
+    assert "| `activation_checkpointing` | `True` |" in hooks.settings(hooks.METHODS["side_lora"])
     assert "| `activation_checkpointing` | `False` |" in hooks.settings(hooks.METHODS["full"])
 
 

@@ -237,6 +237,18 @@ class Trunk:
         hidden: Tensor = self.model(**inputs).last_hidden_state
         return hidden
 
+    def run_at(self, inputs: Batch, position: Tensor) -> Tensor:
+        """The same at one `position` [batch] of each text, [batch, 1, width]: no other is computed where that can be.
+
+        That is where a block attends as `attention` does, and each position is like any other to it.
+        """
+        if self.family.shape.causal or self.model.config._attn_implementation != attention.NAME:
+            return attention.at(self.run(inputs), position)
+        last = len(self.stacks[-1]) - 1
+        readers = [site.linear for site in self.sites_of(len(self.stacks) - 1, last, "key", "value")]
+        with attention.answering(self.stacks[-1][last], readers, position):
+            return self.run(inputs)
+
     def finish(self, last: Tensor) -> Tensor:
         """What `run` gives, from the output of the last block: both [batch, tokens, width]."""
         for path in self.family.after:
@@ -400,8 +412,12 @@ class Backbone(nn.Module, ABC):
         """The arguments with which the trunk reads a batch."""
 
     @abstractmethod
-    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The hidden state [batch, any width] from which the language-model head answers."""
+    def answer(self, batch: Batch) -> Tensor:
+        """The position [batch] of the last stream from whose state the language-model head answers."""
+
+    def position(self, batch: Batch) -> Tensor:
+        """The position [batch] of the last stream whose state the head reads."""
+        return torch.zeros_like(batch["input_ids"][:, 0]) if self.classifies else self.answer(batch)
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -452,8 +468,11 @@ class Backbone(nn.Module, ABC):
         return self.head(self.read(self.stem.finish(taps[-1].blocks[-1]), batch))
 
     def read(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The one state [batch, any width] that the head reads of the last stream's [batch, tokens, any width]."""
-        state = hidden[:, 0] if self.classifies else self.answer(hidden, batch)
+        """The one state [batch, any width] that the head reads of the last stream's [batch, tokens, any width].
+
+        Where there is one token alone, as behind `Trunk.run_at`, that is the one.
+        """
+        state = (hidden if hidden.shape[1] == 1 else attention.at(hidden, self.position(batch)))[:, 0]
         return state.float() if state.dtype is torch.bfloat16 else state  # heads are in fp32
 
     def head(self, state: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lit_spu.backbones.base import Backbone, Batch, Head
@@ -27,9 +26,8 @@ class Causal(Backbone):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
-    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        last = batch["attention_mask"].sum(-1) - 1
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    def answer(self, batch: Batch) -> Tensor:
+        return batch["attention_mask"].sum(-1) - 1
 
 
 class Rotary(Causal):

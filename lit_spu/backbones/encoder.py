@@ -6,7 +6,6 @@ import inspect
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lit_spu.backbones.base import Backbone, Batch, Head
@@ -36,6 +35,6 @@ class Encoder(Backbone):
         known = inspect.signature(self.stem.model.forward).parameters
         return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
 
-    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        blanks = batch["input_ids"] == self.encoding.tokenizer.mask_token_id
-        return hidden[torch.arange(len(hidden), device=hidden.device), blanks.int().argmax(-1)]
+    def answer(self, batch: Batch) -> Tensor:
+        blanks: Tensor = batch["input_ids"] == self.encoding.tokenizer.mask_token_id
+        return blanks.int().argmax(-1)

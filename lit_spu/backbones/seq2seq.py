@@ -61,8 +61,8 @@ class Seq2Seq(Backbone):
         prefix = self.prefix.expand(len(ids), -1)
         return {"input_ids": ids, "attention_mask": batch["attention_mask"], "decoder_input_ids": prefix}
 
-    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return hidden[:, -1]
+    def answer(self, batch: Batch) -> Tensor:
+        return torch.full_like(batch["input_ids"][:, 0], len(self.prefix) - 1)
 
     def head(self, state: Tensor) -> Tensor:
         config = self.model.config

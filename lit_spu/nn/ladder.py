@@ -137,11 +137,11 @@ class SideNetwork(nn.Module):
             ladder(stream, kept, width) for stream, kept in zip(self.streams, self.kept, strict=True)
         )
 
-    def forward(self, taps: Sequence[Taps], inputs: Batch) -> Tensor:
-        """Hidden states [batch, tokens, side width]; what the backbone's head reads of them goes through `up`."""
+    def forward(self, taps: Sequence[Taps], inputs: Batch, position: Tensor) -> Tensor:
+        """The hidden state [batch, 1, side width] at one `position` [batch]; a head reads it through `up`."""
         enters = [ladder(tap) for ladder, tap in zip(self.ladders, taps, strict=True)]
         with self.trunk.entered(lambda stream, n, state: enters[stream](n, state)):
-            return self.trunk.run(self.trunk.inputs_like(inputs))
+            return self.trunk.run_at(self.trunk.inputs_like(inputs), position)
 
 
 class Projection(nn.Linear):

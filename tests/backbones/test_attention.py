@@ -12,15 +12,18 @@ from torch import Tensor
 
 from lit_spu.backbones import attention, load_backbone
 from lit_spu.backbones.attention import attend
+from lit_spu.backbones.base import tensor_of
+from lit_spu.backbones.encoder import Encoder
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.tasks import TASKS
 from tests.conftest import FAMILIES, encode
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small that the examples of these tests come in several chunks, the last one short."""
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks so small that the examples of these tests come in several, the last one short; and no text is short."""
     monkeypatch.setattr(attention, "CHUNK", 2 * 3 * 6 * 7)
+    monkeypatch.setattr(attention, "SHORT", 0)
 
 
 def inputs() -> list[Tensor]:
@@ -114,3 +117,29 @@ def test_a_side_network_of_any_family_answers_as_with_torchs_attention(tiny: Cal
             assert (ours is None) == (plain is None)
             if ours is not None:
                 torch.testing.assert_close(ours, plain, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["classifier", "prompt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_position_alone_is_that_of_all(tiny: Callable[[str], str], family: str, head: Any) -> None:
+    """Scores and gradients are equal; encoders with torch's own attention leave the last block's other tokens out."""
+    torch.manual_seed(0)
+    teacher = load_backbone(tiny(family), TASKS["mnli"], head)
+    backbone = teacher.student(2, [range(4)] * len(teacher.streams)).double().eval()
+    batch = encode(backbone)  # of texts of several lengths
+    widths: list[int] = []
+    blocks = backbone.stem.stacks[-1]
+    hook = blocks[-1].register_forward_hook(lambda _block, _args, out: widths.append(tensor_of(out).shape[1]))
+    inputs, position = backbone.inputs(batch), backbone.position(batch)
+    found = []
+    for hidden in (backbone.stem.run(inputs), backbone.stem.run_at(inputs, position)):
+        scores = backbone.head(backbone.read(hidden, batch))
+        gradients = torch.autograd.grad(scores.square().sum(), list(backbone.parameters()), allow_unused=True)
+        found.append([scores, *gradients])
+    hook.remove()
+    assert len(set(position.tolist())) > 1 or head == "classifier" or family.startswith("t5")
+    for one, whole in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(one, whole, atol=1e-12, rtol=1e-9)
+    alone = backbone.stem.family.shape is Encoder and family != "deberta-v2"
+    assert widths[1] == (1 if alone else widths[0])
+    assert not any(module._forward_pre_hooks for module in blocks[-1].modules())

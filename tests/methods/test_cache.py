@@ -6,16 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_spu.backbones.cache import InFiles
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.base import TapReader
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.ladder import LadderSideTuning
+from tests.ddp import run
 
+LST = Path(__file__).parents[2] / "configs" / "lst.yaml"
 Run = Callable[..., Trainer]
 
 # the mini models tell all of these texts apart, which the tiny ones' few words do not
@@ -114,3 +118,22 @@ def test_the_size_is_told_before(
         with caplog.at_level("INFO"):
             fit(LadderSideTuning(reduction=4, tap_cache=folder), data(**WIDE))
         assert f"60 texts, {new} of them new" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
+    """Each trains in later epochs on what the other kept, and all comes out as without a cache."""
+    plain = run(LST, "mini-bert", tmp_path, 2)
+    taps = tmp_path / "taps"
+    kept = run(LST, "mini-bert", tmp_path, 2, tap_cache=str(taps))
+    for name, tensor in plain["weights"].items():
+        torch.testing.assert_close(kept["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+    assert kept["metrics"]["val/loss"] == pytest.approx(plain["metrics"]["val/loss"], abs=1e-5)
+    indices = sorted(taps.glob("*/*.index"))
+    assert len(indices) == 2  # a file of each rank
+    texts = [{key for key, *_ in np.fromfile(path, InFiles._LINE).tolist()} for path in indices]
+    assert all(texts)
+    assert len(set.union(*texts)) == 61
+    again = run(LST, "mini-bert", tmp_path, 2, tap_cache=str(taps))
+    assert sorted(taps.glob("*/*.index")) == indices  # nothing new
+    assert all(torch.equal(again["weights"][name], tensor) for name, tensor in kept["weights"].items())

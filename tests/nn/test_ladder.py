@@ -39,7 +39,8 @@ def build(folder: str, reduction: int = 2, drop: Sequence[int] = (), **ladder: A
 def scores(backbone: Any, side: Any, batch: dict[str, Tensor], taps: Sequence[Taps] | None = None) -> Tensor:
     with torch.no_grad():
         taps = taps or backbone.trunk(batch)
-    result: Tensor = backbone.head(side.up(backbone.read(side(taps, backbone.inputs(batch)), batch)))
+    hidden = side(taps, backbone.inputs(batch), backbone.position(batch))
+    result: Tensor = backbone.head(side.up(backbone.read(hidden, batch)))
     return result
 
 
