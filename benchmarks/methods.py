@@ -98,12 +98,12 @@ def under_peft(method: Method) -> Method:
 
 
 def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
-    """The plain backbone's forward pass as a call."""
+    """The plain backbone's forward pass as a call: all of every block, also where a method would leave some out."""
     backbone = method.backbone
 
     @torch.no_grad()
     def forward() -> None:
-        backbone(batch)
+        backbone.head(backbone.read(backbone.stem.run(backbone.inputs(batch)), batch))
 
     return forward
 

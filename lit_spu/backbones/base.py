@@ -145,6 +145,10 @@ class Trunk:
         self.model: Any = model
         self.family = family
         self.stacks = [list(model.get_submodule(path).children()) for path in family.stacks]
+        last = len(self.stacks) - 1
+        # by path: other libraries put modules of their own there
+        self._readers = [site.path for site in self.sites_of(last, len(self.stacks[last]) - 1, "key", "value")]
+        self._tapped = 0
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -240,13 +244,14 @@ class Trunk:
     def run_at(self, inputs: Batch, position: Tensor) -> Tensor:
         """The same at one `position` [batch] of each text, [batch, 1, width]: no other is computed where that can be.
 
-        That is where a block attends as `attention` does, and each position is like any other to it.
+        That is where a block attends as `attention` does, each position is like any other to it, and nothing else is to
+        be had of it: it is not tapped, nor run again in the backward pass.
         """
-        if self.family.shape.causal or self.model.config._attn_implementation != attention.NAME:
+        block = self.stacks[-1][-1]
+        alike = not self.family.shape.causal and self.model.config._attn_implementation == attention.NAME
+        if not alike or self._tapped or getattr(block, "gradient_checkpointing", False):
             return attention.at(self.run(inputs), position)
-        last = len(self.stacks[-1]) - 1
-        readers = [site.linear for site in self.sites_of(len(self.stacks) - 1, last, "key", "value")]
-        with attention.answering(self.stacks[-1][last], readers, position):
+        with attention.answering(block, [*map(self.model.get_submodule, self._readers)], position):
             return self.run(inputs)
 
     def finish(self, last: Tensor) -> Tensor:
@@ -284,7 +289,11 @@ class Trunk:
                 for block in stack
             ),
         ):
-            yield taps
+            self._tapped += 1
+            try:
+                yield taps
+            finally:
+                self._tapped -= 1
 
     @contextmanager
     def entered(self, enter: Enter) -> Iterator[None]:
@@ -385,6 +394,8 @@ class Backbone(nn.Module, ABC):
         self.answers_by: Head = head
         self.knows_answers = False
         self.stem = self.trunk_class(base_of(model), family)
+        if not self.causal:
+            attention.install(self.stem.model)
         self.classifies = head == "classifier" and bool(family.classifier)
         self.steps = [STEPS.get(path) or model.get_submodule(path) for path in self.head_path]
         self.rows: nn.Parameter | None = None
@@ -452,12 +463,11 @@ class Backbone(nn.Module, ABC):
             UserError: if the widths do not divide by `reduction`.
         """
         model = type(self.model)(self.stem.narrowed(reduction, keep))
-        attention.install(base_of(model))
         return type(self)(model, self.stem.family, self.task, self.answers_by, self.encoding, self.name)
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores [batch, labels]."""
-        return self.head(self.read(self.stem.run(self.inputs(batch)), batch))
+        return self.head(self.read(self.stem.run_at(self.inputs(batch), self.position(batch)), batch))
 
     def trunk(self, batch: Batch) -> tuple[Taps, ...]:
         """What every block computed, per stream."""

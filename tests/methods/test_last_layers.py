@@ -24,7 +24,7 @@ def test_gradients_reach_the_last_blocks_only(tiny: Callable[[str], str], family
 
 def test_memory_follows_the_number_of_layers(tiny: Callable[[str], str]) -> None:
     saved = []
-    for layers in (1, 2, 3):
+    for layers in (2, 3, 4):  # of the last one, less is computed
         method = LastLayers(layers=layers, backbone=tiny("bert")).train()
         batch = encode(method.backbone)
         with SavedForBackward(method.parameters()) as counter:

@@ -1,0 +1,115 @@
+"""MeZO (Malladi et al. 2023, https://arxiv.org/abs/2305.17333): training with forward passes alone.
+
+A step looks at the loss a little way along a random direction and against it (SPSA), and moves along the direction by
+their difference. Nothing is kept but a number a direction: the direction itself is drawn again from its key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_spu.optim.perturbation import Gaussian, LowRank, Noise, Perturbed, Rademacher, Table, key_of
+
+NoiseName = Literal["gaussian", "rademacher", "table", "low_rank"]
+
+NOISES: dict[str, type[Noise]] = {"gaussian": Gaussian, "rademacher": Rademacher, "table": Table, "low_rank": LowRank}
+
+
+class MeZO(Optimizer):
+    """SPSA with two evaluations a direction: g = (ℓ(θ+εz) − ℓ(θ−εz)) / 2ε, and θ ← (1 − lr·wd)θ − lr·mean of all g·z.
+
+    Weights are bitwise what they were after an evaluation, whatever their precision; those in half precision keep what
+    an update leaves over, so that small ones add up.
+
+    Args:
+        params: Weights, or named ones or groups of such, as any torch optimizer's. A weight's z depends on its name.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        epsilon: ε, how far the loss is looked at.
+        noise: The distribution of z.
+        directions: n, how many are averaged in a step (n-SPSA).
+        seed: Of all directions.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-6,
+        weight_decay: float = 0.0,
+        epsilon: float = 1e-3,
+        noise: NoiseName = "gaussian",
+        directions: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if epsilon <= 0 or directions < 1:
+            raise ValueError(f"epsilon={epsilon} must be above 0, and directions={directions} at least 1")
+        self.epsilon, self.directions, self.seed = epsilon, directions, seed
+        self.noise = NOISES[noise]()
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """Evaluate the loss 2n times and move; gives the mean of the losses.
+
+        Args:
+            closure: The loss of this step's batch, a scalar, at the weights as they are read.
+        """
+        losses = torch.stack([self._losses(self._keys(j), closure) for j in range(self.directions)]).cpu()
+        self.apply(((losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)).float())
+        return losses.mean()
+
+    @torch.no_grad()
+    def apply(self, slopes: Tensor) -> None:
+        """Take a step whose slopes g [n] along its directions are known; one that is not finite is left out."""
+        step = self.param_groups[0]["step"]
+        names = self._names()
+        for group in self.param_groups:
+            lr = group["lr"]
+            for parameter in group["params"]:
+                moves = [
+                    (key_of(self.seed, step, j, names[id(parameter)]), -lr * g / len(slopes))
+                    for j, g in enumerate(slopes.tolist())
+                    if math.isfinite(g)
+                ]
+                self.noise.move(parameter, moves, lr * group["weight_decay"], self._rest(parameter))
+            group["step"] = step + 1
+
+    def _losses(self, keys: list[tuple[Tensor, int]], closure: Callable[[], Tensor]) -> Tensor:
+        found = []
+        for sign in (1, -1):
+            with Perturbed(keys, self.noise, sign * self.epsilon):
+                found.append(closure().double())
+        return torch.stack(found)
+
+    def _keys(self, direction: int) -> list[tuple[Tensor, int]]:
+        step, names = self.param_groups[0]["step"], self._names()
+        return [
+            (parameter, key_of(self.seed, step, direction, names[id(parameter)]))
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
+
+    def _names(self) -> dict[int, str]:
+        named: dict[int, str] = {}
+        for group in self.param_groups:
+            for parameter, name in zip(group["params"], group.get("param_names", group["params"]), strict=True):
+                named[id(parameter)] = name if isinstance(name, str) else str(len(named))
+        return named
+
+    def _rest(self, parameter: Tensor) -> Tensor | None:
+        if parameter.dtype not in (torch.float16, torch.bfloat16):
+            return None
+        state = self.state[parameter]
+        if not state:
+            state["rest"] = torch.zeros_like(parameter)
+        rest: Tensor = state["rest"]
+        return rest

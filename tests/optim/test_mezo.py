@@ -1,0 +1,206 @@
+"""SPSA against what it estimates, and what a step may and may not change."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_spu.measure import LiveBytes
+from lit_spu.optim.mezo import NOISES, MeZO
+from lit_spu.optim.perturbation import key_of
+
+noises = pytest.mark.parametrize("noise", NOISES)
+
+
+def bowl(dimensions: int = 50, cubic: float = 0.0) -> tuple[nn.Parameter, Callable[[], Tensor]]:
+    """A weight at a random place, and a quadratic loss of it, with a cubic term on top."""
+    generator = torch.Generator().manual_seed(1)
+    weight = nn.Parameter(torch.randn(dimensions, dtype=torch.float64, generator=generator))
+    curve = torch.randn(dimensions, dimensions, dtype=torch.float64, generator=generator)
+    curve = curve @ curve.T / dimensions
+    return weight, lambda: weight @ (curve @ weight) / 2 + cubic * (weight * weight * weight).sum()
+
+
+def gradient(weight: nn.Parameter, loss: Callable[[], Tensor]) -> Tensor:
+    return torch.autograd.grad(loss(), weight)[0]
+
+
+def z_of(optimizer: MeZO, weight: Tensor, step: int = 0, direction: int = 0, name: str = "0") -> Tensor:
+    return optimizer.noise.sample(key_of(optimizer.seed, step, direction, name), weight).to(weight.dtype)
+
+
+def moved(optimizer: MeZO, weight: nn.Parameter, loss: Callable[[], Tensor]) -> Tensor:
+    """How far a step moves the weight, which is put back."""
+    before = weight.detach().clone()
+    optimizer.step(loss)
+    moved = weight.detach() - before
+    with torch.no_grad():
+        weight.copy_(before)
+    return moved
+
+
+@noises
+def test_along_a_quadratic_the_slope_is_exact(noise: Any) -> None:
+    weight, loss = bowl()
+    optimizer = MeZO([weight], lr=1.0, noise=noise, epsilon=1e-2)
+    z, slope = z_of(optimizer, weight), gradient(weight, loss)
+    torch.testing.assert_close(moved(optimizer, weight, loss), -(z @ slope) * z, atol=1e-5, rtol=1e-6)
+
+
+def test_a_cubic_adds_its_third_order_term() -> None:
+    """g = z·∇L + ε²·c·Σz³: the error falls with the square of ε."""
+    weight, loss = bowl(cubic=0.4)
+    for epsilon in (0.1, 0.05, 0.025):
+        optimizer = MeZO([weight], lr=1.0, epsilon=epsilon)
+        z = z_of(optimizer, weight)
+        slope = z @ gradient(weight, loss) + epsilon**2 * 0.4 * (z**3).sum()
+        torch.testing.assert_close(moved(optimizer, weight, loss), -slope * z, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("directions", [1, 4])
+def test_the_estimate_is_unbiased_and_as_noisy_as_it_must_be(directions: int) -> None:
+    """Its mean is the gradient within four standard errors, and E|ĝ|² = |∇L|²·(d + n + 1)/n for normal z."""
+    weight, loss = bowl(20)
+    slope, count = gradient(weight, loss), 4000
+    optimizer = MeZO([weight], lr=1.0, epsilon=1e-3, directions=directions)
+    estimates = torch.stack([-moved(optimizer, weight, loss) for _ in range(count)])
+    error = 4 * math.sqrt((20 + 1) / (count * directions)) * float(slope.norm())
+    assert float((estimates.mean(0) - slope).norm()) < error
+    square = float(estimates.square().sum(1).mean() / slope.square().sum())
+    assert square == pytest.approx((20 + directions + 1) / directions, rel=0.1)
+
+
+def test_it_goes_downhill() -> None:
+    weight, loss = bowl()
+    optimizer = MeZO([weight], lr=5e-3)
+    first = float(loss().detach())
+    for _ in range(500):
+        optimizer.step(loss)
+    assert float(loss().detach()) < 0.1 * first
+
+
+@noises
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_looks_change_nothing(noise: Any, dtype: torch.dtype) -> None:
+    """The drift of the published algorithm's +ε, −2ε, +ε is 2e-6 in fp32 and 0.12 in bf16 after 1000; here none."""
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4), nn.LayerNorm(4)).to(dtype)
+    before, x = copy.deepcopy(model.state_dict()), torch.randint(20, (6,))
+    optimizer = MeZO(model.named_parameters(), lr=0.0, noise=noise)
+    for _ in range(50):
+        optimizer.step(lambda: model(x).float().square().mean())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@noises
+def test_small_steps_add_up_in_half_precision(noise: Any) -> None:
+    """Each is lost on its own: a hundredth of the distance between two numbers in bf16."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = nn.Linear(16, 8, bias=False)
+        with torch.no_grad():
+            linear.weight.fill_(1.0)
+        linear.to(dtype)
+        optimizer = MeZO(linear.named_parameters(), lr=1.0, noise=noise)
+        for _ in range(400):
+            optimizer.apply(torch.tensor([1e-4]))
+        rest = optimizer.state[linear.weight].get("rest", torch.zeros(1))
+        ends.append(linear.weight.detach().float() + rest.float())
+    assert float((ends[1] - ends[0]).norm()) < 0.1 * float((ends[0] - 1).norm())
+
+
+@pytest.mark.parametrize("error", [True, False])
+def test_what_is_not_trained_and_the_generators_stay(error: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    optimizer = MeZO(list(model[0].named_parameters()), lr=0.1)
+    x, before = torch.randn(6, 8), copy.deepcopy(model.state_dict())
+    states = torch.get_rng_state(), np.random.get_state()[1]  # type: ignore[index]
+
+    def loss() -> Tensor:
+        found: Tensor = model(x).square().mean()
+        if error:
+            raise KeyboardInterrupt
+        return found
+
+    if error:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(loss)
+    else:
+        optimizer.step(loss)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == (set() if error else {"0.weight", "0.bias"})
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # type: ignore[index]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_same_direction_twice_is_that_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_spu.optim.mezo.key_of", lambda seed, step, direction, name: key_of(seed, step, name))
+    weight, loss = bowl()
+    once, twice = (moved(MeZO([weight], lr=0.1, directions=n), weight, loss) for n in (1, 2))
+    torch.testing.assert_close(twice, once, atol=1e-12, rtol=1e-12)
+
+
+def test_weight_decay_and_rate_are_those_of_the_group() -> None:
+    one, two = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    groups = [{"params": [one], "weight_decay": 0.5, "lr": 0.1}, {"params": [two], "lr": 0.0}]
+    MeZO(groups).step(lambda: torch.tensor(3.0))  # flat: no slope
+    torch.testing.assert_close(one.detach(), torch.full((5,), 1 - 0.5 * 0.1))
+    assert torch.equal(two.detach(), torch.ones(5))
+
+
+def test_a_slope_that_is_not_finite_is_left_out() -> None:
+    weight = nn.Parameter(torch.ones(5))
+    for loss in (float("nan"), float("inf")):
+        optimizer = MeZO([weight], lr=0.1)
+        optimizer.step(partial(torch.tensor, loss))
+        assert torch.equal(weight.detach(), torch.ones(5))
+        assert optimizer.param_groups[0]["step"] == 1
+
+
+def test_it_goes_on_from_its_state() -> None:
+    """Bitwise, in bf16 too, whose weights alone are not the whole state."""
+
+    def loss() -> Tensor:
+        found: Tensor = linear(x).float().square().mean()
+        return found
+
+    ends = []
+    for stop in (None, 3):
+        torch.manual_seed(0)
+        linear, x = nn.Linear(16, 8).bfloat16(), torch.randn(4, 16).bfloat16()
+        optimizer = MeZO(linear.named_parameters(), lr=1e-2)
+        for step in range(6):
+            if step == stop:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = MeZO(linear.named_parameters(), lr=0.5)
+                optimizer.load_state_dict(saved)
+            optimizer.step(loss)
+        ends.append(linear.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+@noises
+def test_it_needs_little_more_memory_than_to_look(noise: Any) -> None:
+    """The largest weight once more, and a few blocks."""
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+    x = torch.randn(4, 512)
+    optimizer = MeZO(model.named_parameters(), noise=noise)
+    optimizer.step(lambda: model(x).square().mean())  # tables are made
+    for _ in range(3):
+        with LiveBytes(model) as live:
+            optimizer.step(lambda: model(x).square().mean())
+        assert live.above_bytes < 512 * 512 * 4 + 4 * 2**20
+
+
+@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"directions": 0}])
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"epsilon=.* must be above 0, and directions=.* at least 1"):
+        MeZO([nn.Parameter(torch.ones(1))], **wrong)
