@@ -78,7 +78,7 @@ class Method(LightningModule, ABC):
         """The training loss of a batch, a scalar."""
         return self.backbone.loss(self(batch), batch)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])

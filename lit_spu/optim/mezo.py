@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
 from lit_spu.optim.perturbation import Gaussian, LowRank, Noise, Perturbed, Rademacher, Table, key_of
@@ -34,7 +35,8 @@ class MeZO(Optimizer):
         epsilon: ε, how far the loss is looked at.
         noise: The distribution of z.
         directions: n, how many are averaged in a step (n-SPSA).
-        seed: Of all directions.
+        seed: Of all directions; the same on all ranks.
+        reduce: Gives the sums over all ranks of a tensor on each, where there are several.
 
     Raises:
         ValueError: if a number is out of range.
@@ -49,35 +51,42 @@ class MeZO(Optimizer):
         noise: NoiseName = "gaussian",
         directions: int = 1,
         seed: int = 0,
+        reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> None:
         if epsilon <= 0 or directions < 1:
             raise ValueError(f"epsilon={epsilon} must be above 0, and directions={directions} at least 1")
-        self.epsilon, self.directions, self.seed = epsilon, directions, seed
+        self.epsilon, self.directions, self.seed, self.reduce = epsilon, directions, seed, reduce
         self.noise = NOISES[noise]()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor], examples: int = 1) -> Tensor:  # type: ignore[override]
         """Evaluate the loss 2n times and move; gives the mean of the losses.
 
+        Ranks exchange the sums of their examples' losses and how many these are, and nothing else: each then takes the
+        same step.
+
         Args:
-            closure: The loss of this step's batch, a scalar, at the weights as they are read.
+            closure: The mean loss of this step's batch, a scalar, at the weights as they are read.
+            examples: How many it is the mean of.
         """
-        losses = torch.stack([self._losses(self._keys(j), closure) for j in range(self.directions)]).cpu()
+        losses = torch.stack([self._losses(self._keys(j), closure) for j in range(self.directions)])
+        sums = self.reduce(torch.cat([losses.flatten() * examples, losses.new_tensor([examples])]))
+        losses = (sums[:-1] / sums[-1]).view_as(losses).cpu()
         self.apply(((losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)).float())
         return losses.mean()
 
     @torch.no_grad()
     def apply(self, slopes: Tensor) -> None:
         """Take a step whose slopes g [n] along its directions are known; one that is not finite is left out."""
-        step = self.param_groups[0]["step"]
-        names = self._names()
+        step, names = self.param_groups[0]["step"], self._names()
+        along = [0.0] * len(slopes) if isinstance(slopes, FakeTensor) else slopes.tolist()
         for group in self.param_groups:
             lr = group["lr"]
             for parameter in group["params"]:
                 moves = [
-                    (key_of(self.seed, step, j, names[id(parameter)]), -lr * g / len(slopes))
-                    for j, g in enumerate(slopes.tolist())
+                    (key_of(self.seed, step, j, names[id(parameter)]), -lr * g / len(along))
+                    for j, g in enumerate(along)
                     if math.isfinite(g)
                 ]
                 self.noise.move(parameter, moves, lr * group["weight_decay"], self._rest(parameter))

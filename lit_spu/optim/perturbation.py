@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 _64 = 2**64 - 1
@@ -64,6 +65,8 @@ class Noise(ABC):
         """Some rows [number, width] of the z of a weight [rows, width], in fp32."""
         height = self._height(weight)
         found = weight.new_empty(len(which), weight.shape[1], dtype=torch.float32)
+        if isinstance(which, FakeTensor):
+            return found
         ordered, order = which.sort()
         blocks, counts = (ordered // height).unique_consecutive(return_counts=True)
         start = 0
@@ -243,8 +246,6 @@ class Perturbed(TorchFunctionMode):
         super().__init__()
         self.keys = {id(weight): key for weight, key in weights}
         self.noise, self.scale = noise, scale
-        self.picked: dict[int, Tensor] = {}
-        """By the id of a weight of which rows alone were read: which, in order."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -266,9 +267,10 @@ class Perturbed(TorchFunctionMode):
         return self.noise.shifted(self.keys[id(value)], value, self.scale) if id(value) in self.keys else value
 
     def _rows(self, weight: Tensor, which: Tensor) -> Tensor:
-        rows, places = which.unique(return_inverse=True)
-        before = self.picked.get(id(weight))
-        self.picked[id(weight)] = rows if before is None else torch.cat([before, rows]).unique()
+        if isinstance(which, FakeTensor):  # how many they are depends on which they are
+            rows, places = which.flatten(), torch.zeros_like(which)
+        else:
+            rows, places = which.unique(return_inverse=True)
         z = self.noise.rows(self.keys[id(weight)], weight, rows).to(torch.promote_types(weight.dtype, torch.float32))
         picked: Tensor = (weight[rows] + self.scale * z).to(weight.dtype)[places]
         return picked

@@ -28,12 +28,16 @@ def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
 
 def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..., None], list[torch.optim.Optimizer]]:
     """One training step, on that batch or another, as a call, and its optimizers: the Trainer's, without its logs."""
-    stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000)
+    alone = SimpleNamespace(broadcast=lambda value: value, reduce=lambda value, **_: value)
+    stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000, strategy=alone)
     method.trainer = stand_in
     optimizer: torch.optim.Optimizer = method.configure_optimizers()["optimizer"]
     method.train()
 
     def step(batch: dict[str, Tensor] = batch) -> None:
+        if not method.automatic_optimization:
+            optimizer.step(lambda: method.loss(batch))  # type: ignore[arg-type, return-value]
+            return
         method.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -174,16 +174,6 @@ def test_so_do_methods(tiny: Callable[[str], str], family: str, name: str, kind:
         assert abs(float(method.loss(batch) - wanted)) > 1e-7
 
 
-def test_of_an_embedding_the_rows_that_are_read_are_told(tiny: Callable[[str], str]) -> None:
-    backbone = load_backbone(tiny("bert"), TASKS["sst2"], "prompt").eval()
-    embedding = backbone.model.bert.embeddings.word_embeddings.weight  # and, tied, the vocabulary's
-    batch = encode(backbone)
-    with torch.no_grad(), Perturbed([(embedding, 3)], Gaussian(), 1e-3) as mode:
-        backbone(batch)
-    read = {*batch["input_ids"].flatten().tolist(), *backbone.words.tolist()}
-    assert mode.picked[id(embedding)].tolist() == sorted(read)
-
-
 def test_an_error_leaves_all_as_it_was() -> None:
     linear = nn.Linear(4, 4)
     before = [p.clone() for p in linear.parameters()]

@@ -1,0 +1,21 @@
+"""MeZO over LoRA: what moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import Trainer
+
+from lit_spu.data.glue import GLUE
+from lit_spu.methods.mezo_lora import MeZOLoRA
+
+Run = Callable[..., Trainer]
+
+
+def test_over_lora_the_pairs_alone_move(data: Callable[..., GLUE], fit: Run) -> None:
+    method = MeZOLoRA(rank=2, roles=["query", "value"], lr=1e-2)
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    fit(method, data())
+    moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith("pairs.")}
