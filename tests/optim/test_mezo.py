@@ -69,7 +69,7 @@ def test_a_cubic_adds_its_third_order_term() -> None:
 def test_the_estimate_is_unbiased_and_as_noisy_as_it_must_be(directions: int) -> None:
     """Its mean is the gradient within four standard errors, and E|ĝ|² = |∇L|²·(d + n + 1)/n for normal z."""
     weight, loss = bowl(20)
-    slope, count = gradient(weight, loss), 4000
+    slope, count = gradient(weight, loss), 2000
     optimizer = MeZO([weight], lr=1.0, epsilon=1e-3, directions=directions)
     estimates = torch.stack([-moved(optimizer, weight, loss) for _ in range(count)])
     error = 4 * math.sqrt((20 + 1) / (count * directions)) * float(slope.norm())
