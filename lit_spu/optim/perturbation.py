@@ -51,10 +51,8 @@ class Noise(ABC):
         weight = as_rows(like)
         return torch.cat([self.draw(key, rows, weight).clone() for rows, _ in self._blocks(weight)]).view(like.shape)
 
-    def shifted(self, key: int, weight: Tensor, scale: float | Tensor) -> Tensor:
+    def shifted(self, key: int, weight: Tensor, scale: float) -> Tensor:
         """The weight + scale·z, a new tensor of its shape and dtype."""
-        if isinstance(scale, Tensor):  # of both signs at once
-            return (weight + scale * self.sample(key, weight)).to(weight.dtype)
         out = torch.empty_like(weight, memory_format=torch.contiguous_format)
         source = as_rows(weight)
         for (rows, part), (_, target) in zip(self._blocks(source), self._blocks(as_rows(out)), strict=True):
@@ -77,7 +75,7 @@ class Noise(ABC):
             start += count
         return found
 
-    def linear(self, key: int, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor) -> Tensor:
+    def linear(self, key: int, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """What a linear puts out whose weight is the weight + scale·z."""
         return F.linear(x, self.shifted(key, weight, scale), bias)
 
@@ -193,7 +191,7 @@ class LowRank(Noise):
         return u * self.rank**-0.5, v
 
     def draw(self, key: int, rows: range, weight: Tensor) -> Tensor:
-        if len(weight) == 1:
+        if not _is_matrix(weight):
             return self.normal.draw(key, rows, weight)
         u, v = self.factors(key, weight)
         return u[rows.start : rows.stop] @ v.T
@@ -201,26 +199,28 @@ class LowRank(Noise):
     def _height(self, weight: Tensor) -> int:
         return len(weight)  # the factors are drawn once
 
-    def shifted(self, key: int, weight: Tensor, scale: float | Tensor) -> Tensor:
-        if weight.dim() != 2 or isinstance(scale, Tensor):
+    def shifted(self, key: int, weight: Tensor, scale: float) -> Tensor:
+        if not _is_matrix(weight):
             return super().shifted(key, weight, scale)
         u, v = self.factors(key, weight)
         return torch.addmm(weight, u.to(weight.dtype), v.T.to(weight.dtype), alpha=scale)
 
     def rows(self, key: int, weight: Tensor, which: Tensor) -> Tensor:
+        if not _is_matrix(weight):
+            return super().rows(key, weight, which)
         u, v = self.factors(key, weight)
         return u[which] @ v.T
 
-    def linear(self, key: int, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor) -> Tensor:
+    def linear(self, key: int, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        if not _is_matrix(weight):
+            return super().linear(key, x, weight, bias, scale)
         u, v = (factor.to(x.dtype) for factor in self.factors(key, weight))
         out, low = F.linear(x, weight, bias), x @ v
-        if isinstance(scale, Tensor):
-            return out + scale * (low @ u.T)
         out.flatten(0, -2).addmm_(low.flatten(0, -2), u.T, alpha=scale)
         return out
 
     def move(self, weight: Tensor, steps: Sequence[tuple[int, float]], decay: float, rest: Tensor | None) -> None:
-        if weight.dim() != 2 or rest is not None:
+        if not _is_matrix(weight) or rest is not None:
             super().move(weight, steps, decay, rest)
             return
         if decay:
@@ -239,10 +239,10 @@ class Perturbed(TorchFunctionMode):
     Args:
         weights: Those that are perturbed, each with the key of its z.
         noise: What the keys mean.
-        scale: How far along z; a tensor under `torch.vmap`, for several at once.
+        scale: How far along z.
     """
 
-    def __init__(self, weights: Sequence[tuple[Tensor, int]], noise: Noise, scale: float | Tensor) -> None:
+    def __init__(self, weights: Sequence[tuple[Tensor, int]], noise: Noise, scale: float) -> None:
         super().__init__()
         self.keys = {id(weight): key for weight, key in weights}
         self.noise, self.scale = noise, scale
@@ -274,6 +274,11 @@ class Perturbed(TorchFunctionMode):
         z = self.noise.rows(self.keys[id(weight)], weight, rows).to(torch.promote_types(weight.dtype, torch.float32))
         picked: Tensor = (weight[rows] + self.scale * z).to(weight.dtype)[places]
         return picked
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    """Whether it has factors: a single row, as which a vector is looked at, has none."""
+    return weight.dim() == 2 and len(weight) > 1
 
 
 def _picks(weight: Tensor, index: Any) -> bool:

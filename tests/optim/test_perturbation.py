@@ -104,6 +104,20 @@ def test_looking_and_moving_are_arithmetic_on_the_sample(kind: str, dtype: torch
     torch.testing.assert_close(moved, wanted, atol=16 * max(precise, 2e-8), rtol=16 * max(precise, 2e-8))
 
 
+@noises
+def test_a_matrix_of_one_row_is_moved_along_what_was_looked_along(kind: str) -> None:
+    """As a regression's head has it."""
+    noise, weight, x = NOISES[kind](), torch.zeros(1, 50), torch.randn(4, 50)
+    z = noise.sample(5, weight)
+    assert torch.equal(noise.shifted(5, weight, 1.0), z)
+    assert torch.equal(noise.rows(5, weight, torch.tensor([0])), z)
+    torch.testing.assert_close(noise.linear(5, x, weight, None, 1.0), x @ z.T)
+    for rest in (None, torch.zeros_like(weight)):
+        moved = torch.zeros(1, 50)
+        noise.move(moved, [(5, 1.0)], 0.0, rest)
+        assert torch.equal(moved, z)
+
+
 def test_a_view_that_is_not_contiguous_is_moved_in_place() -> None:
     for noise in (Gaussian(), Table(), LowRank()):
         whole = torch.zeros(50, 60)
