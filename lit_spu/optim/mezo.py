@@ -7,7 +7,8 @@ their difference. Nothing is kept but a number a direction: the direction itself
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -70,7 +71,7 @@ class MeZO(Optimizer):
             closure: The mean loss of this step's batch, a scalar, at the weights as they are read.
             examples: How many it is the mean of.
         """
-        losses = torch.stack([self._losses(self._keys(j), closure) for j in range(self.directions)])
+        losses = torch.stack([self._losses(j, closure) for j in range(self.directions)])
         sums = self.reduce(torch.cat([losses.flatten() * examples, losses.new_tensor([examples])]))
         losses = (sums[:-1] / sums[-1]).view_as(losses).cpu()
         self.apply(((losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)).float())
@@ -79,40 +80,32 @@ class MeZO(Optimizer):
     @torch.no_grad()
     def apply(self, slopes: Tensor) -> None:
         """Take a step whose slopes g [n] along its directions are known; one that is not finite is left out."""
-        step, names = self.param_groups[0]["step"], self._names()
         along = [0.0] * len(slopes) if isinstance(slopes, FakeTensor) else slopes.tolist()
+        for group, name, parameter in self._named():
+            moves = [
+                (self._key(j, name), -group["lr"] * g / len(along)) for j, g in enumerate(along) if math.isfinite(g)
+            ]
+            self.noise.move(parameter, moves, group["lr"] * group["weight_decay"], self._rest(parameter))
         for group in self.param_groups:
-            lr = group["lr"]
-            for parameter in group["params"]:
-                moves = [
-                    (key_of(self.seed, step, j, names[id(parameter)]), -lr * g / len(along))
-                    for j, g in enumerate(along)
-                    if math.isfinite(g)
-                ]
-                self.noise.move(parameter, moves, lr * group["weight_decay"], self._rest(parameter))
-            group["step"] = step + 1
+            group["step"] += 1
 
-    def _losses(self, keys: list[tuple[Tensor, int]], closure: Callable[[], Tensor]) -> Tensor:
-        found = []
+    def _losses(self, direction: int, closure: Callable[[], Tensor]) -> Tensor:
+        """The loss a little way along a direction, and against it."""
+        keys, found = [(parameter, self._key(direction, name)) for _, name, parameter in self._named()], []
         for sign in (1, -1):
             with Perturbed(keys, self.noise, sign * self.epsilon):
                 found.append(closure().double())
         return torch.stack(found)
 
-    def _keys(self, direction: int) -> list[tuple[Tensor, int]]:
-        step, names = self.param_groups[0]["step"], self._names()
-        return [
-            (parameter, key_of(self.seed, step, direction, names[id(parameter)]))
-            for group in self.param_groups
-            for parameter in group["params"]
-        ]
+    def _key(self, direction: int, name: str) -> int:
+        return key_of(self.seed, self.param_groups[0]["step"], direction, name)
 
-    def _names(self) -> dict[int, str]:
-        named: dict[int, str] = {}
+    def _named(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Every weight with its group and its name, or its number where it has none."""
+        numbers = map(str, count())
         for group in self.param_groups:
-            for parameter, name in zip(group["params"], group.get("param_names", group["params"]), strict=True):
-                named[id(parameter)] = name if isinstance(name, str) else str(len(named))
-        return named
+            for parameter, name in zip(group["params"], group.get("param_names", numbers), strict=False):
+                yield group, name, parameter
 
     def _rest(self, parameter: Tensor) -> Tensor | None:
         if parameter.dtype not in (torch.float16, torch.bfloat16):
