@@ -9,12 +9,11 @@ multiplication of few rows takes a fifth of the time of one of few columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 NAME = "narrow_heads"
 NARROW = 16
@@ -36,45 +35,15 @@ def install(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
-def at(hidden: Tensor, position: Tensor) -> Tensor:
-    """The states [batch, 1, width] at one position [batch] of each text's [batch, tokens, width]."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), position].unsqueeze(1)
-
-
-@contextmanager
-def answering(block: nn.Module, readers: Sequence[nn.Module], position: Tensor) -> Iterator[None]:
-    """Let a block of a model that attends this way compute one `position` [batch] of each text, [batch, 1, width].
-
-    Its `readers`, the linears that make keys and values, read all positions nevertheless.
-    """
-    whole: list[Tensor] = []
-
-    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden, tokens = args[0], args[0].shape[1]
-        whole[:] = [hidden]
-
-        def of_one(value: Any) -> Any:  # masks [batch, 1, queries, keys]: all queries see the same keys
-            masks = isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] == tokens
-            return value[:, :, :1] if masks else value
-
-        return (at(hidden, position), *map(of_one, args[1:])), {name: of_one(value) for name, value in kwargs.items()}
-
-    handles = [block.register_forward_pre_hook(narrow, with_kwargs=True)]
-    handles += [reader.register_forward_pre_hook(lambda *_: (whole[0],)) for reader in readers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls: the context [batch, queries, heads, width] of [batch, heads, queries or keys, width]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if key.shape[1] > query.shape[1]:  # `answering`: a model takes the keys of all tokens for the heads of its only one
+    if (
+        key.shape[1] > query.shape[1]
+    ):  # `Trunk.run_at`: all tokens' keys, taken for the heads of one
         key, value = (given.reshape(len(given), -1, *query.shape[1::2]).transpose(1, 2) for given in (key, value))
     narrow = query.shape[-1] <= NARROW and query.shape[1] == key.shape[1]  # queries may share keys
     bias = kwargs.get("position_bias")

@@ -250,8 +250,25 @@ class Trunk:
         block = self.stacks[-1][-1]
         alike = not self.family.shape.causal and self.model.config._attn_implementation == attention.NAME
         if not alike or self._tapped or getattr(block, "gradient_checkpointing", False):
-            return attention.at(self.run(inputs), position)
-        with attention.answering(block, [*map(self.model.get_submodule, self._readers)], position):
+            return at(self.run(inputs), position)
+        whole: list[Tensor] = []
+
+        def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            hidden, tokens = args[0], args[0].shape[1]
+            whole[:] = [hidden]
+
+            def of_one(value: Any) -> Any:  # masks [batch, 1, queries, keys]: all queries see the same keys
+                masks = isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] == tokens
+                return value[:, :, :1] if masks else value
+
+            others = {name: of_one(value) for name, value in kwargs.items()}
+            return (at(hidden, position), *map(of_one, args[1:])), others
+
+        readers = map(self.model.get_submodule, self._readers)
+        with (
+            hooks(iter([block.register_forward_pre_hook(narrow, with_kwargs=True)])),
+            hooks(reader.register_forward_pre_hook(lambda *_: (whole[0],)) for reader in readers),
+        ):
             return self.run(inputs)
 
     def finish(self, last: Tensor) -> Tensor:
@@ -482,7 +499,7 @@ class Backbone(nn.Module, ABC):
 
         Where there is one token alone, as behind `Trunk.run_at`, that is the one.
         """
-        state = (hidden if hidden.shape[1] == 1 else attention.at(hidden, self.position(batch)))[:, 0]
+        state = (hidden if hidden.shape[1] == 1 else at(hidden, self.position(batch)))[:, 0]
         return state.float() if state.dtype is torch.bfloat16 else state  # heads are in fp32
 
     def head(self, state: Tensor) -> Tensor:
@@ -682,6 +699,11 @@ def _parts(pattern: str) -> tuple[str, int, int]:
     name, _, part = pattern.partition(":")
     slot, _, slots = part.partition("/")
     return name, int(slot or 0), int(slots or 1)
+
+
+def at(hidden: Tensor, position: Tensor) -> Tensor:
+    """The states [batch, 1, width] at one position [batch] of each text's [batch, tokens, width]."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), position].unsqueeze(1)
 
 
 def tensor_of(output: Any) -> Tensor:

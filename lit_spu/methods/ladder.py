@@ -60,7 +60,9 @@ class LadderSideTuning(TapReader):
         self.side = SideNetwork(self.backbone, reduction, drop_layers)
         if start == "magnitude":
             self._prune(pruning.magnitude(self.backbone.stem))
-        if activation_checkpointing if activation_checkpointing is not None else not self.tap_cache:
+        if activation_checkpointing is None:
+            activation_checkpointing = not self.tap_cache
+        if activation_checkpointing:
             self.side.trunk.recompute_feed_forwards()
 
     def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
