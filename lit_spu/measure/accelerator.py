@@ -22,7 +22,7 @@ class AcceleratorPeak:
         self._device = device
         try:
             self.reset()
-        except (AttributeError, NotImplementedError, RuntimeError) as error:
+        except (AttributeError, NotImplementedError, RuntimeError) as error:  # which one differs by device and version
             raise RuntimeError(f"torch keeps no memory counters for {device}") from error
 
     def reset(self) -> None:
