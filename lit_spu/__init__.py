@@ -26,22 +26,63 @@ def load(path: str | Path) -> Method:
     Raises:
         UserError: if there is no checkpoint, or if it does not belong to a method or to the backbone that it names.
     """
-    from lit_spu import discovery, runs, trained
-    from lit_spu.errors import UserError
+    from lit_spu import runs, trained
 
     file = runs.checkpoint(path, "best")
     settings = runs.made_with(file)
-    made_by = settings["model"]["class_path"].rpartition(".")[2]
-    methods = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods")}
-    if made_by not in methods:
-        raise UserError(f"{file} was made by {made_by}, which is no method of lit_spu {__version__}.")
-    cls: type[Method] = methods[made_by]
+    cls = _maker(settings, file)
     if file.name == trained.WEIGHTS:
         method = cls(**settings["model"]["init_args"], task=settings["data"]["task"])
         trained.restore(method, file)
     else:
         method = cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
     return method.eval()
+
+
+def replay(path: str | Path, step: int | None = None) -> Method:
+    """A method as MeZO trained it, from the trajectory that its run wrote, without data and without a forward pass.
+
+    Its weights are bitwise those that were trained. It is on the CPU, and in evaluation mode.
+
+    Args:
+        path: A trajectory, or the directory of the run that wrote it.
+        step: Stop behind so many steps rather than behind the last.
+
+    Raises:
+        UserError: if there is no trajectory or no such step, or if its backbone, its weights at the start or its noise
+            cannot be had here.
+    """
+    import torch
+
+    from lit_spu import runs
+    from lit_spu.optim.trajectory import Trajectory
+
+    trajectory = Trajectory.read(path)
+    settings = runs.settings(trajectory.header)
+    cls: type[Any] = _maker(settings, trajectory.file)
+    arguments = settings["model"]["init_args"] | {"trajectory": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(trajectory.header["seed"])
+        method = cls(**arguments, task=settings["data"]["task"])
+    method.replay(trajectory, step)
+    replayed: Method = method.eval()
+    return replayed
+
+
+def _maker(settings: Mapping[str, Any], file: Path) -> type[Method]:
+    """The class of the method with these settings, which `file` has.
+
+    Raises:
+        UserError: if there is no such method.
+    """
+    from lit_spu import discovery
+    from lit_spu.errors import UserError
+
+    made_by = settings["model"]["class_path"].rpartition(".")[2]
+    methods = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods")}
+    if made_by not in methods:
+        raise UserError(f"{file} was made by {made_by}, which is no method of lit_spu {__version__}.")
+    return methods[made_by]
 
 
 def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:

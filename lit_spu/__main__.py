@@ -17,6 +17,7 @@ COMMANDS = {
     "estimate": "Tell the peak memory of every method before training.",
     "compare": "Run methods x tasks x backbones x seeds, and report what they cost and score.",
     "export": "Write a trained method for other tools: peft, Hugging Face, safetensors.",
+    "replay": "Make again what MeZO trained, at any step, from the trajectory that its run wrote.",
     "separate": "Write a distilled student as a model of its own, and compare it with its teacher.",
     "doctor": "Look at versions, devices, caches and the hub, and tell what to do.",
 }

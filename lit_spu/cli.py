@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -191,6 +192,12 @@ class SpuCLI(LightningCLI):
             print(f"Other than the checkpoint was made with: {', '.join(self.differences)}", file=sys.stderr)
 
     # -- the run ----------------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Ask the method about the trainer, before it is loaded."""
+        if self.subcommand == "fit":
+            method = resolve_name(self._get(self.config, "model").class_path)
+            method.check_trainer(vars(self._get(self.config, "trainer")))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes into the run directory alone; with `--data.text`, one that writes nothing.

@@ -1,4 +1,4 @@
-"""The subcommands that are no run: estimate, compare, export, separate and doctor."""
+"""The subcommands that are no run: estimate, compare, export, replay, separate and doctor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from lit_spu.__main__ import COMMANDS
 from lit_spu.doctor import doctor
 from lit_spu.errors import UserError
-from lit_spu.export import export
+from lit_spu.export import export, replay
 from lit_spu.measure import MIB, Kind
 from lit_spu.parser import Parser, answered
 from lit_spu.separate import separate
@@ -198,6 +198,7 @@ def run(args: Sequence[str]) -> None:
         "estimate": estimate,
         "compare": compare,
         "export": export,
+        "replay": replay,
         "separate": separate,
         "doctor": doctor,
     }

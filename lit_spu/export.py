@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+import lit_spu
 from lit_spu import __version__, load, runs, trained
 from lit_spu.backbones import Backbone
 from lit_spu.backbones.families import quiet_loading
@@ -38,9 +39,31 @@ def export(ckpt_path: str, output: str, format: Form = "safetensors") -> None:
     write: Mapping[Form, Callable[[Method, Path], str]] = {"peft": peft, "merged": merged, "safetensors": weights}
     assert set(write) == set(get_args(Form))
     use = write[format](method, folder)
-    (folder / "README.md").write_text(card(method, file, use, format))
+    (folder / "README.md").write_text(card(method, file.parents[1] / "summary.json", use, format))
+    _say(folder, method, format)
+
+
+def replay(trajectory: str, output: str, step: int | None = None) -> None:
+    """Make again what MeZO trained, from the few bytes that its run kept of each step.
+
+    Args:
+        trajectory: A run directory, or its trajectory.mezo.
+        output: The folder to write, as export does in the format safetensors; it must not hold anything yet.
+        step: Stop behind so many steps rather than behind the last.
+
+    Raises:
+        UserError: if there is no trajectory or no such step, or if what it starts from cannot be had here.
+    """
+    folder = new_folder(output)
+    method = lit_spu.replay(trajectory, step)
+    use = weights(method, folder)
+    (folder / "README.md").write_text(card(method, None, use, "safetensors"))
+    _say(folder, method, "safetensors")
+
+
+def _say(folder: Path, method: Method, form: Form) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    print(f"{folder}: {type(method).__name__} as {format}, {size:,.2f} MB")
+    print(f"{folder}: {type(method).__name__} as {form}, {size:,.2f} MB")
 
 
 def new_folder(output: str) -> Path:
@@ -105,7 +128,8 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"""
 
 def weights(method: Method, folder: Path) -> str:
     """What was trained and nothing else; gives how to load it."""
-    trained.write(method, folder / trained.WEIGHTS)
+    method.setup("export")
+    trained.write(method.described(), folder / trained.WEIGHTS)
     return f"""import lit_spu
 
 method = lit_spu.load({str(folder)!r})
@@ -121,10 +145,9 @@ def _labels(method: Method) -> str:
     return f", num_labels={method.task.scores}" if method.backbone.classifies else ""
 
 
-def card(method: Method, file: Path, use: str, format: Form) -> str:
+def card(method: Method, summary: Path | None, use: str, format: Form) -> str:
     """The model card: what it is, how it was made, what it scored, how it is loaded, and how it is asked."""
-    summary = file.parents[1] / "summary.json"
-    found: dict[str, Any] = json.loads(summary.read_text()) if summary.exists() else {}
+    found: dict[str, Any] = json.loads(summary.read_text()) if summary and summary.exists() else {}
     task, metric = method.task, method.task.monitor.removeprefix("val/")
     count = sum(p.numel() for p in method.parameters() if p.requires_grad)
     scored = f"- best {metric} on validation: {found['best_score']:.4f}\n" if found.get("best_score") else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -72,13 +72,22 @@ def made_with(file: Path) -> dict[str, Any]:
     """
     import torch
 
-    exported = trained.read(file, weights=False) if file.name == trained.WEIGHTS else None
     try:
-        checkpoint = exported or torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        model = dict(checkpoint["hyper_parameters"])
-        made_by = model.pop("_class_path", None) or checkpoint["method"]
+        return settings(
+            trained.read(file, weights=False)
+            if file.name == trained.WEIGHTS
+            else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        )
+    except UserError:
+        raise
     except Exception as error:  # whatever torch makes of a file that is something else
         raise UserError(f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu.") from error
+
+
+def settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `model` and `data` in a checkpoint."""
+    model = dict(checkpoint["hyper_parameters"])
+    made_by = model.pop("_class_path", None) or checkpoint["method"]
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     data["task"] = model.pop("task")  # one task for both, given to the data
     for either in (model, data):

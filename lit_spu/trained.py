@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 from lit_spu.errors import UserError
 
 if TYPE_CHECKING:
-    from lit_spu.methods.base import Method
+    from lightning.pytorch import LightningModule
 
 WEIGHTS = "trained.safetensors"
 
 
-def write(method: Method, file: Path) -> None:
-    """Write what a checkpoint of the method would hold: its trained weights, and the rest as JSON in the metadata."""
+def write(checkpoint: dict[str, Any], file: Path) -> None:
+    """Write what a method says of itself (`described`): its trained weights, and the rest as JSON in the metadata."""
     from safetensors.torch import save_file
 
-    method.setup("export")
-    checkpoint: dict[str, Any] = {"state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams)}
-    method.on_save_checkpoint(checkpoint)
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint.pop("state_dict").items()}
+    rest = dict(checkpoint)
+    weights = {name: tensor.contiguous() for name, tensor in rest.pop("state_dict").items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, file, metadata={"lit_spu": json.dumps(checkpoint)})
+    save_file(weights, file, metadata={"lit_spu": json.dumps(rest)})
 
 
 def read(file: Path, weights: bool = True) -> dict[str, Any]:
@@ -44,12 +42,24 @@ def read(file: Path, weights: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
-def restore(method: Method, file: Path) -> None:
-    """Give a method the weights in a file.
+def restore(method: LightningModule, file: Path) -> None:
+    """Give a method the weights in a file so written, or in a checkpoint.
 
     Raises:
-        UserError: if the file was not written so, or belongs to another backbone or another method.
+        UserError: if the file is neither, or belongs to another backbone or another method.
     """
-    checkpoint = read(file)
+    import torch
+
+    if file.name == WEIGHTS:
+        checkpoint = read(file)
+    else:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint["state_dict"]
+        except Exception as error:  # whatever torch makes of a file that is something else
+            raise UserError(f"{file} is not the checkpoint of a method of lit_spu.") from error
     method.on_load_checkpoint(checkpoint)
-    method.load_state_dict(checkpoint["state_dict"])
+    try:
+        method.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:  # of which torch says the shapes
+        raise UserError(f"{file} does not fit these settings of {type(method).__name__}: {error}") from error

@@ -14,16 +14,19 @@ ROOT = Path(__file__).parents[1] / "lit_spu"
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "tasks": set(),
-    "optim": set(),
+    "fingerprint": set(),
+    "trained": set(),
+    "runs": {"trained"},
+    "optim": {"fingerprint"},
     "measure": set(),
     "discovery": set(),
     "metrics": {"tasks"},
-    "backbones": {"tasks"},
+    "backbones": {"tasks", "fingerprint"},
     "data": {"tasks"},
     "nn": {"backbones.base"},
     "callbacks": {"measure"},
     "study": {"methods", "data", "measure", "metrics", "discovery", "tasks"},
-    "methods": {"nn", "optim", "backbones", "metrics", "tasks", "discovery"},
+    "methods": {"nn", "optim", "backbones", "metrics", "tasks", "discovery", "fingerprint", "runs", "trained"},
 }
 DOOR = {
     "__init__",
@@ -34,9 +37,7 @@ DOOR = {
     "export",
     "parser",
     "predictions",
-    "runs",
     "separate",
-    "trained",
 }  # the top may import everything below it
 
 

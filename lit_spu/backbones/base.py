@@ -8,7 +8,6 @@ network is a trunk too: the same architecture, narrower.
 from __future__ import annotations
 
 import copy
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_spu.backbones import attention
 from lit_spu.errors import UserError
+from lit_spu.fingerprint import fingerprint
 from lit_spu.tasks import Encoding, Format, Task
 
 if TYPE_CHECKING:
@@ -419,7 +418,7 @@ class Backbone(nn.Module, ABC):
         self.row_bias: nn.Parameter | None = None
         if not self.classifies:
             self.register_buffer("words", torch.tensor(self.word_ids(head)), persistent=False)
-        self.fingerprint = fingerprint([*self.stem.embeddings, *self.blocks])
+        self.fingerprint = fingerprint(nn.ModuleList([*self.stem.embeddings, *self.blocks]).named_parameters())
         self.train()
 
     @property
@@ -500,7 +499,7 @@ class Backbone(nn.Module, ABC):
         Where there is one token alone, as behind `Trunk.run_at`, that is the one.
         """
         state = (hidden if hidden.shape[1] == 1 else at(hidden, self.position(batch)))[:, 0]
-        return state.float() if state.dtype is torch.bfloat16 else state  # heads are in fp32
+        return at_least_fp32(state)  # as heads are, where the blocks are not
 
     def head(self, state: Tensor) -> Tensor:
         """Scores [batch, labels] from the states [batch, width] that `read` gives.
@@ -510,19 +509,21 @@ class Backbone(nn.Module, ABC):
         """
         if self.classifies:
             state = state.unsqueeze(1)  # a classification head looks for the first token itself
+        state = state.to(next((p.dtype for p in self.head_modules.parameters()), state.dtype))
         for step in self.steps:
             state = step(state)
         if self.classifies:
             return state
         weight, bias = self.word_rows()
-        scores = F.linear(state, weight, bias)
+        scores = F.linear(state.to(weight.dtype), weight, bias)
         if self.task.score_range is None:
             return scores
         low, high = self.task.score_range
         return low + (high - low) * scores.softmax(-1)[:, 1:]
 
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy over the labels, or the squared error of a regression; a scalar."""
+        """Cross-entropy over the labels, or the squared error of a regression; a scalar, in fp32 at least."""
+        scores = at_least_fp32(scores)
         if self.task.regression:
             return F.mse_loss(scores.squeeze(-1), batch["labels"])
         return F.cross_entropy(scores, batch["labels"])
@@ -616,13 +617,12 @@ class Backbone(nn.Module, ABC):
     # -- label words ------------------------------------------------------------------------------------------------
 
     def word_rows(self) -> tuple[Tensor, Tensor | None]:
-        """The label words' rows of the vocabulary's linear: weight [labels, width] and bias [labels]."""
+        """The label words' rows of the vocabulary's linear, in fp32 at least: weight [labels, width], bias [labels]."""
         if self.rows is not None:
             return self.rows, self.row_bias
         linear = self.model.get_submodule(self.stem.family.vocabulary[-1])
-        weight = linear.weight[self.words]
-        weight = weight.float() if weight.dtype is torch.bfloat16 else weight
-        return weight, None if linear.bias is None else linear.bias[self.words]
+        bias = None if linear.bias is None else at_least_fp32(linear.bias[self.words])
+        return at_least_fp32(linear.weight[self.words]), bias
 
     def wordings(self, head: Head) -> Sequence[Sequence[str]]:
         """The words that may stand for the labels, those that are preferred first."""
@@ -651,19 +651,6 @@ class Backbone(nn.Module, ABC):
             " Give other label_words in the task's YAML file"
             f"{', or use --model.head=classifier' if self.stem.family.classifier else ''}."
         )
-
-
-def fingerprint(parts: Sequence[nn.Module]) -> str:
-    """A digest of the modules' parameters: their names, shapes and 64 values of each, read at even steps."""
-    digest = hashlib.sha256()
-    for name, parameter in nn.ModuleList(parts).named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if isinstance(parameter, FakeTensor):  # a shape without values
-            continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def norms_of(block: nn.Module) -> list[nn.Module]:
@@ -704,6 +691,11 @@ def _parts(pattern: str) -> tuple[str, int, int]:
 def at(hidden: Tensor, position: Tensor) -> Tensor:
     """The states [batch, 1, width] at one position [batch] of each text's [batch, tokens, width]."""
     return hidden[torch.arange(len(hidden), device=hidden.device), position].unsqueeze(1)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """The same, unless it is in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def tensor_of(output: Any) -> Tensor:

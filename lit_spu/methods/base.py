@@ -68,6 +68,14 @@ class Method(LightningModule, ABC):
 
     # -- what a method may change -----------------------------------------------------------------------------------
 
+    @classmethod
+    def check_trainer(cls, settings: Mapping[str, Any]) -> None:
+        """Refuse, before a model is loaded, settings of the Trainer that the method cannot do with.
+
+        Raises:
+            UserError: if there is such a one.
+        """
+
     def forward(self, batch: Batch) -> Tensor:
         """Scores [batch, labels]."""
         with record_function("backbone"):
@@ -230,6 +238,12 @@ class Method(LightningModule, ABC):
         checkpoint["method"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["total_steps"] = self.total_steps
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": self._task_spec()}
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint says of the method, once it is set up: its trained weights, settings and backbone."""
+        checkpoint: dict[str, Any] = {"state_dict": self.state_dict(), "hyper_parameters": dict(self.hparams)}
+        self.on_save_checkpoint(checkpoint)
+        return checkpoint
 
     def _task_spec(self) -> str | dict[str, Any]:
         """The task by name, or, if it is the user's own, whole: its file may be gone when the checkpoint is read."""

@@ -7,7 +7,7 @@ through the side network alone, so nothing of the backbone is stored for the bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -74,7 +74,7 @@ class LadderSideTuning(TapReader):
     def _prune(self, scores: pruning.Scores) -> None:
         pruning.start(self.side.trunk, self.backbone.stem, self.side.kept, scores, self.prune_order)
 
-    def train(self, mode: bool = True) -> LadderSideTuning:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.backbone_dropout:
             self.backbone.stem.model.train(mode)

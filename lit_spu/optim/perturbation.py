@@ -8,7 +8,7 @@ left alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from typing import Any
@@ -88,17 +88,25 @@ class Noise(ABC):
             decay: The share that is lost.
             rest: What a weight in half precision could not hold of what was added so far, in its dtype and shape.
         """
-        view = as_rows(weight)
+        view, left = as_rows(weight), None if rest is None else as_rows(rest)
         for rows, part in self._blocks(view):
-            left = None if rest is None else as_rows(rest)[rows.start : rows.stop]
-            exact = part if left is None else part.float() + left
-            if decay:
-                exact.mul_(1 - decay)
-            for key, step in steps:
-                exact.add_(self.draw(key, rows, view), alpha=step)
-            if left is not None:
-                part.copy_(exact)
-                left.copy_(exact - part)
+            moves = ((self.draw(key, rows, view), step) for key, step in steps)
+            _move(part, None if left is None else left[rows.start : rows.stop], moves, decay)
+
+    def move_rows(
+        self,
+        weight: Tensor,
+        which: Tensor,
+        steps: Sequence[tuple[int, float]],
+        decay: float,
+        rest: Tensor | None,
+    ) -> None:
+        """The same for some rows of a weight [rows, width], to the bit, that leaves the others as they are."""
+        part, left = weight[which], None if rest is None else rest[which]
+        _move(part, left, ((self.rows(key, weight, which), step) for key, step in steps), decay)
+        weight[which] = part
+        if rest is not None and left is not None:
+            rest[which] = left
 
     def _height(self, weight: Tensor) -> int:
         return max(1, self.block // weight.shape[1])
@@ -246,6 +254,8 @@ class Perturbed(TorchFunctionMode):
         super().__init__()
         self.keys = {id(weight): key for weight, key in weights}
         self.noise, self.scale = noise, scale
+        self.read: dict[int, list[Tensor] | None] = {}
+        """By a weight's id, the rows that were read of it; None where all were."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -255,6 +265,7 @@ class Perturbed(TorchFunctionMode):
             return self._rows(*args)
         if func is F.linear and id(args[1]) in self.keys:
             x, weight, bias = args if len(args) == 3 else (*args, kwargs.get("bias"))
+            self.read[id(weight)] = None
             return self.noise.linear(self.keys[id(weight)], x, weight, self._shifted(bias), self.scale)
         if getattr(func, "__name__", "") == "__get__":  # a property: most are no tensors
             plain = func(*args, **kwargs)
@@ -264,16 +275,33 @@ class Perturbed(TorchFunctionMode):
         return func(*args, **{name: self._shifted(value) for name, value in kwargs.items()})
 
     def _shifted(self, value: Any) -> Any:
-        return self.noise.shifted(self.keys[id(value)], value, self.scale) if id(value) in self.keys else value
+        if id(value) not in self.keys:
+            return value
+        self.read[id(value)] = None
+        return self.noise.shifted(self.keys[id(value)], value, self.scale)
 
     def _rows(self, weight: Tensor, which: Tensor) -> Tensor:
         if isinstance(which, FakeTensor):  # how many they are depends on which they are
             rows, places = which.flatten(), torch.zeros_like(which)
         else:
             rows, places = which.unique(return_inverse=True)
+        if (read := self.read.setdefault(id(weight), [])) is not None:
+            read.append(rows)
         z = self.noise.rows(self.keys[id(weight)], weight, rows).to(torch.promote_types(weight.dtype, torch.float32))
         picked: Tensor = (weight[rows] + self.scale * z).to(weight.dtype)[places]
         return picked
+
+
+def _move(part: Tensor, left: Tensor | None, moves: Iterable[tuple[Tensor, float]], decay: float) -> None:
+    """Decay a part of a weight, and add step·z of every move; `left` holds what half precision does not."""
+    exact = part if left is None else part.float() + left
+    if decay:
+        exact.mul_(1 - decay)
+    for z, step in moves:
+        exact.add_(z, alpha=step)
+    if left is not None:
+        part.copy_(exact)
+        left.copy_(exact - part)
 
 
 def _is_matrix(weight: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_spu.measure import LiveBytes
 from lit_spu.methods.base import Method
+from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.tasks import Task
 
 
@@ -29,20 +30,23 @@ def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
 def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..., None], list[torch.optim.Optimizer]]:
     """One training step, on that batch or another, as a call, and its optimizers: the Trainer's, without its logs."""
     alone = SimpleNamespace(broadcast=lambda value: value, reduce=lambda value, **_: value)
-    stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000, strategy=alone)
+    stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000, strategy=alone, global_step=0, world_size=1)
+    stand_in.strategy.backward = lambda loss, _, **inputs: loss.backward(**inputs)
     method.trainer = stand_in
-    optimizer: torch.optim.Optimizer = method.configure_optimizers()["optimizer"]
+    configured = method.configure_optimizers()
+    each = configured if isinstance(configured, list) else [configured]
+    optimizers: list[torch.optim.Optimizer] = [one["optimizer"] for one in each]
     method.train()
 
     def step(batch: dict[str, Tensor] = batch) -> None:
-        if not method.automatic_optimization:
-            optimizer.step(lambda: method.loss(batch))  # type: ignore[arg-type, return-value]
+        if isinstance(method, ZerothOrder):
+            method.take_step(batch, *optimizers)
             return
         method.loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
 
-    return step, [optimizer]
+    return step, optimizers
 
 
 def live_bytes(method: Method, step: Callable[[], None], optimizers: list[torch.optim.Optimizer]) -> LiveBytes:

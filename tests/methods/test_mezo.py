@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+import lit_spu
+from lit_spu.__main__ import main
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.mezo import MeZO
 from lit_spu.optim.mezo import MeZO as Optimizer
+from lit_spu.optim.trajectory import Trajectory
+from tests.conftest import encode
 
 Run = Callable[..., Trainer]
+Tiny = Callable[[str], str]
 
 
 class Rates(Callback):
@@ -96,8 +102,204 @@ def test_what_has_no_meaning_without_gradients_is_refused(
         ({"optimizer": "adafactor"}, "MeZO is itself the optimizer"),
         ({"epsilon": 0.0}, r"model\.epsilon=0.0 must be above 0"),
         ({"directions": 0}, r"model\.directions=0 at least 1"),
+        ({"share": 0.0}, r"model\.share=0.0 above 0"),
+        ({"objective": "acuracy"}, "Did you mean accuracy"),
+        ({"rows": "seen", "trajectory": "there"}, "Use rows=all"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         MeZO(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"precision": "16-mixed"}, r"trainer\.precision=16-mixed: MeZO makes no gradients, and its scaler"),
+        ({"strategy": "FSDPStrategy"}, "ddp exchanges three numbers a step"),
+        ({"strategy": "deepspeed_stage_2"}, "each device must hold all of the weights"),
+        ({"gradient_clip_val": 1.0}, "--model.normalize"),
+        ({"accumulate_grad_batches": 4}, "larger --data.batch_size"),
+    ],
+)
+def test_a_trainer_that_cannot_be_is_refused_before_a_model_is_loaded(setting: dict[str, Any], said: str) -> None:
+    MeZO.check_trainer({"precision": "16-true", "strategy": "ddp", "gradient_clip_val": None})
+    with pytest.raises(UserError, match=said):
+        MeZO.check_trainer(setting)
+
+
+def test_the_command_line_refuses_it_too_and_loads_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(MeZO, "__init__", lambda *_, **__: pytest.fail("made"))
+    run = ["fit", "--model=MeZO", "--trainer.accumulate_grad_batches=2", f"--run_dir={tmp_path}"]
+    with pytest.raises(SystemExit):
+        main(run)
+    assert "trainer.accumulate_grad_batches=2" in capsys.readouterr().err
+
+
+# -- the objective -----------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_is_an_objective(tiny: Tiny) -> None:
+    """1 − accuracy of the batch, as it is counted by hand; a label that is always answered has no correlation."""
+    method = MeZO(backbone=tiny("bert"), objective="accuracy").eval()
+    scores = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [1.0, 0.0]])
+    labels = {"labels": torch.tensor([0, 1, 1, 1])}
+    assert float(method.objective_of(scores, labels)) == 0.5
+    cola = MeZO(backbone=tiny("bert"), task="cola", objective="matthews", head="classifier").eval()
+    assert float(cola.objective_of(torch.tensor([[1.0, 0.0]] * 4), labels)) == 1.0
+    batch = encode(method.backbone)
+    assert float(method.value(batch)) == 1 - float((method(batch).argmax(-1) == batch["labels"]).float().mean())
+
+
+def test_accuracy_itself_is_learnt(data: Callable[..., GLUE], fit: Run) -> None:
+    """Its slope is zero or large; over a few steps of many directions it points uphill all the same."""
+    torch.manual_seed(0)
+    method, small = MeZO(objective="accuracy", lr=2e-4, epsilon=1e-2, directions=8), data(limit_train=64, batch_size=64)
+    losses: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    fit(method, small, Watch(), max_epochs=12)
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+# -- before training ---------------------------------------------------------------------------------------------------
+
+
+def test_the_zero_shot_score_is_told_and_that_of_validation(data: Callable[..., GLUE], fit: Run) -> None:
+    method, small = MeZO(), data(limit_validation=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer = fit(method, small, num_sanity_val_steps=-1, max_steps=1)
+    score = float(trainer.callback_metrics["zero_shot/accuracy"])
+    assert score == pytest.approx(trainer.validate(MeZO(), small, verbose=False)[0]["val/accuracy"])
+    assert score > 0.7
+
+
+def test_one_at_chance_is_warned_of(data: Callable[..., GLUE], fit: Run) -> None:
+    """A language-model head that was not loaded is the known trap."""
+    method = MeZO()
+    torch.nn.init.zeros_(method.backbone.model.get_submodule("cls").predictions.transform.dense.weight)
+    with pytest.warns(UserWarning, match=r"Before training, accuracy is .* a constant answer has .* next to nothing"):
+        fit(method, data(limit_validation=100), num_sanity_val_steps=-1, max_steps=1)
+
+
+def test_a_part_of_the_validation_set_says_nothing(data: Callable[..., GLUE], fit: Run) -> None:
+    trainer = fit(MeZO(), data(limit_validation=100), num_sanity_val_steps=2, max_steps=1)
+    assert "zero_shot/accuracy" not in trainer.callback_metrics
+
+
+# -- the trajectory ----------------------------------------------------------------------------------------------------
+
+
+def trained_by(fit: Run, data: Callable[..., GLUE], folder: Path, **settings: Any) -> tuple[MeZO, Trainer]:
+    torch.manual_seed(3)
+    epochs = settings.pop("max_epochs", 2)
+    method = MeZO(**{"lr": 1e-3, **settings})
+    return method, fit(method, data(), max_epochs=epochs, default_root_dir=folder)
+
+
+def same(one: LightningModule, other: LightningModule) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"noise": "low_rank", "directions": 2, "schedule": "linear"},
+        {"noise": "table", "weight_decay": 0.1, "share": 0.5, "normalize": True},
+        {"noise": "rademacher"},
+    ],
+)
+def test_a_trajectory_leads_to_the_weights(
+    fit: Run, data: Callable[..., GLUE], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """To those of the end, bitwise, and by its first steps to those that a shorter run ends with."""
+    method, trainer = trained_by(fit, data, tmp_path, **settings)
+    file = tmp_path / "trajectory.mezo"
+    assert same(lit_spu.replay(tmp_path), method)
+    header, _, rest = file.read_bytes().partition(b"\n")
+    groups = 2 if "weight_decay" in settings else 1
+    assert len(rest) == 4 * (groups + settings.get("directions", 1)) * trainer.global_step == 4 * len(rest) // 4
+    assert len(header) < 2000
+    if settings.get("schedule") != "linear":  # whose rates depend on the length
+        shorter, _ = trained_by(fit, data, tmp_path / "shorter", max_epochs=1, **settings)
+        assert same(lit_spu.replay(file, step=4), shorter)
+    assert same(lit_spu.replay(file, step=0), MeZO())
+
+
+def test_training_goes_on_from_a_trajectory(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
+    """As if it had not stopped, to the bit, and writes all of its own; the loss is not looked at before."""
+    whole, _ = trained_by(fit, data, tmp_path / "whole")
+    trained_by(fit, data, tmp_path / "half", max_epochs=1)
+    torch.manual_seed(3)
+    method = MeZO(lr=1e-3, trajectory=str(tmp_path / "half"))
+    looks: list[int] = []
+    method.value = lambda batch: looks.append(1) or MeZO.value(method, batch)  # type: ignore[method-assign, func-returns-value]
+    fit(method, data(), max_epochs=2, default_root_dir=tmp_path / "again")
+    assert same(method, whole)
+    assert len(looks) == 2 * 4
+    rows = [Trajectory.read(tmp_path / name).rows for name in ("whole", "again")]
+    assert rows[0] == rows[1]
+
+
+def test_a_resumed_run_writes_all_of_its_trajectory(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
+    _, trainer = trained_by(fit, data, tmp_path / "half", max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    torch.manual_seed(8)  # of other directions, if it were asked
+    method = MeZO(lr=1e-3)
+    fit(method, data(), max_epochs=2, default_root_dir=tmp_path / "more", ckpt_path=tmp_path / "x.ckpt")
+    assert same(lit_spu.replay(tmp_path / "more"), method)
+    assert Trajectory.read(tmp_path / "more").header["seed"] == 3
+
+
+def test_a_row_that_was_cut_short_is_none(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
+    trained_by(fit, data, tmp_path)
+    file = tmp_path / "trajectory.mezo"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert len(Trajectory.read(file).rows) == 7
+
+
+def test_a_trajectory_of_something_else_is_refused(
+    fit: Run, data: Callable[..., GLUE], tmp_path: Path, tiny: Tiny
+) -> None:
+    trained_by(fit, data, tmp_path)
+    trajectory = Trajectory.read(tmp_path)
+    wrong: list[tuple[MeZO, str]] = [
+        (MeZO(backbone=tiny("bert")), "starts from the backbone 'mini-bert'"),
+        (MeZO(noise="table"), "z is something else here"),
+        (MeZO(share=0.5), "z is something else here"),
+    ]
+    moved = MeZO()
+    with torch.no_grad():
+        next(moved.parameters()).add_(1)
+    for method, said in [*wrong, (moved, "starts from other weights than these")]:
+        with pytest.raises(UserError, match=said):
+            method.replay(trajectory)
+    with pytest.raises(UserError, match="has 8 steps"):
+        MeZO().replay(trajectory, step=9)
+    with pytest.raises(UserError, match="does not exist"):
+        lit_spu.replay(tmp_path / "none")
+    (tmp_path / "text").write_text("no trajectory")
+    with pytest.raises(UserError, match="was not written by a run of MeZO"):
+        lit_spu.replay(tmp_path / "text")
+
+
+def test_rows_alone_leave_no_trajectory(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
+    trained_by(fit, data, tmp_path, rows="seen")
+    assert not (tmp_path / "trajectory.mezo").exists()
+
+
+def test_replay_is_a_command(
+    fit: Run, data: Callable[..., GLUE], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, _ = trained_by(fit, data, tmp_path / "run")
+    main(["replay", f"--trajectory={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
+    assert "MeZO as safetensors" in capsys.readouterr().out
+    assert same(lit_spu.load(tmp_path / "out"), method)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.measure import LiveBytes
@@ -110,7 +111,7 @@ def test_small_steps_add_up_in_half_precision(noise: Any) -> None:
         linear.to(dtype)
         optimizer = MeZO(linear.named_parameters(), lr=1.0, noise=noise)
         for _ in range(400):
-            optimizer.apply(torch.tensor([1e-4]))
+            optimizer.apply([1e-4])
         rest = optimizer.state[linear.weight].get("rest", torch.zeros(1))
         ends.append(linear.weight.detach().float() + rest.float())
     assert float((ends[1] - ends[0]).norm()) < 0.1 * float((ends[0] - 1).norm())
@@ -180,7 +181,7 @@ def test_it_goes_on_from_its_state() -> None:
         for step in range(6):
             if step == stop:
                 saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = MeZO(linear.named_parameters(), lr=0.5)
+                optimizer = MeZO(linear.named_parameters(), lr=0.5, seed=9)
                 optimizer.load_state_dict(saved)
             optimizer.step(loss)
         ends.append(linear.state_dict())
@@ -200,7 +201,119 @@ def test_it_needs_little_more_memory_than_to_look(noise: Any) -> None:
         assert live.above_bytes < 512 * 512 * 4 + 4 * 2**20
 
 
-@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"directions": 0}])
+@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"directions": 0}, {"share": 0.0}, {"share": 1.5}])
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"epsilon=.* must be above 0, and directions=.* at least 1"):
+    with pytest.raises(ValueError, match=r"epsilon=.* must be above 0, directions=.* at least 1, and share=.* at most"):
         MeZO([nn.Parameter(torch.ones(1))], **wrong)
+
+
+class Words(nn.Module):
+    """An embedding whose rows also answer, as a language model's do."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.words, self.middle = nn.Parameter(torch.empty(40, 8, dtype=dtype)), nn.Linear(8, 8, dtype=dtype)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.middle(F.embedding(ids, self.words).mean(1))
+        return hidden @ self.words[torch.tensor([1, 2])].T
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return F.cross_entropy(self(ids).float(), torch.arange(len(ids)) % 2)
+
+
+@noises
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_were_not_read_stay_and_the_others_move_as_ever(noise: Any, dtype: torch.dtype) -> None:
+    ids, ends = torch.tensor([[3, 5, 5], [7, 3, 30]]), {}
+    for rows in ("all", "seen"):
+        model = Words(dtype)
+        MeZO(model.named_parameters(), lr=0.1, noise=noise, rows=rows, weight_decay=0.1).step(lambda: model.loss(ids))  # noqa: B023
+        ends[rows] = model.state_dict()
+    read = torch.tensor([1, 2, 3, 5, 7, 30])
+    before = Words(dtype).words
+    assert torch.equal(ends["seen"]["words"][read], ends["all"]["words"][read])
+    assert torch.equal(ends["seen"]["middle.weight"], ends["all"]["middle.weight"])
+    moved = (ends["seen"]["words"] != before).any(1).nonzero().flatten()
+    assert torch.equal(moved, read)
+
+
+def test_a_weight_that_is_read_whole_moves_whole() -> None:
+    """A vocabulary's linear reads every row, whichever the batch looks up."""
+    words = nn.Parameter(torch.randn(10, 4))
+    before = words.detach().clone()
+    optimizer = MeZO([words], lr=0.1, rows="seen")
+    optimizer.step(lambda: F.linear(F.embedding(torch.tensor([1]), words), words).square().mean())
+    assert (words != before).all()
+
+
+def test_slopes_are_divided_by_the_spread_of_the_losses() -> None:
+    """A loss of another unit takes the same step, whose length is that of the plain one over the deviation."""
+    weight, loss = bowl()
+    plain, scaled, other = (
+        moved(MeZO([weight], lr=0.1, directions=4, normalize=on), weight, lambda: unit * loss())  # noqa: B023
+        for on, unit in ((False, 1.0), (True, 1.0), (True, 100.0))
+    )
+    torch.testing.assert_close(other, scaled, rtol=1e-5, atol=1e-9)
+    optimizer = MeZO([weight], lr=0.0, directions=4)
+    with torch.no_grad():
+        losses = torch.stack([optimizer._losses(j, loss, {}) for j in range(4)])
+    torch.testing.assert_close(scaled * losses.std(), plain, rtol=1e-5, atol=1e-9)
+
+
+def test_a_share_of_the_weights_takes_part_anew_in_each_step() -> None:
+    """The others are as they were; over many steps each has its turn, and the loss is seen through those alone."""
+    weights = [(f"w{i}", nn.Parameter(torch.ones(3))) for i in range(40)]
+    optimizer, parts = MeZO(weights, lr=0.1, share=0.25, weight_decay=0.1), []
+    for _ in range(50):
+        before = [w.detach().clone() for _, w in weights]
+        optimizer.step(lambda: torch.stack([w.sum() for _, w in weights]).sum())
+        parts.append([not torch.equal(w, b) for (_, w), b in zip(weights, before, strict=True)])
+    taken = torch.tensor(parts).float()
+    assert float(taken.mean()) == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 2000))
+    assert taken.any(0).all()
+    assert len({tuple(part) for part in parts}) > 40
+
+
+def test_ranks_that_look_along_directions_of_their_own_are_one_that_looks_along_all() -> None:
+    """Each fills in its rows of what is summed: four ranks of one direction equal one rank of four, to the bit."""
+    ends, sent = [], []
+    for rank in range(4):  # what each would send
+        weight, loss = bowl()
+        optimizer = MeZO([weight], lr=0.1, shard=(rank, 4), reduce=lambda sums: sent.append(sums) or sums)  # type: ignore[func-returns-value]
+        optimizer.step(loss, examples=8)
+    total = torch.stack(sent).sum(0)
+    for settings in ({"directions": 4}, {"shard": (2, 4), "reduce": lambda _: total}):
+        weight, loss = bowl()
+        MeZO([weight], lr=0.1, **settings).step(loss, examples=8)
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("settings", [{}, {"directions": 3}, {"share": 0.5}, {"normalize": True, "directions": 2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_done_is_done_again(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """From the history alone, without a look at the loss: all of it, or a part and then steps that look."""
+    ids = torch.randint(40, (6, 5), generator=torch.Generator().manual_seed(2))
+
+    def run(steps: int, recorded: list[list[float]]) -> tuple[dict[str, Tensor], list[list[float]]]:
+        model = Words(dtype)
+        by_size = [[(n, p) for n, p in model.named_parameters() if (p.dim() > 1) is big] for big in (True, False)]
+        optimizer = MeZO([{"params": by_size[0], "weight_decay": 0.1}, {"params": by_size[1]}], lr=0.01, **settings)
+        optimizer.recorded = recorded
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+            looks = step >= len(recorded)
+            optimizer.step(lambda: model.loss(ids) if looks else pytest.fail("looked"))  # noqa: B023
+        width = 2 + optimizer.directions
+        assert len(optimizer.history) == steps * width
+        flat = optimizer.history.tolist()
+        return model.state_dict(), [flat[i : i + width] for i in range(0, len(flat), width)]
+
+    whole, rows = run(6, [])
+    for kept in (6, 4):
+        again, same = run(6, rows[:kept])
+        assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+        assert str(same) == str(rows)  # also where a spread of zero made no number

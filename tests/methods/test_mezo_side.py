@@ -1,0 +1,76 @@
+"""MeZO over a ladder: how often the backbone runs, and what is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lit_spu.backbones import Batch
+from lit_spu.data.glue import GLUE
+from lit_spu.errors import UserError
+from lit_spu.methods.kladder import KLadder
+from lit_spu.methods.mezo_side import MeZOSide
+from lit_spu.optim.mezo import MeZO
+from tests.conftest import encode
+
+Run = Callable[..., Trainer]
+
+
+def runs_of(method: MeZOSide, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often a step runs the backbone's trunk."""
+    runs, trunk = [], method.backbone.trunk
+    monkeypatch.setattr(method.backbone, "trunk", lambda given: runs.append(1) or trunk(given))  # type: ignore[func-returns-value]
+    method.take_step(batch, MeZO(method.perturbed(), directions=16, lr=1e-3))
+    return len(runs)
+
+
+def test_one_pass_of_the_backbone_serves_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = MeZOSide(reduction=4).eval()
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    assert runs_of(method, encode(method.backbone), monkeypatch) == 1
+    assert method.kept is None
+    moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith("side.")}
+
+
+def test_with_a_cache_none_does(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, runs = MeZOSide(reduction=4, tap_cache="memory", lr=1e-3, directions=4), []
+    trunk = method.backbone.trunk
+    monkeypatch.setattr(method.backbone, "trunk", lambda given: runs.append(1) or trunk(given))  # type: ignore[func-returns-value]
+    fit(method, data(), limit_val_batches=0, num_sanity_val_steps=0, max_epochs=3)
+    assert len(runs) == 4  # the batches of the first epoch
+
+
+def test_a_step_is_that_of_the_plain_loss(data: Callable[..., GLUE]) -> None:
+    """As if the backbone ran each time, to the bit."""
+    ends = []
+    for once in (True, False):
+        torch.manual_seed(0)
+        method = MeZOSide(reduction=4).eval()
+        optimizer, batch = MeZO(method.perturbed(), directions=3, lr=1e-2), encode(method.backbone)
+        if once:
+            method.take_step(batch, optimizer)
+        else:
+            optimizer.step(lambda: method.loss(batch))  # noqa: B023
+        ends.append(method.side.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_it_goes_on_from_a_ladder_that_gradients_trained(data: Callable[..., GLUE], fit: Run, tmp_path: Path) -> None:
+    """With the task's metric as the objective, which has none."""
+    ladder = KLadder(reduction=4, head="prompt", k=0, lr=3e-3)
+    fit(ladder, data(limit_train=256), max_epochs=2).save_checkpoint(tmp_path / "ladder.ckpt")
+    settings = {"reduction": 4, "k": 0, "objective": "accuracy", "weights": str(tmp_path / "ladder.ckpt")}
+    method = MeZOSide(**settings, lr=0.0)
+    fit(method, data())
+    learnt = ladder.side.state_dict()
+    assert all(torch.equal(tensor, learnt[name]) for name, tensor in method.side.state_dict().items())
+    with pytest.raises(UserError, match="does not fit these settings of MeZOSide"):
+        fit(MeZOSide(**{**settings, "k": 1}), data())
+    (tmp_path / "text.ckpt").write_text("nothing")
+    with pytest.raises(UserError, match="is not the checkpoint"):
+        fit(MeZOSide(**{**settings, "weights": str(tmp_path / "text.ckpt")}), data())
