@@ -22,7 +22,7 @@ from lit_spu.study.steps import live_bytes, training_step
 from lit_spu.tasks import Task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FORWARD, FULL = "forward", "full"
+FORWARD, FULL, MEZO = "forward", "full", "mezo"
 """What all else is divided by: the plain backbone's forward pass without gradients, and the config of that name."""
 
 Batch = dict[str, Tensor]
@@ -47,6 +47,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lst, kept": ("lst", {"activation_checkpointing": False}),
     "lst, cached": ("lst", {"tap_cache": "memory"}),
     "kladder, cached": ("kladder", {"tap_cache": "memory"}),
+    "mezo, rademacher": ("mezo", {"noise": "rademacher"}),
+    "mezo, table": ("mezo", {"noise": "table"}),
+    "mezo, low_rank": ("mezo", {"noise": "low_rank"}),
+    "mezo, seen rows": ("mezo", {"rows": "seen"}),
+    "mezo_side, cached": ("mezo_side", {"tap_cache": "memory"}),
 }
 """Rows beyond the configs' own: the config, and what is set otherwise."""
 
@@ -67,6 +72,8 @@ def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Me
     for name in PEERS:
         if name in found:
             found[f"{name} (peft)"] = under_peft(found[name])
+    if MEZO in found:  # a twin, whose weights the published algorithm writes
+        found[f"{MEZO} (published)"] = build(configs / f"{MEZO}.yaml", backbone=str(backbone), task=task.name)
     if FULL not in found:
         raise FileNotFoundError(f"{configs}/{FULL}.yaml: the method that all others are compared with")
     return found
@@ -97,6 +104,31 @@ def under_peft(method: Method) -> Method:
     return twin
 
 
+def four_passes(method: Method, batch: Batch, lr: float = 1e-6, epsilon: float = 1e-3) -> Callable[[], None]:
+    """A step of MeZO as it was published (https://arxiv.org/abs/2305.17333, Algorithm 1), as a call.
+
+    Noise is drawn anew and every weight written for +ε, for −2ε, for +ε and for the update.
+    """
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+
+    def move(seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for parameter in parameters:
+            parameter.data.add_(torch.randn_like(parameter), alpha=scale)
+
+    @torch.no_grad()
+    def step() -> None:
+        method.eval()
+        losses = []
+        for scale in (epsilon, -2 * epsilon):
+            move(0, scale)
+            losses.append(method.loss(batch).item())
+        move(0, epsilon)
+        move(0, -lr * (losses[0] - losses[1]) / (2 * epsilon))
+
+    return step
+
+
 def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
     """The plain backbone's forward pass as a call: all of every block, also where a method would leave some out."""
     backbone = method.backbone
@@ -124,6 +156,8 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
         if isinstance(method, TapReader) and method.tap_cache:
             method.kept = TapCache(method.backbone)
         calls[name], optimizers = training_step(method, batch)
+        if name == f"{MEZO} (published)":
+            calls[name], optimizers = four_passes(method, batch), []
         above[name] = (live_bytes(method, calls[name], optimizers).peak_bytes - loaded) / MIB
     plain = found[FULL]
     calls[FORWARD] = forward_pass(plain, batch)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import data, methods, models
 from lit_spu.data.batching import BucketSampler, Examples, Loader
@@ -27,7 +28,7 @@ def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
     batch = batch_of(32, 32, task)
     rows = {cost.name: cost for cost in methods.costs(found, batch, rounds=1)}
     named = {path.stem for path in methods.CONFIGS.glob("*.yaml") if "class_path" in path.read_text()}
-    peers = {f"{name} (peft)" for name in methods.PEERS}
+    peers = {*(f"{name} (peft)" for name in methods.PEERS), "mezo (published)"}
     assert {name.partition(",")[0] for name in rows} == named | {"forward"} | peers
     for name in methods.PEERS:
         assert rows[name].trainable == rows[f"{name} (peft)"].trainable
@@ -39,6 +40,28 @@ def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
     assert full.above_mib > 2 * 4 * backbone / MIB  # two moments a weight, and activations
     assert forward.above_mib < rows["lst"].above_mib < 0.5 * full.above_mib
     assert 0 < forward.to_full < 1
+    largest = max(parameter.numel() for parameter in found["full"].backbone.parameters())
+    assert rows["mezo"].above_mib < forward.above_mib + (4 * largest + 2**20) / MIB
+
+
+def test_the_published_algorithm_is_a_step_of_mezo(tmp_path: Path) -> None:
+    """It goes where a quadratic's slope along its z says, up to what writing the weights four times rounds."""
+    from transformers import DistilBertConfig
+
+    config = DistilBertConfig(vocab_size=1000, dim=64, hidden_dim=128, n_layers=2, n_heads=4)
+    task = TASKS["sst2"]
+    method = methods.methods(models.save(config, tmp_path, task), task)["mezo (published)"]
+    batch = batch_of(4, 8, task)
+    before = [parameter.detach().clone() for parameter in method.parameters()]
+    loss = method.eval().loss(batch)
+    gradients = torch.autograd.grad(loss, list(method.parameters()), allow_unused=True, materialize_grads=True)
+    torch.manual_seed(0)
+    noise = [torch.randn_like(weight) for weight in before]
+    slope = sum(float((z * g).sum()) for z, g in zip(noise, gradients, strict=True))
+    methods.four_passes(method, batch, lr=1e-2)()
+    moved = [after.detach() - weight for after, weight in zip(method.parameters(), before, strict=True)]
+    for change, z in zip(moved, noise, strict=True):
+        torch.testing.assert_close(change, -1e-2 * slope * z, rtol=0.05, atol=0.02 * abs(slope) * 1e-2)
 
 
 def test_padding_is_counted() -> None:
