@@ -45,6 +45,7 @@ def quiet_trainer(**settings: Any) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        num_sanity_val_steps=0,
         **settings,
     )
 

@@ -34,7 +34,9 @@ class ZerothOrder(Method):
     """A method whose trained weights learn by MeZO. It comes first among the bases, before the method itself.
 
     Dropout is off, and no gradient is ever made. Where the whole validation set is scored before training, as with
-    `trainer.num_sanity_val_steps: -1`, that is the zero-shot score, and one at chance is warned of.
+    `trainer.num_sanity_val_steps: -1`, that is the zero-shot score, and one at chance is warned of. What is done is
+    written to `trajectory.mezo` in the directory of the run, step by step, unless the Trainer has neither a logger nor
+    checkpoints: `lit_spu.replay` makes the trained weights of it.
 
     Args:
         head: The language-model head at the prompt's blank, or, as a control, a new classification head.
@@ -232,7 +234,8 @@ class ZerothOrder(Method):
         if self.zero_shot is not None:
             self.log(f"zero_shot/{self.task.metrics[0]}", self.zero_shot)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on every rank
-        if self.recorded and self.trainer.is_global_zero:
+        keeps = self.trainer.loggers or self.trainer.checkpoint_callbacks  # who wants no file gets none
+        if self.recorded and keeps and self.trainer.is_global_zero:
             optimizer: Any = self.optimizers()
             self._recorder = Recorder(folder, self._header(optimizer.optimizer), optimizer.optimizer)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 
 import lit_spu
 from lit_spu.__main__ import main
@@ -200,7 +201,11 @@ def trained_by(fit: Run, data: Callable[..., GLUE], folder: Path, **settings: An
     torch.manual_seed(3)
     epochs = settings.pop("max_epochs", 2)
     method = MeZO(**{"lr": 1e-3, **settings})
-    return method, fit(method, data(), max_epochs=epochs, default_root_dir=folder)
+    return method, fit(method, data(), max_epochs=epochs, logger=into(folder))
+
+
+def into(folder: Path) -> CSVLogger:
+    return CSVLogger(folder, name="", version="")
 
 
 def same(one: LightningModule, other: LightningModule) -> bool:
@@ -242,7 +247,7 @@ def test_training_goes_on_from_a_trajectory(fit: Run, data: Callable[..., GLUE],
     method = MeZO(lr=1e-3, trajectory=str(tmp_path / "half"))
     looks: list[int] = []
     method.value = lambda batch: looks.append(1) or MeZO.value(method, batch)  # type: ignore[method-assign, func-returns-value]
-    fit(method, data(), max_epochs=2, default_root_dir=tmp_path / "again")
+    fit(method, data(), max_epochs=2, logger=into(tmp_path / "again"))
     assert same(method, whole)
     assert len(looks) == 2 * 4
     rows = [Trajectory.read(tmp_path / name).rows for name in ("whole", "again")]
@@ -254,7 +259,7 @@ def test_a_resumed_run_writes_all_of_its_trajectory(fit: Run, data: Callable[...
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     torch.manual_seed(8)  # of other directions, if it were asked
     method = MeZO(lr=1e-3)
-    fit(method, data(), max_epochs=2, default_root_dir=tmp_path / "more", ckpt_path=tmp_path / "x.ckpt")
+    fit(method, data(), max_epochs=2, logger=into(tmp_path / "more"), ckpt_path=tmp_path / "x.ckpt")
     assert same(lit_spu.replay(tmp_path / "more"), method)
     assert Trajectory.read(tmp_path / "more").header["seed"] == 3
 
@@ -291,8 +296,11 @@ def test_a_trajectory_of_something_else_is_refused(
         lit_spu.replay(tmp_path / "text")
 
 
-def test_rows_alone_leave_no_trajectory(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
+def test_rows_alone_leave_no_trajectory_nor_does_a_trainer_that_writes_nothing(
+    fit: Run, data: Callable[..., GLUE], tmp_path: Path
+) -> None:
     trained_by(fit, data, tmp_path, rows="seen")
+    fit(MeZO(), data())
     assert not (tmp_path / "trajectory.mezo").exists()
 
 
