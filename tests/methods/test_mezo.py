@@ -201,11 +201,12 @@ def trained_by(fit: Run, data: Callable[..., GLUE], folder: Path, **settings: An
     torch.manual_seed(3)
     epochs = settings.pop("max_epochs", 2)
     method = MeZO(**{"lr": 1e-3, **settings})
-    return method, fit(method, data(), max_epochs=epochs, logger=into(folder))
+    return method, fit(method, data(), max_epochs=epochs, **into(folder))
 
 
-def into(folder: Path) -> CSVLogger:
-    return CSVLogger(folder, name="", version="")
+def into(folder: Path) -> dict[str, Any]:
+    """Settings of a trainer that writes there."""
+    return {"logger": CSVLogger(folder, name="", version=""), "log_every_n_steps": 1}
 
 
 def same(one: LightningModule, other: LightningModule) -> bool:
@@ -226,9 +227,9 @@ def test_a_trajectory_leads_to_the_weights(
     fit: Run, data: Callable[..., GLUE], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """To those of the end, bitwise, and by its first steps to those that a shorter run ends with."""
-    method, trainer = trained_by(fit, data, tmp_path, **settings)
-    file = tmp_path / "trajectory.mezo"
-    assert same(lit_spu.replay(tmp_path), method)
+    method, trainer = trained_by(fit, data, tmp_path / "run", **settings)
+    file = tmp_path / "run" / "trajectory.mezo"
+    assert same(lit_spu.replay(tmp_path / "run"), method)
     header, _, rest = file.read_bytes().partition(b"\n")
     groups = 2 if "weight_decay" in settings else 1
     assert len(rest) == 4 * (groups + settings.get("directions", 1)) * trainer.global_step == 4 * len(rest) // 4
@@ -247,7 +248,7 @@ def test_training_goes_on_from_a_trajectory(fit: Run, data: Callable[..., GLUE],
     method = MeZO(lr=1e-3, trajectory=str(tmp_path / "half"))
     looks: list[int] = []
     method.value = lambda batch: looks.append(1) or MeZO.value(method, batch)  # type: ignore[method-assign, func-returns-value]
-    fit(method, data(), max_epochs=2, logger=into(tmp_path / "again"))
+    fit(method, data(), max_epochs=2, **into(tmp_path / "again"))
     assert same(method, whole)
     assert len(looks) == 2 * 4
     rows = [Trajectory.read(tmp_path / name).rows for name in ("whole", "again")]
@@ -259,14 +260,14 @@ def test_a_resumed_run_writes_all_of_its_trajectory(fit: Run, data: Callable[...
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     torch.manual_seed(8)  # of other directions, if it were asked
     method = MeZO(lr=1e-3)
-    fit(method, data(), max_epochs=2, logger=into(tmp_path / "more"), ckpt_path=tmp_path / "x.ckpt")
+    fit(method, data(), max_epochs=2, **into(tmp_path / "more"), ckpt_path=tmp_path / "x.ckpt")
     assert same(lit_spu.replay(tmp_path / "more"), method)
     assert Trajectory.read(tmp_path / "more").header["seed"] == 3
 
 
 def test_a_row_that_was_cut_short_is_none(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
-    trained_by(fit, data, tmp_path)
-    file = tmp_path / "trajectory.mezo"
+    trained_by(fit, data, tmp_path / "run")
+    file = tmp_path / "run" / "trajectory.mezo"
     file.write_bytes(file.read_bytes()[:-3])
     assert len(Trajectory.read(file).rows) == 7
 
@@ -274,8 +275,8 @@ def test_a_row_that_was_cut_short_is_none(fit: Run, data: Callable[..., GLUE], t
 def test_a_trajectory_of_something_else_is_refused(
     fit: Run, data: Callable[..., GLUE], tmp_path: Path, tiny: Tiny
 ) -> None:
-    trained_by(fit, data, tmp_path)
-    trajectory = Trajectory.read(tmp_path)
+    trained_by(fit, data, tmp_path / "run")
+    trajectory = Trajectory.read(tmp_path / "run")
     wrong: list[tuple[MeZO, str]] = [
         (MeZO(backbone=tiny("bert")), "starts from the backbone 'mini-bert'"),
         (MeZO(noise="table"), "z is something else here"),
@@ -299,9 +300,9 @@ def test_a_trajectory_of_something_else_is_refused(
 def test_rows_alone_leave_no_trajectory_nor_does_a_trainer_that_writes_nothing(
     fit: Run, data: Callable[..., GLUE], tmp_path: Path
 ) -> None:
-    trained_by(fit, data, tmp_path, rows="seen")
+    trained_by(fit, data, tmp_path / "run", rows="seen")
     fit(MeZO(), data())
-    assert not (tmp_path / "trajectory.mezo").exists()
+    assert not list(tmp_path.rglob("trajectory.mezo"))
 
 
 def test_replay_is_a_command(
