@@ -23,6 +23,9 @@ from lit_spu.study.grid import Cell
 RECORD = "cell.json"
 """In a cell's directory: how its process ended."""
 
+TEST = "test"
+"""In its run directory: that of its score on test."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -95,20 +98,14 @@ class Runner:
         folder.mkdir(parents=True)
         # a name of its own: the process of a study that was killed may still be writing into its directory
         run = folder / f"run-{time.time_ns():x}"
-        arguments = [*self.command, *cell.args, f"--run_dir={run}", "--trainer.enable_progress_bar=false"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        began = time.perf_counter()
-        with run.with_suffix(".log").open("wb") as log, self._lock:
-            if self._stopped:
-                raise KeyboardInterrupt
-            # a session of its own: Ctrl-C reaches the study alone, which then ends its cells
-            process = subprocess.Popen(
-                arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-            self._running.add(process)
-        outcome = Outcome(cell, run, process.wait(), time.perf_counter() - began)
+        commands = [[*cell.args, f"--run_dir={run}"]]
+        if cell.tested and cell.args[0] == "fit":
+            commands.append(["test", f"--ckpt_path={run}", f"--run_dir={run / TEST}"])
+        began, returncode = time.perf_counter(), 0
+        for arguments in commands:
+            returncode = returncode or self._end_of([*arguments, "--trainer.enable_progress_bar=false"], run)
+        outcome = Outcome(cell, run, returncode, time.perf_counter() - began)
         with self._lock:
-            self._running.discard(process)
             if not self._stopped:
                 record = {
                     "args": cell.args,
@@ -121,6 +118,26 @@ class Runner:
                 partial.write_text(json.dumps(record, indent=2) + "\n")
                 partial.rename(folder / RECORD)  # whole or not at all
         return outcome
+
+    def _end_of(self, arguments: Sequence[str], run: Path) -> int:
+        """Run a command line, and give how its process ended."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        with run.with_suffix(".log").open("ab") as log, self._lock:
+            if self._stopped:
+                raise KeyboardInterrupt
+            # a session of its own: Ctrl-C reaches the study alone, which then ends its cells
+            process = subprocess.Popen(
+                [*self.command, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        returncode = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return returncode
 
     def _stop(self) -> None:
         with self._lock:

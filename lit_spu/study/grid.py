@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from glob import glob
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -30,8 +30,9 @@ class Study:
         backbones: Embedded models, Hugging Face names or folders.
         seeds: Seeds of the runs.
         rates: Factors of each row's own learning rate; the best on validation is reported, for every row alike.
-        flags: Flags of `lit-spu fit` for all runs.
+        flags: Flags of `lit-spu fit` for all runs. `{seed}` in one stands for the run's seed.
         flags_for: More flags, for the runs of a row, a task or a backbone of that name.
+        score: What is reported: the best score on validation, or that of the same checkpoint on test.
     """
 
     configs: list[str]
@@ -43,6 +44,7 @@ class Study:
     rates: list[float] = field(default_factory=lambda: [1.0])
     flags: list[str] = field(default_factory=list)
     flags_for: dict[str, list[str]] = field(default_factory=dict)
+    score: Literal["validation", "test"] = "validation"
 
     def rows(self) -> dict[str, list[str]]:
         """The flags of every row, by its name.
@@ -84,13 +86,14 @@ class Study:
             *(flag for name in (row, short(task), short(backbone)) for flag in self.flags_for.get(name, [])),
         ]
         own = [f"--data.task={task}", f"--model.backbone={backbone}", f"--seed_everything={seed}"]
-        command = "fit"
+        command, tested = "fit", self.score == "test"
         if row == ZERO_SHOT:
-            command = "validate"
+            command = "test" if tested else "validate"
             own.append("--model.head=prompt")
         elif rate != 1:
             own.append(f"--model.lr={rate * _learning_rate([*flags, *more]):.6g}")
-        return Cell(row, short(task), short(backbone), seed, rate, (command, *flags, *more, *own))
+        args = (arg.replace("{seed}", str(seed)) for arg in (*flags, *more, *own))
+        return Cell(row, short(task), short(backbone), seed, rate, (command, *args), tested)
 
 
 ZERO_SHOT = "zero-shot"
@@ -107,6 +110,8 @@ class Cell:
     seed: int
     rate: float
     args: tuple[str, ...]
+    tested: bool = False
+    """Whether its score is that on test, of what was best on validation."""
 
     @property
     def optional(self) -> bool:
@@ -116,12 +121,13 @@ class Cell:
     @property
     def command(self) -> str:
         """Its command line as a user would write it."""
-        return " ".join(("lit-spu", *self.args))
+        then = " && lit-spu test" if self.tested and self.args[0] == "fit" else ""
+        return " ".join(("lit-spu", *self.args)) + then
 
     @property
     def folder(self) -> str:
         """A name for its directory that other flags would change."""
-        digest = hashlib.sha256("\0".join(self.args).encode()).hexdigest()[:8]
+        digest = hashlib.sha256("\0".join((*self.args, *("test",) * self.tested)).encode()).hexdigest()[:8]
         words = "-".join((self.row, self.task, self.backbone, f"seed{self.seed}"))
         return f"{re.sub('[^A-Za-z0-9]+', '-', words).strip('-')}-{digest}"
 

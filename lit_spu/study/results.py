@@ -20,7 +20,7 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure import MIB
 from lit_spu.metrics import task_metrics
-from lit_spu.study.compare import Outcome
+from lit_spu.study.compare import TEST, Outcome
 from lit_spu.study.grid import ZERO_SHOT
 from lit_spu.tasks import Task, load_task
 
@@ -44,18 +44,22 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 def record(outcome: Outcome) -> Record:
     """All that is known of a finished run, flat: its place, its score, what was measured, its settings and versions."""
     run = outcome.run
-    summary = json.loads((run / "summary.json").read_text())
-    cell = outcome.cell
+    summary, cell = json.loads((run / "summary.json").read_text()), outcome.cell
     config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else {}
     config.pop("run_dir", None)  # the study's own, and no setting
     launches = run / "launches.jsonl"
     launch = json.loads(launches.read_text().splitlines()[-1]) if launches.exists() else {}
     monitor = load_task(_task(cell.args)).monitor
+    score = summary["best_score"] if summary["best_score"] is not None else summary["metrics"].get(monitor)
+    if cell.tested:
+        tested = json.loads((run / TEST / "summary.json").read_text()) if cell.args[0] == "fit" else summary
+        score = tested["metrics"][monitor.replace("val/", "test/")]
     checkpoint = run / "checkpoints" / "best.ckpt"
     place = {"row": cell.row, "task": cell.task, "backbone": cell.backbone, "seed": cell.seed, "rate": cell.rate}
     return {
         **place,
-        "score": summary["best_score"] if summary["best_score"] is not None else summary["metrics"].get(monitor),
+        "score": score,
+        "portion": "test" if cell.tested else "validation",
         "metric": monitor.removeprefix("val/"),
         "checkpoint_mib": checkpoint.stat().st_size / MIB if checkpoint.exists() else None,
         **{name: summary[name] for name in ("steps", "epochs", "wall_seconds", "device", "devices")},
@@ -105,7 +109,7 @@ def constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
         data = next((r["data"] for r in here if r["data"]), None)
         if data:
             task = load_task(data["task"])
-            labels = torch.tensor([row["label"] for row in GLUE(**data).examples("validation")])
+            labels = torch.tensor([row["label"] for row in GLUE(**data).examples(here[0].get("portion", "validation"))])
             answers = [labels.mean().item()] if task.regression else range(len(task.labels))
             found[where] = sorted((_constant(task, labels, answer) for answer in answers), reverse=True)
     return found

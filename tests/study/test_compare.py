@@ -60,6 +60,21 @@ def test_cells_share_the_cores_and_have_directories_of_their_own(tmp_path: Path)
     assert len({outcome.run.parent for outcome in outcomes}) == 4
 
 
+def test_what_is_tested_is_so_behind_its_end(tmp_path: Path) -> None:
+    """And not at all where it did not come to one."""
+    for what, lines in (("fit", 2), ("refused", 1)):
+        one = Cell(what, "sst2", "mini-bert", 1, 1.0, ("fit", what), tested=True)
+        program = f"{PROGRAM}\nif sys.argv[2] == 'refused': sys.exit('error: no')\nprint(sys.argv[1:])"
+        (outcome,) = Runner(tmp_path, 1, (sys.executable, "-c", program)).run([one])
+        commands = [line for line in outcome.log.read_text().splitlines() if line.startswith("['")]
+        assert outcome.done is (what == "fit")
+        assert len([line for line in outcome.log.read_text().splitlines() if "run_dir" in line]) >= lines
+        if what == "fit":
+            assert commands[1].startswith(f"['test', '--ckpt_path={outcome.run}', '--run_dir={outcome.run}/test'")
+        else:
+            assert not any("'test'" in line for line in commands)
+
+
 def test_other_flags_are_another_cell(tmp_path: Path) -> None:
     list(runner(tmp_path).run([cell("done")]))
     other = Cell("done", "sst2", "mini-bert", 1, 1.0, ("done", "--seed_everything=1", "--model.k=2"))

@@ -49,6 +49,16 @@ def test_flags_from_the_general_to_the_particular() -> None:
     assert find(cells, ZERO_SHOT).args == ("validate", FULL, *for_all, *of_place, *own, "--model.head=prompt")
 
 
+def test_a_seed_may_be_part_of_a_flag_and_the_score_that_of_test() -> None:
+    settings = {"flags": ["--data.shots=16", "--data.split_seed={seed}"], "seeds": [13, 21]}
+    cells, tested = study(**settings).cells(), study(**settings, score="test").cells()
+    assert "--data.split_seed=21" in find(cells, "lst", seed=21).args
+    assert find(tested, "lst", seed=21).args == find(cells, "lst", seed=21).args
+    assert find(tested, "lst", seed=21).command.endswith(" && lit-spu test")
+    assert find(tested, ZERO_SHOT).args == ("test", *find(cells, ZERO_SHOT).args[1:])
+    assert not {c.folder for c in cells} & {c.folder for c in tested}
+
+
 def test_a_grid_of_rates_is_around_each_rows_own() -> None:
     cells = study(rates=[0.5, 1, 2], seeds=[1], flags_for={"lst": ["--model.lr=0.01"]}).cells()
     assert "--model.lr=5e-05" in find(cells, "full", rate=0.5).args
