@@ -83,6 +83,9 @@ class MeZOLST(ZerothOrder, KLadder):
         side.zero_grad()
         return loss.detach()
 
+    def _look_before_training(self, metric: str) -> None:
+        """Nothing to tell: what answers is a ladder that has yet to learn."""
+
     def step_rate(self, scheduler: Any) -> None:
         """The ladder's rate has its own steps, and is logged by its own name."""
         if scheduler is not self.side_rate:

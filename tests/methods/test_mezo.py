@@ -17,14 +17,17 @@ import lit_spu
 from lit_spu.__main__ import main
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
+from lit_spu.fingerprint import checksum
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.mezo import MeZO
 from lit_spu.optim.mezo import MeZO as Optimizer
 from lit_spu.optim.trajectory import Trajectory
 from tests.conftest import encode
+from tests.ddp import run
 
 Run = Callable[..., Trainer]
 Tiny = Callable[[str], str]
+CONFIG = Path(__file__).parents[2] / "configs" / "mezo.yaml"
 
 
 class Rates(Callback):
@@ -133,9 +136,9 @@ def test_the_command_line_refuses_it_too_and_loads_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(MeZO, "__init__", lambda *_, **__: pytest.fail("made"))
-    run = ["fit", "--model=MeZO", "--trainer.accumulate_grad_batches=2", f"--run_dir={tmp_path}"]
+    given = ["fit", "--model=MeZO", "--trainer.accumulate_grad_batches=2", f"--run_dir={tmp_path}"]
     with pytest.raises(SystemExit):
-        main(run)
+        main(given)
     assert "trainer.accumulate_grad_batches=2" in capsys.readouterr().err
 
 
@@ -312,3 +315,43 @@ def test_replay_is_a_command(
     main(["replay", f"--trajectory={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
     assert "MeZO as safetensors" in capsys.readouterr().out
     assert same(lit_spu.load(tmp_path / "out"), method)
+
+
+# -- several devices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"rows": "seen"}, {"objective": "accuracy", "epsilon": 0.1}, {"normalize": True}])
+def test_two_ranks_equal_one(tiny: Tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Rows that only one of them reads move on both."""
+    changed = {"lr": 1e-3, **settings}
+    one, two = (run(CONFIG, tiny("bert"), tmp_path, devices, **changed) for devices in (1, 2))
+    for name, tensor in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_ranks_that_look_along_directions_of_their_own_stay_equal(tiny: Tiny, tmp_path: Path) -> None:
+    """They check it at every step; and what they do is not what one pair of directions for both would be."""
+    own, shared = (
+        run(CONFIG, tiny("bert"), tmp_path, 2, lr=1e-3, shard_directions=of_their_own) for of_their_own in (True, False)
+    )
+    assert not all(torch.equal(tensor, shared["weights"][name]) for name, tensor in own["weights"].items())
+
+
+def test_ranks_that_differ_are_found(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = MeZO(lr=1e-3)
+    monkeypatch.setattr(method, "check_every", 3)
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    monkeypatch.setattr(method, "all_gather", lambda own: torch.stack([own, own + (method.trainer.global_step >= 3)]))
+    with pytest.raises(RuntimeError, match="The weights differ between the ranks behind step 3"):
+        fit(method, data())
+
+
+def test_a_checksum_sees_a_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tensors = [torch.ones(3, dtype=dtype), torch.zeros(2, 2, dtype=dtype).T]
+        before = checksum(tensors)
+        assert checksum(tensors[::-1]) != before
+        tensors[1][0, 1] = -0.0
+        assert checksum(tensors) != before
