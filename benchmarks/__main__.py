@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up (default: 5)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128], help="tokens of a text (default: 32 128)")
     parser.add_argument("--batch_size", type=int, default=32, help="texts of a batch (default: 32)")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="patterns of the rows' names, as 'mezo*' (default: all)"
+    )
     parser.add_argument("--quick", action="store_true", help="two rounds of 32 tokens: a look, not a result")
     parser.add_argument("--glue", type=Path, help="a folder in GLUE's layout, whose SST-2 to batch as well")
     parser.add_argument(
@@ -48,10 +51,12 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             backbone = models.save(config, Path(folder), task)
             for length in lengths:
-                found = methods.methods(backbone, task)
+                found = methods.methods(backbone, task, only=options.only)
                 batch = batch_of(options.batch_size, length, task)
                 title = f"{name}, batch {options.batch_size}, {length} tokens, {rounds} rounds, one thread"
                 console.print(report(title, methods.costs(found, batch, rounds)))
+            if options.only != ["*"]:
+                continue
             seconds = epochs.epochs(backbone, task, rounds)
             console.print(epoch_report(f"{name}, an epoch of 640 texts like SST-2's, {rounds} rounds", seconds))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,19 +61,26 @@ PEERS = ("lora", "ia3")
 """Configs that the peft library can do as well: each has a row of its own."""
 
 
-def methods(backbone: Path, task: Task, configs: Path = CONFIGS) -> dict[str, Method]:
-    """Every method that a config names, with that config's settings, on the backbone in that folder."""
+def methods(backbone: Path, task: Task, configs: Path = CONFIGS, only: Sequence[str] = ("*",)) -> dict[str, Method]:
+    """Every method that a config names, with that config's settings, on the backbone in that folder.
+
+    Of the rows, those whose names match `only`, and full fine-tuning.
+    """
+
+    def wanted(name: str) -> bool:
+        return name == FULL or any(fnmatchcase(name, pattern) for pattern in only)
+
     found: dict[str, Method] = {}
     for stem, path in method_configs([f"{configs}/*.yaml"]).items():
         for name, (config, changed) in {stem: (stem, {}), **VARIANTS}.items():
-            if config == stem:
+            if config == stem and wanted(name):
                 torch.manual_seed(0)
                 # the configs' reduction is for the narrow mini models
                 found[name] = build(path, backbone=str(backbone), task=task.name, **{"reduction": 8, **changed})
     for name in PEERS:
-        if name in found:
+        if name in found and wanted(f"{name} (peft)"):
             found[f"{name} (peft)"] = under_peft(found[name])
-    if MEZO in found:  # a twin, whose weights the published algorithm writes
+    if wanted(f"{MEZO} (published)"):  # a twin, whose weights the published algorithm writes
         found[f"{MEZO} (published)"] = build(configs / f"{MEZO}.yaml", backbone=str(backbone), task=task.name)
     if FULL not in found:
         raise FileNotFoundError(f"{configs}/{FULL}.yaml: the method that all others are compared with")
