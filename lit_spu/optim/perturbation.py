@@ -40,10 +40,11 @@ class Noise(ABC):
     """Elements that are drawn at a time, in whole rows: few enough for the processor's cache."""
 
     @abstractmethod
-    def draw(self, key: int, rows: range, weight: Tensor) -> Tensor:
+    def draw(self, key: int, rows: range, weight: Tensor, room: Tensor | None = None) -> Tensor:
         """These rows [some, width] of the z of a weight [rows, width], fp32 on its device; a `block` or its last part.
 
-        What it gives may be overwritten by the next.
+        What it gives may be overwritten by the next. It may be drawn into `room`, if that is of its shape and dtype:
+        then it is in the processor's cache where it is wanted.
         """
 
     def sample(self, key: int, like: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class Noise(ABC):
         out = torch.empty_like(weight, memory_format=torch.contiguous_format)
         source = as_rows(weight)
         for (rows, part), (_, target) in zip(self._blocks(source), self._blocks(as_rows(out)), strict=True):
-            torch.add(part, self.draw(key, rows, source), alpha=scale, out=target)
+            torch.add(part, self.draw(key, rows, source, target), alpha=scale, out=target)
         return out
 
     def rows(self, key: int, weight: Tensor, which: Tensor) -> Tensor:
@@ -146,16 +147,17 @@ class _Drawn(Noise):
 class Gaussian(_Drawn):
     """The paper's own. It is the same on devices of one type; on GPUs, of one model."""
 
-    def draw(self, key: int, rows: range, weight: Tensor) -> Tensor:
+    def draw(self, key: int, rows: range, weight: Tensor, room: Tensor | None = None) -> Tensor:
         shape = len(rows), weight.shape[1]
-        buffer = self.buffer(shape[0] * shape[1], weight.device)
+        fits = room is not None and room.dtype is torch.float32 and room.is_contiguous()
+        buffer = room.view(-1) if room is not None and fits else self.buffer(shape[0] * shape[1], weight.device)
         return buffer.normal_(generator=self.seeded(key, rows, weight)).view(shape)
 
 
 class Rademacher(_Drawn):
     """1 or −1, as the bits of random numbers have it."""
 
-    def draw(self, key: int, rows: range, weight: Tensor) -> Tensor:
+    def draw(self, key: int, rows: range, weight: Tensor, room: Tensor | None = None) -> Tensor:
         shape, device = (len(rows), weight.shape[1]), weight.device
         count = shape[0] * shape[1]
         words = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
@@ -172,7 +174,7 @@ class Table(Noise):
 
     block = 2**15
 
-    def draw(self, key: int, rows: range, weight: Tensor) -> Tensor:
+    def draw(self, key: int, rows: range, weight: Tensor, room: Tensor | None = None) -> Tensor:
         width, table = weight.shape[1], _table(weight.device)
         starts = len(table) - len(rows) * width + 1
         if starts < 1:
@@ -198,7 +200,7 @@ class LowRank(Noise):
         )
         return u * self.rank**-0.5, v
 
-    def draw(self, key: int, rows: range, weight: Tensor) -> Tensor:
+    def draw(self, key: int, rows: range, weight: Tensor, room: Tensor | None = None) -> Tensor:
         if not _is_matrix(weight):
             return self.normal.draw(key, rows, weight)
         u, v = self.factors(key, weight)
