@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import methodcaller
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -197,14 +197,18 @@ def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[flo
 
 
 def unequal(records: Sequence[Record]) -> list[str]:
-    """What is not the same for all rows of a task and backbone, and should be for the comparison to be fair."""
+    """What is not the same for all rows of a task and backbone, and should be for the comparison to be fair.
+
+    Runs of other seeds may differ, as in the split that they draw; and a run may be older than a setting.
+    """
     found = []
     trained = [r for r in records if r["row"] != ZERO_SHOT]
     for (task, backbone), here in grouped(trained, _place).items():
         data = [name for name in dict.fromkeys(n for r in here for n in r) if name.startswith("config.data.")]
         for name in ("steps", "config.trainer.accumulate_grad_batches", "devices", *data):
-            values = grouped(here, methodcaller("get", name))
-            if len(values) > 1:
+            known = [r for r in here if name in r]
+            if any(len({r[name] for r in same}) > 1 for same in grouped(known, lambda r: r["seed"]).values()):
+                values = grouped(known, itemgetter(name))
                 said = (f"{value}: {', '.join(grouped(some, lambda r: r['row']))}" for value, some in values.items())
                 found.append(f"{name.removeprefix('config.')} on {task}, {backbone}: {'; '.join(said)}")
         runs = grouped(here, lambda r: r["row"])

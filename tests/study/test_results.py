@@ -65,6 +65,12 @@ def test_what_is_not_equal_is_said() -> None:
     batch = "config.data.batch_size"
     (batches,) = unequal([record("full", 1, 0.5, **{batch: 32}), record("lst", 1, 0.6, **{batch: 16})])
     assert batches == "data.batch_size on sst2, mini-bert: 32: full; 16: lst"
+    split = "config.data.split_seed"
+    drawn = [record(row, seed, 0.5, **{split: seed}) for row in ("full", "lst") for seed in (1, 2)]
+    assert unequal([*drawn, record("older", 1, 0.5), record("older", 2, 0.5)]) == []
+    assert unequal([*drawn[:3], record("lst", 2, 0.5, **{split: 1})]) == [
+        "data.split_seed on sst2, mini-bert: 1: full, lst; 2: full"
+    ]
     (seeds,) = unequal([*fair, record("lst", 2, 0.6)])
     assert seeds == "finished runs on sst2, mini-bert: full: 1, lst: 2"
 
