@@ -69,7 +69,7 @@ class MeZOLST(ZerothOrder, KLadder):
     def recorded(self) -> bool:
         return False  # gradients are not in a trajectory
 
-    def take_step(self, batch: Batch, *optimizers: Any) -> Tensor:
+    def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
         """One step of either or of both, of which the Trainer counts one."""
         if self.order == "sequential" and self.trainer.global_step < self.first:
             return super().take_step(batch, *optimizers)

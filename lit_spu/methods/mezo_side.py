@@ -21,7 +21,7 @@ class MeZOSide(ZerothOrder, KLadder):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def take_step(self, batch: Batch, *optimizers: Any) -> Tensor:
+    def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
         taps, kept = self.taps(batch), self.kept
         self.kept = lambda _: taps
         try:

@@ -137,16 +137,19 @@ class ZerothOrder(Method):
         found: Tensor = metric(prediction, batch["labels"])
         return 1 - found.nan_to_num(0.0)
 
-    def take_step(self, batch: Batch, *optimizers: Any) -> Tensor:
-        """Take a step on a batch; gives what was minimised, or no number where the step was a recorded one."""
-        found: Tensor = optimizers[0].step(closure=lambda: self.value(batch), examples=len(batch["labels"]))
+    def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
+        """Take a step on a batch; gives what was minimised, or nothing where the step was a recorded one."""
+        found: Tensor | None = optimizers[0].step(closure=lambda: self.value(batch), examples=len(batch["labels"]))
         return found
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizers, schedulers = self.optimizers(), self.lr_schedulers()
-        loss = self.take_step(batch, *(optimizers if isinstance(optimizers, list) else [optimizers]))
-        if not loss.isnan():
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        loss = self.take_step(batch, *optimizers)
+        if loss is not None:
             self.log("train/loss", loss.float(), prog_bar=True, batch_size=len(batch["input_ids"]))
+        if left_out := optimizers[0].left_out:
+            self.log("train/left_out", float(left_out), prog_bar=True)
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             self.step_rate(scheduler)
 
@@ -180,7 +183,8 @@ class ZerothOrder(Method):
         )
         if self.trajectory:
             trajectory = Trajectory.read(self.trajectory)
-            self._follow(optimizer, trajectory)
+            if not self.trainer.ckpt_path:  # else its weights are those of a later step
+                self._follow(optimizer, trajectory)
             optimizer.recorded = trajectory.rows
             rank_zero_info(f"The first {len(trajectory.rows):,} steps are those of {trajectory.file}.")
         constant = self.schedule == "constant"
@@ -199,7 +203,7 @@ class ZerothOrder(Method):
         if self.weights and stage in ("fit", "replay"):
             trained.restore(self, runs.checkpoint(self.weights, "best"))
             self.total_steps = None  # these were the other run's
-        if self._trainer is not None:
+        if stage == "fit":
             self.check_trainer({"precision": self.trainer.precision, "strategy": type(self.trainer.strategy).__name__})
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:

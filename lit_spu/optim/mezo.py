@@ -32,7 +32,7 @@ class MeZO(Optimizer):
 
     Weights are bitwise what they were after an evaluation, whatever their precision; those in half precision keep what
     an update leaves over, so that small ones add up. `history` has what every step did, in fp32: the learning rate of
-    every group, as the step took it, and the slope along every direction.
+    every group, as the step took it, and the slope along every direction; `left_out` counts those not finite.
 
     Args:
         params: Weights, or named ones or groups of such, as any torch optimizer's. A weight's z depends on its name.
@@ -82,17 +82,18 @@ class MeZO(Optimizer):
         self.directions = directions * ranks
         self.own = range(rank * directions, (rank + 1) * directions)
         self.history = array("f")
+        self.left_out = 0
         self.recorded: Sequence[Sequence[float]] = ()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
         self.start = fingerprint((name, parameter) for _, name, parameter in self._all())
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor], examples: int = 1) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor], examples: int = 1) -> Tensor | None:  # type: ignore[override]
         """Evaluate the loss 2n times and move; gives the mean of the losses.
 
         Ranks exchange the sums of their examples' losses and how many these are, and nothing else (with `rows` seen,
         also which): each then takes the same step. Steps in `recorded`, rows of a history, are taken as they were,
-        without a look at the loss, which then is not a number.
+        without a look at the loss: they give nothing.
 
         Args:
             closure: The mean loss of this step's batch, a scalar, at the weights as they are read.
@@ -100,7 +101,7 @@ class MeZO(Optimizer):
         """
         if (done := self.param_groups[0]["step"]) < len(self.recorded):
             self.apply(self.recorded[done][len(self.param_groups) :], self.recorded[done][: len(self.param_groups)])
-            return torch.tensor(math.nan)
+            return None
         seen: dict[int, Tensor] = {}
         found = {j: self._losses(j, closure, seen) for j in self.own}
         nothing = torch.zeros_like(found[self.own[0]])
@@ -132,6 +133,7 @@ class MeZO(Optimizer):
         done = array("f", [*(rates or [group["lr"] for group in self.param_groups]), *slopes])
         self.history.extend(done)
         along = done[len(self.param_groups) :]
+        self.left_out += sum(not math.isfinite(g) for g in along)
         for number, name, parameter in self._taking_part():
             group, rate = self.param_groups[number], done[number]
             moves = [(self._key(j, name), -rate * g / len(along)) for j, g in enumerate(along) if math.isfinite(g)]

@@ -258,6 +258,24 @@ def test_training_goes_on_from_a_trajectory(fit: Run, data: Callable[..., GLUE],
     assert rows[0] == rows[1]
 
 
+def test_a_run_along_a_trajectory_may_be_interrupted(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
+    whole, _ = trained_by(fit, data, tmp_path / "whole")
+    torch.manual_seed(3)
+    settings: dict[str, Any] = {"lr": 1e-3, "trajectory": str(tmp_path / "whole")}
+    fit(MeZO(**settings), data()).save_checkpoint(tmp_path / "x.ckpt")
+    method = MeZO(**settings)
+    fit(method, data(), max_epochs=2, ckpt_path=tmp_path / "x.ckpt")
+    assert same(method, whole)
+
+
+def test_a_loss_that_is_no_number_is_told(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = MeZO(directions=2)
+    monkeypatch.setattr(method, "value", lambda batch: torch.tensor(float("nan")))
+    trainer = fit(method, data())
+    assert int(trainer.callback_metrics["train/left_out"]) == 8
+    assert trainer.callback_metrics["train/loss"].isnan()
+
+
 def test_a_resumed_run_writes_all_of_its_trajectory(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
     _, trainer = trained_by(fit, data, tmp_path / "half", max_epochs=1)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
