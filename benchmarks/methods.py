@@ -50,8 +50,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kladder, cached": ("kladder", {"tap_cache": "memory"}),
     "mezo, rademacher": ("mezo", {"noise": "rademacher"}),
     "mezo, table": ("mezo", {"noise": "table"}),
-    "mezo, low_rank": ("mezo", {"noise": "low_rank"}),
-    "mezo, seen rows": ("mezo", {"rows": "seen"}),
+    "mezo, gaussian": ("mezo", {"noise": "gaussian"}),
+    "mezo, gaussian, seen rows": ("mezo", {"noise": "gaussian", "rows": "seen"}),
     "mezo_side, cached": ("mezo_side", {"tap_cache": "memory"}),
 }
 """Rows beyond the configs' own: the config, and what is set otherwise."""
@@ -75,8 +75,10 @@ def methods(backbone: Path, task: Task, configs: Path = CONFIGS, only: Sequence[
         for name, (config, changed) in {stem: (stem, {}), **VARIANTS}.items():
             if config == stem and wanted(name):
                 torch.manual_seed(0)
-                # the configs' reduction is for the narrow mini models
-                found[name] = build(path, backbone=str(backbone), task=task.name, **{"reduction": 8, **changed})
+                # the configs' reduction is for the narrow mini models, as are so many directions
+                found[name] = build(
+                    path, backbone=str(backbone), task=task.name, **{"reduction": 8, "directions": 1, **changed}
+                )
     for name in PEERS:
         if name in found and wanted(f"{name} (peft)"):
             found[f"{name} (peft)"] = under_peft(found[name])
