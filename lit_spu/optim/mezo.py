@@ -7,9 +7,13 @@ their difference. Nothing is kept but a number a direction: the direction itself
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -158,7 +162,7 @@ class MeZO(Optimizer):
         """The loss a little way along a direction, and against it; marks in `seen` which rows of a weight it reads."""
         keys, found = [(parameter, self._key(direction, name)) for _, name, parameter in self._taking_part()], []
         for sign in (1, -1):
-            with Perturbed(keys, self.noise, sign * self.epsilon) as perturbed:
+            with _held_back(), Perturbed(keys, self.noise, sign * self.epsilon) as perturbed:
                 found.append(closure().double())
         if self.rows == "seen" and not seen:
             for parameter, _ in keys:
@@ -191,3 +195,25 @@ class MeZO(Optimizer):
             state["rest"] = torch.zeros_like(parameter)
         rest: Tensor = state["rest"]
         return rest
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Hold Ctrl-C back to the end: torch's stack of modes does not bear an error just anywhere. A second one is not."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, handler)
+        came.append((number, frame))
+
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    for number, frame in came:
+        handler(number, frame)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -140,6 +141,24 @@ def test_what_is_not_trained_and_the_generators_stay(error: bool) -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])  # type: ignore[index]
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_ctrl_c_waits_for_the_end_of_a_look() -> None:
+    """And then is one; what torch does next is as ever."""
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    looks: list[Tensor] = []
+    before, handler = copy.deepcopy(model.state_dict()), signal.getsignal(signal.SIGINT)
+
+    def loss() -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        looks.append(model(x).square().mean())
+        return looks[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        MeZO(model.named_parameters(), lr=0.1).step(loss)
+    assert len(looks) == 1
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert torch.equal(model(x), F.linear(x, before["weight"], before["bias"]))
 
 
 def test_the_same_direction_twice_is_that_direction(monkeypatch: pytest.MonkeyPatch) -> None:
