@@ -48,8 +48,9 @@ class MeZOLST(ZerothOrder, KLadder):
             )
         self.order, self.backbone_share, self.side_lr = order, backbone_share, side_lr
         self.backbone.requires_grad_(True)
-        # no gradient will come for these
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [n for n, _ in self.perturbed()])
+        # no gradient will come for these, by whichever name
+        theirs = [n for n, _ in self.named_parameters(remove_duplicate=False) if n.startswith("backbone.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, theirs)
 
     def perturbed(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(f"backbone.{name}", parameter) for name, parameter in self.backbone.named_parameters()]
