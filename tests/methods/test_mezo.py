@@ -339,7 +339,9 @@ def test_replay_is_a_command(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"rows": "seen"}, {"objective": "accuracy", "epsilon": 0.1}, {"normalize": True, "lr": 1e-6}])
+@pytest.mark.parametrize(
+    "settings", [{"rows": "seen"}, {"objective": "accuracy", "epsilon": 0.1}, {"normalize": True, "lr": 1e-6}]
+)
 def test_two_ranks_equal_one(tiny: Tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
     """Rows that only one of them reads move on both."""
     changed = {"lr": 1e-3, **settings}
