@@ -165,9 +165,11 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     for name, method in found.items():
         if isinstance(method, TapReader) and method.tap_cache:
             method.kept = TapCache(method.backbone)
-        calls[name], optimizers = training_step(method, batch)
+        optimizers: list[torch.optim.Optimizer]
         if name == f"{MEZO} (published)":
             calls[name], optimizers = four_passes(method, batch), []
+        else:
+            calls[name], optimizers = training_step(method, batch)
         above[name] = (live_bytes(method, calls[name], optimizers).peak_bytes - loaded) / MIB
     plain = found[FULL]
     calls[FORWARD] = forward_pass(plain, batch)

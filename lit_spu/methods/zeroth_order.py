@@ -262,7 +262,7 @@ class ZerothOrder(Method):
         optimizer = self.mezo(directions=said["directions"])
         self._follow(optimizer, trajectory)
         for row in rows:
-            optimizer.apply(row[said["groups"] :], row[: said["groups"]])
+            optimizer.repeat(row)
         self.cpu()
 
     def _follow(self, optimizer: MeZO, trajectory: Trajectory) -> None:

@@ -104,7 +104,7 @@ class MeZO(Optimizer):
             examples: How many it is the mean of.
         """
         if (done := self.param_groups[0]["step"]) < len(self.recorded):
-            self.apply(self.recorded[done][len(self.param_groups) :], self.recorded[done][: len(self.param_groups)])
+            self.repeat(self.recorded[done])
             return None
         seen: dict[int, Tensor] = {}
         found = {j: self._losses(j, closure, seen) for j in self.own}
@@ -148,6 +148,11 @@ class MeZO(Optimizer):
                 self.noise.move(parameter, moves, decay, rest)
         for group in self.param_groups:
             group["step"] += 1
+
+    def repeat(self, row: Sequence[float]) -> None:
+        """Take a step again, of which a history has this row."""
+        groups = len(self.param_groups)
+        self.apply(row[groups:], row[:groups])
 
     def state_dict(self) -> dict[str, Any]:
         own = {"seed": self.seed, "start": self.start, "history": torch.tensor(self.history)}
