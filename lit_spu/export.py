@@ -39,7 +39,7 @@ def export(ckpt_path: str, output: str, format: Form = "safetensors") -> None:
     write: Mapping[Form, Callable[[Method, Path], str]] = {"peft": peft, "merged": merged, "safetensors": weights}
     assert set(write) == set(get_args(Form))
     use = write[format](method, folder)
-    (folder / "README.md").write_text(card(method, file.parents[1] / "summary.json", use, format))
+    (folder / "README.md").write_text(card(method, file, use, format))
     _say(folder, method, format)
 
 
@@ -145,8 +145,12 @@ def _labels(method: Method) -> str:
     return f", num_labels={method.task.scores}" if method.backbone.classifies else ""
 
 
-def card(method: Method, summary: Path | None, use: str, format: Form) -> str:
-    """The model card: what it is, how it was made, what it scored, how it is loaded, and how it is asked."""
+def card(method: Method, file: Path | None, use: str, format: Form) -> str:
+    """The model card: what it is, how it was made, what it scored, how it is loaded, and how it is asked.
+
+    The score is that of the run directory which the checkpoint `file` is in, if it is in one.
+    """
+    summary = file.absolute().parents[1] / "summary.json" if file else None
     found: dict[str, Any] = json.loads(summary.read_text()) if summary and summary.exists() else {}
     task, metric = method.task, method.task.monitor.removeprefix("val/")
     count = sum(p.numel() for p in method.parameters() if p.requires_grad)

@@ -137,7 +137,9 @@ def test_separated_it_is_a_model_of_its_own(tmp_path: Path, capsys: pytest.Captu
         torch.testing.assert_close(plain(**inputs).logits, method(batches[0]), atol=1e-6, rtol=0)
     again = load_backbone(str(tmp_path / "student"), method.task)
     assert again.knows_answers
-    assert f"{score(again.eval(), batches):.4f}" in shown
+    found = f"{score(again.eval(), batches):.4f}"
+    assert found in shown
+    assert f"on validation: {found}" in (tmp_path / "student" / "README.md").read_text()
     with pytest.raises(SystemExit):
         main(["separate", f"--ckpt_path={tmp_path}/run", f"--output={tmp_path}/student"])
     assert "holds something already" in capsys.readouterr().err
