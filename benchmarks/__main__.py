@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ratios of two threads are noise on a shared machine
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=["*"], help="patterns of the rows' names, as 'mezo*' (default: all)"
     )
+    parser.add_argument("--device", default="cpu", help="where the steps run, as 'cuda' (default: cpu, one thread)")
     parser.add_argument("--quick", action="store_true", help="two rounds of 32 tokens: a look, not a result")
     parser.add_argument("--glue", type=Path, help="a folder in GLUE's layout, whose SST-2 to batch as well")
     parser.add_argument(
@@ -52,23 +54,27 @@ def main() -> None:
             backbone = models.save(config, Path(folder), task)
             for length in lengths:
                 found = methods.methods(backbone, task, only=options.only)
-                batch = batch_of(options.batch_size, length, task)
-                title = f"{name}, batch {options.batch_size}, {length} tokens, {rounds} rounds, one thread"
+                batch = {k: v.to(options.device) for k, v in batch_of(options.batch_size, length, task).items()}
+                where = "one thread" if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+                title = f"{name}, batch {options.batch_size}, {length} tokens, {rounds} rounds, {where}"
                 console.print(report(title, methods.costs(found, batch, rounds)))
-            if options.only != ["*"]:
+            if options.only != ["*"] or options.device != "cpu":
                 continue
             seconds = epochs.epochs(backbone, task, rounds)
             console.print(epoch_report(f"{name}, an epoch of 640 texts like SST-2's, {rounds} rounds", seconds))
 
 
 def report(title: str, costs: list[methods.Cost]) -> Table:
-    """Time is processor time; memory is live bytes above the loaded backbone."""
+    """Time is processor time; memory is live bytes above the loaded backbone, and what a device's allocator says."""
     table = Table(title=title, title_justify="left")
-    for header in ("method", "trainable", "step ms", "/ forward", "/ full", "live MiB", "/ full"):
+    told = any(c.allocator_mib is not None for c in costs)
+    headers = ("method", "trainable", "step ms", "/ forward", "/ full", "live MiB", "/ full", "allocator MiB")
+    for header in headers if told else headers[:-1]:
         table.add_column(header, justify="left" if header == "method" else "right")
     for c in costs:
-        time = (f"{c.milliseconds:,.0f}", f"{c.to_forward:.2f}", f"{c.to_full:.2f}")
-        table.add_row(c.name, f"{c.trainable:,}", *time, f"{c.above_mib:,.0f}", f"{c.memory_to_full:.2f}")
+        time = (f"{c.milliseconds:,.{0 if c.milliseconds > 100 else 1}f}", f"{c.to_forward:.2f}", f"{c.to_full:.2f}")
+        told_by = () if c.allocator_mib is None else (f"{c.allocator_mib:,.0f}",)
+        table.add_row(c.name, f"{c.trainable:,}", *time, f"{c.above_mib:,.0f}", f"{c.memory_to_full:.2f}", *told_by)
     return table
 
 

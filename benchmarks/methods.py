@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_spu.backbones.cache import TapCache
-from lit_spu.measure import MIB, LiveBytes, interleave
+from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
 from lit_spu.methods.base import Method, TapReader
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
@@ -31,7 +33,10 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step of one method costs. Ratios are to the forward pass and to full fine-tuning of the same run."""
+    """What a step of one method costs. Ratios are to the forward pass and to full fine-tuning of the same run.
+
+    `allocator_mib` is what the accelerator's own allocator says, above the loaded backbone as `above_mib` is.
+    """
 
     name: str
     trainable: int
@@ -40,6 +45,7 @@ class Cost:
     to_full: float
     above_mib: float
     memory_to_full: float
+    allocator_mib: float | None = None
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -150,19 +156,37 @@ def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
     return forward
 
 
+def growth(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes in tensors that a step takes beyond those before it, as the device's allocator counts them."""
+    before = torch.accelerator.memory_allocated(device)
+    peak = AcceleratorPeak(device)
+    step()
+    return peak.allocated_bytes() - before
+
+
+def until_done(device: torch.device) -> float:
+    """The time in seconds once a device has done all that it was given."""
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     """Measure all methods on one batch: live bytes over two steps (the second with optimizer state), then time.
 
     Live bytes are those above the loaded backbone: a method's own weights count. Time is the process's own, the median
-    over the rounds, and ratios are medians of the rounds' ratios; both with one thread. A cached step reads what the
-    first kept: it is one of the second epoch and later.
+    over the rounds, and ratios are medians of the rounds' ratios; both with one thread. On an accelerator it is the
+    time that passes until the device is done. A cached step reads what the first kept: it is one of the second epoch
+    and later.
     """
     torch.set_num_threads(1)
+    device = batch["labels"].device
     backbone = next(iter(found.values())).backbone
     loaded = sum(t.untyped_storage().nbytes() for t in {*backbone.parameters(), *backbone.buffers()})
     calls: dict[str, Callable[[], None]] = {}
     above: dict[str, float] = {}
+    allocated: dict[str, float] = {}
     for name, method in found.items():
+        method.to(device)
         if isinstance(method, TapReader) and method.tap_cache:
             method.kept = TapCache(method.backbone)
         optimizers: list[torch.optim.Optimizer]
@@ -170,13 +194,18 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
             calls[name], optimizers = four_passes(method, batch), []
         else:
             calls[name], optimizers = training_step(method, batch)
-        above[name] = (live_bytes(method, calls[name], optimizers).peak_bytes - loaded) / MIB
+        live = live_bytes(method, calls[name], optimizers)
+        above[name] = (live.peak_bytes - loaded) / MIB
+        if device.type != "cpu":
+            allocated[name] = (live.entry_bytes - loaded + growth(calls[name], device)) / MIB
     plain = found[FULL]
     calls[FORWARD] = forward_pass(plain, batch)
     with LiveBytes(plain) as live:
         calls[FORWARD]()
     above[FORWARD] = live.above_bytes / MIB
-    seconds = interleave(calls, rounds)
+    seconds = interleave(
+        calls, rounds, clock=time.process_time if device.type == "cpu" else partial(until_done, device)
+    )
 
     def ratio(name: str, to: str) -> float:
         return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
@@ -190,6 +219,7 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
             to_full=ratio(name, FULL),
             above_mib=above[name],
             memory_to_full=above[name] / above[FULL],
+            allocator_mib=allocated.get(name),
         )
         for name in sorted(calls, key=lambda name: median(seconds[name]))
     ]

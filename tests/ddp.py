@@ -38,16 +38,16 @@ def run(config: Path, backbone: str, folder: Path, devices: int, **changed: Any)
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
-    """A trainer on the CPU that writes and shows nothing."""
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        **settings,
-    )
+    """A trainer on the CPU that writes and shows nothing, unless it is told otherwise."""
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**quiet | settings)
 
 
 def main(settings: dict[str, Any]) -> None:

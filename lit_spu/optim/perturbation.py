@@ -130,6 +130,11 @@ class _Drawn(Noise):
         self.generators: dict[torch.device, torch.Generator] = {}
         self.buffers: dict[torch.device, Tensor] = {}
 
+    def _height(self, weight: Tensor) -> int:
+        if weight.device.type == "cpu":
+            return super()._height(weight)
+        return max(1, 2**22 // weight.shape[1])  # 16 MiB: what counts there is how many kernels are launched
+
     def seeded(self, key: int, rows: range, weight: Tensor) -> torch.Generator:
         """The generator of a block."""
         device = weight.device

@@ -1,0 +1,78 @@
+"""What a GPU does is what a CPU does: gradients, looks along directions, trajectories, and what is said of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+import lit_spu
+from benchmarks.methods import growth
+from lit_spu.data.glue import GLUE
+from lit_spu.methods.base import Method
+from lit_spu.methods.mezo import MeZO
+from lit_spu.methods.zeroth_order import ZerothOrder
+from lit_spu.study.grid import build, method_configs
+from lit_spu.study.steps import batch_of, live_bytes, training_step
+from tests.conftest import encode
+from tests.ddp import quiet_trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The number of training batches")]
+
+METHODS = method_configs([f"{Path(__file__).parents[1]}/configs/*.yaml"])
+CUDA = torch.device("cuda")
+
+
+def made(config: str, backbone: str, **settings: Any) -> Method:
+    torch.manual_seed(0)
+    return build(METHODS[config], backbone=backbone, **settings)
+
+
+def learnt(method: Method, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The gradient of a loss, or the slopes that MeZO finds, in one row."""
+    if isinstance(method, ZerothOrder):
+        step, (optimizer, *_) = training_step(method, batch)
+        step()
+        return torch.tensor(optimizer.history[1:])  # type: ignore[attr-defined]
+    method.train()
+    method.loss(batch).backward()
+    return torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]).cpu()
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("config", METHODS)
+def test_a_step_is_that_of_the_cpu(tiny: Callable[[str], str], config: str, family: str) -> None:
+    settings = {"noise": "table", "epsilon": 1e-2, "tap_dropout": 0.0}  # the noise that is the same everywhere
+    found = []
+    for device in (torch.device("cpu"), CUDA):
+        method = made(config, tiny(family), **settings).to(device)
+        found.append(learnt(method, {name: tensor.to(device) for name, tensor in encode(method.backbone).items()}))
+    scale = found[0].abs().max().item()
+    torch.testing.assert_close(found[1], found[0], rtol=0.01, atol=max(1e-4, 0.01 * scale))
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "table", "low_rank"])
+def test_a_trajectory_leads_to_the_weights(tmp_path: Path, noise: Any) -> None:
+    torch.manual_seed(3)
+    method = MeZO(noise=noise, lr=1e-3, directions=2)
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    data = GLUE(batch_size=8, limit_train=32, limit_validation=20, cache=str(tmp_path / "cache"))
+    logger = CSVLogger(tmp_path / "run", name="", version="")
+    quiet_trainer(max_epochs=2, accelerator="cuda", logger=logger).fit(method, data)
+    replayed, trained = lit_spu.replay(tmp_path / "run").state_dict(), method.cpu().state_dict()
+    assert all(torch.equal(tensor, replayed[name]) for name, tensor in trained.items())
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize("config", ["full", "lora", "lst", "mezo"])
+def test_live_bytes_are_what_the_allocator_says(config: str) -> None:
+    method = made(config, "mini-bert").to(CUDA)
+    batch = {name: tensor.to(CUDA) for name, tensor in batch_of(64, 128, method.task).items()}
+    step, optimizers = training_step(method, batch)
+    counted = live_bytes(method, step, optimizers)  # which also makes the optimizer's state
+    torch.cuda.synchronize()
+    assert growth(step, CUDA) == pytest.approx(counted.above_bytes, rel=0.1)
