@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_spu import discovery, runs, trained
 from lit_spu.__main__ import SUBCOMMANDS
 from lit_spu.callbacks.finish_validation import FinishValidation
+from lit_spu.callbacks.last_checkpoint import LastCheckpoint
 from lit_spu.callbacks.run_summary import RunSummary
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
@@ -254,10 +255,7 @@ class SpuCLI(LightningCLI):
                 save_on_train_epoch_end=False,  # but behind validation: a resumed epoch may end without its metrics
                 enable_version_counter=False,
             ),
-            # one of its own, for save_last would save when there is a new best one only
-            ModelCheckpoint(
-                folder, "last", save_on_exception=True, save_on_train_epoch_end=True, enable_version_counter=False
-            ),
+            LastCheckpoint(folder),
             FinishValidation(),
             RunSummary(),
         ]
