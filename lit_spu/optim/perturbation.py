@@ -30,7 +30,9 @@ def key_of(*parts: int | str) -> int:
 
 def as_rows(weight: Tensor) -> Tensor:
     """A weight as [rows, width]: a view."""
-    return weight.flatten(1) if weight.dim() > 1 else weight.reshape(1, -1)
+    if weight.dim() == 2:
+        return weight
+    return weight.flatten(1) if weight.dim() > 2 else weight.reshape(1, -1)
 
 
 class Noise(ABC):
@@ -50,7 +52,10 @@ class Noise(ABC):
     def sample(self, key: int, like: Tensor) -> Tensor:
         """The z of a weight, in fp32 and in its shape."""
         weight = as_rows(like)
-        return torch.cat([self.draw(key, rows, weight).clone() for rows, _ in self._blocks(weight)]).view(like.shape)
+        found = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for rows, part in self._blocks(found):
+            part.copy_(self.draw(key, rows, weight, part))
+        return found.view(like.shape)
 
     def shifted(self, key: int, weight: Tensor, scale: float) -> Tensor:
         """The weight + scale·z, a new tensor of its shape and dtype."""
@@ -114,6 +119,9 @@ class Noise(ABC):
 
     def _blocks(self, weight: Tensor) -> Iterator[tuple[range, Tensor]]:
         """The rows, block by block: which, and their part of the weight."""
+        if weight.shape[0] <= self._height(weight):  # as most weights, where launches count and not bytes
+            yield range(weight.shape[0]), weight
+            return
         start = 0
         for part in weight.split(self._height(weight)):
             yield range(start, start + len(part)), part
@@ -199,11 +207,9 @@ class LowRank(Noise):
 
     def factors(self, key: int, weight: Tensor) -> tuple[Tensor, Tensor]:
         """U [rows, r], with 1/√r, and V [width, r]."""
-        u, v = (
-            self.normal.sample(key_of(key, name), torch.empty(size, self.rank, device=weight.device))
-            for name, size in zip("uv", weight.shape, strict=True)
-        )
-        return u * self.rank**-0.5, v
+        both = torch.empty(sum(weight.shape) * self.rank, device=weight.device)
+        u, v = self.normal.sample(key, both).view(-1, self.rank).split(list(weight.shape))
+        return (u, v) if self.rank == 1 else (u * self.rank**-0.5, v)
 
     def draw(self, key: int, rows: range, weight: Tensor, room: Tensor | None = None) -> Tensor:
         if not _is_matrix(weight):
@@ -212,7 +218,7 @@ class LowRank(Noise):
         return u[rows.start : rows.stop] @ v.T
 
     def _height(self, weight: Tensor) -> int:
-        return len(weight)  # the factors are drawn once
+        return weight.shape[0]  # the factors are drawn once
 
     def shifted(self, key: int, weight: Tensor, scale: float) -> Tensor:
         if not _is_matrix(weight):
@@ -313,7 +319,7 @@ def _move(part: Tensor, left: Tensor | None, moves: Iterable[tuple[Tensor, float
 
 def _is_matrix(weight: Tensor) -> bool:
     """Whether it has factors: a single row, as which a vector is looked at, has none."""
-    return weight.dim() == 2 and len(weight) > 1
+    return weight.dim() == 2 and weight.shape[0] > 1
 
 
 def _picks(weight: Tensor, index: Any) -> bool:

@@ -105,7 +105,7 @@ def test_on_cuda_allocated_and_reserved(make_trainer: MakeTrainer) -> None:
 
     memory = Memory()
     make_trainer(memory, accelerator="cuda", devices=1).fit(HungryOnCuda())
-    assert 128 < memory.summary["memory/peak_mib"] < 128 + 64
+    assert 128 < memory.summary["memory/peak_mib"] < 2 * 128  # a matrix product's workspace has up to 72
     assert memory.summary["memory/reserved_mib"] >= memory.summary["memory/peak_mib"]
 
 
