@@ -18,13 +18,19 @@ def run_both(config: Path, backbone: str, folder: Path) -> list[dict[str, Any]]:
     return [run(config, backbone, folder, devices) for devices in (1, 2)]
 
 
-def run(config: Path, backbone: str, folder: Path, devices: int, **changed: Any) -> dict[str, Any]:
-    """The trained weights and the metrics of a run in processes of its own, with these of the method's settings."""
+def run(
+    config: Path, backbone: str, folder: Path, devices: int, trainer: dict[str, Any] | None = None, **changed: Any
+) -> dict[str, Any]:
+    """The trained weights and the metrics of a run in processes of its own, with these of the method's settings.
+
+    The trainer's settings may name callbacks of lit_spu.
+    """
     out = folder / f"{devices}.pt"
     settings = {
         "config": str(config),
         "method": {"backbone": backbone, **changed},
         "devices": devices,
+        "trainer": trainer or {},
         "out": str(out),
         "cache": str(folder),
     }
@@ -54,6 +60,7 @@ def main(settings: dict[str, Any]) -> None:
     """Train and validate; rank zero saves what came out."""
     from lightning.pytorch import seed_everything
 
+    import lit_spu
     from lit_spu.data.glue import GLUE
     from lit_spu.study.grid import build
 
@@ -62,7 +69,9 @@ def main(settings: dict[str, Any]) -> None:
     method: Any = build(Path(settings["config"]), **settings["method"])  # without dropout
     method.check_every = 1  # of those that check that ranks are equal
     data = GLUE(batch_size=8 // devices, limit_train=40, limit_validation=21, cache=settings["cache"])
-    trainer = quiet_trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2)
+    own = {"strategy": "ddp", **settings["trainer"]}
+    own["callbacks"] = [getattr(lit_spu, name)() for name in own.get("callbacks", ())]
+    trainer = quiet_trainer(devices=devices, max_epochs=2, **own if devices > 1 else own | {"strategy": "auto"})
     trainer.fit(method, data)
     (metrics, *_) = trainer.validate(method, data, verbose=False)
     if trainer.is_global_zero:

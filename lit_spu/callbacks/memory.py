@@ -33,9 +33,9 @@ class Memory(Callback):
     - `memory/inference_peak_mib`: the peak over a validation, test or predict epoch.
 
     Live bytes are exact and repeatable on every device: tensors alone, counted at every operator. That slows a step
-    down, so they are counted in the first two steps, which `Latency` drops as warm-up, and whenever a batch has more
-    numbers than all before it: seldom, but the largest batch of a run is among them. The kinds are those of the largest
-    moment and add up to it.
+    down, so they are counted in the first two steps, which `Latency` drops as warm-up, whenever a batch has more
+    numbers than all before it, and when other weights learn than in the step before: seldom, but the largest batch of
+    a run is among them. The kinds are those of the largest moment and add up to it.
 
     - `memory/live_peak_mib`, `memory/live_mean_mib`: most at once, and the mean over the operators.
     - `memory/weights_mib`, `memory/gradients_mib`, `memory/optimizer_mib`, `memory/activations_mib` (what autograd
@@ -61,7 +61,7 @@ class Memory(Callback):
         self.summary: dict[str, float] = {}
         self._gauge: ResidentPeak | AcceleratorPeak | None = None
         self._tracker: LiveBytes | None = None
-        self._batches = self._first_step = self._largest = 0
+        self._batches = self._first_step = self._largest = self._learning = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what the device can tell."""
@@ -81,7 +81,8 @@ class Memory(Callback):
         numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         largest, self._largest = numbers > self._largest, max(numbers, self._largest)
         first = trainer.global_step - self._first_step < LIVE_STEPS and self._batches < LIVE_BATCHES
-        if self.live and (first or largest):
+        before, self._learning = self._learning, sum(p.requires_grad for p in pl_module.parameters())
+        if self.live and (first or largest or self._learning != before):
             self._tracker = LiveBytes(pl_module, trainer.optimizers).__enter__()
 
     def on_train_batch_end(

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, Head, Precision, Taps, load_backbone
@@ -201,6 +201,20 @@ class Method(LightningModule, ABC):
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics()
+
+    @property
+    def stages(self) -> list[list[nn.Parameter]]:
+        """The backbone's weights at each depth, from the bottom up: the embeddings', and then those of block by block.
+
+        What learns at a block's linears is among its own. The head, and what stands beside the backbone, is not there.
+        """
+        stem, adapters = self.backbone.stem, self.adapters
+        found = [[parameter for part in stem.embeddings for parameter in part.parameters()]]
+        for block in stem.blocks:
+            inside = set(block.modules())
+            at = (adapter for adapter in adapters if adapter.site.linear in inside)
+            found.append([*block.parameters(), *(parameter for one in at for parameter in one.parameters())])
+        return found
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
