@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -157,6 +158,13 @@ class GLUE(LightningDataModule):
         (examples,) = self._examples["train"]
         for index in Random(self.split_seed).sample(range(len(examples)), min(count, len(examples))):
             yield examples[[index]]
+
+    def as_read_by(self, encoding: Encoding) -> Iterator[Batch]:
+        """All training examples as a model of another encoding reads them, in batches of texts of like length."""
+        other = copy(self)
+        other.trainer, other.encoding = None, encoding  # on all ranks the same
+        other._examples = {"train": other._tokenise("train")}
+        yield from other._loaders("train")[0]
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
