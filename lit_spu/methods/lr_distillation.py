@@ -47,6 +47,9 @@ class LRDistillation(Method):
             labels or cannot read the data, or `control` is no run of LR distillation.
     """
 
+    answers: Tensor
+    """The teacher's, [examples, labels], while it trains."""
+
     def __init__(
         self,
         teacher: str,
@@ -71,7 +74,6 @@ class LRDistillation(Method):
         self.distance, self.temperature, self.reference = distance, temperature, reference
         self.low, self.high, self.skip_below, self.schedule = low, high, skip_below, schedule
         self.teacher, self.control = teacher, control
-        self.answers: Tensor | None = None  # the teacher's, [examples, labels]
         self.mean_factor: float | None = None
         self.start, self.steps_seen = 0.0, 0  # d_0, and how many steps it is the mean of
         self.scaled = self.plain = 0.0  # the sums of the learning rate with the factor and without
@@ -137,7 +139,6 @@ class LRDistillation(Method):
 
     def _distance(self, scores: Tensor, batch: Batch) -> float:
         """How far the scores [batch, labels] of all ranks are from the teacher's."""
-        assert self.answers is not None
         theirs = self.answers[batch["index"]].to(scores.dtype)
         if self.distance == "divergence":
             found = distances.divergence(scores, theirs, self.temperature)
