@@ -144,6 +144,8 @@ class Method(LightningModule, ABC):
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
         # torch on Lightning's use of its pytrees, in every run
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        # a step that is left out, on purpose
+        warnings.filterwarnings("ignore", "`training_step` returned `None`")
         self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
 
     def on_fit_start(self) -> None:

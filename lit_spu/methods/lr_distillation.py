@@ -7,7 +7,6 @@ the same mean learning rate (`control`).
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +90,6 @@ class LRDistillation(Method):
         super().setup(stage)
         if stage != "fit":
             return
-        warnings.filterwarnings("ignore", "`training_step` returned `None`")
         if self.skip_below and self.trainer.world_size > 1:
             raise UserError("model.skip_below: several devices cannot leave out a backward pass. Use one, or 0.")
         if self.control:
