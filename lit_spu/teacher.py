@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from lit_spu import trained
 from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Task
-
-if TYPE_CHECKING:
-    from lit_spu.data.glue import GLUE
 
 
 class Teacher:
@@ -43,8 +40,14 @@ class Teacher:
         self.model, self.encoding, self.scores = found.eval().requires_grad_(False), found.encoding, task.scores
 
     @torch.no_grad()
-    def answers(self, data: GLUE, device: torch.device) -> Tensor:
-        """Its scores [examples, labels] of all training examples, by their number, on that device."""
+    def answers(self, data: Any, device: torch.device) -> Tensor:
+        """Its scores [examples, labels] of all training examples of GLUE `data`, by their number, on that device.
+
+        Raises:
+            UserError: if the data are others, which it cannot read.
+        """
+        if not hasattr(data, "as_read_by"):
+            raise UserError(f"model.teacher: a teacher reads lit_spu's GLUE data, and not {type(data).__name__}.")
         self.model.to(device)
         kept = torch.empty(len(data.examples("train")), self.scores, device=device)
         for batch in data.as_read_by(self.encoding):

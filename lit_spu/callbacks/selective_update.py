@@ -12,9 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_spu.backbones.base import tensor_of
 from lit_spu.errors import UserError
-from lit_spu.nn.side_lora import instead
+from lit_spu.nn.bypass import bypassed
 from lit_spu.policies import Policy
 
 
@@ -99,7 +98,7 @@ class SelectiveUpdate(Callback):
             around = self.policy.passes(number, len(blocks))
             with ExitStack() as stack:
                 for passed in around:
-                    stack.enter_context(instead(blocks[passed], _around))
+                    stack.enter_context(bypassed(blocks[passed]))
                 if not whole:
                     stack.enter_context(self._biases_alone(pl_module))
                 loss = plain(batch, batch_idx)
@@ -159,13 +158,3 @@ def _replaced(module: Any, step: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del module.training_step
-
-
-def _around(forward: Callable[..., Any], state: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A block that passes gradients on as though it were not there: nothing of it is stored, and it does not learn."""
-    with torch.no_grad():
-        out = forward(state, *args, **kwargs)
-    new = tensor_of(out)
-    if torch.is_grad_enabled() and state.requires_grad:
-        new = new + (state - state.detach())  # which is 0
-    return (new, *out[1:]) if isinstance(out, tuple) else new

@@ -20,6 +20,9 @@ from lit_spu.methods.base import Method
 from lit_spu.nn import distances
 from lit_spu.teacher import Teacher
 
+NOTHING = 1e-6
+"""A distance below is none: what rounding leaves of it, which would be divided by as much."""
+
 
 class LRDistillation(Method):
     """Train every weight by lr_t = schedule(t) · clip(d_t / d_0, low, high), and by the task's loss alone.
@@ -95,9 +98,7 @@ class LRDistillation(Method):
         if self.control:
             self.mean_factor = _mean_factor(self.control)
             return
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "as_read_by"):
-            raise UserError("LRDistillation: its teacher reads lit_spu's GLUE data. Train on these.")
+        data = getattr(self.trainer, "datamodule", None)
         self.answers = Teacher(self.teacher, self.task).answers(data, self.trainer.strategy.root_device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -148,6 +149,8 @@ class LRDistillation(Method):
 
     def _factor(self, distance: float) -> float:
         """What a distance makes of the learning rate."""
+        if distance < NOTHING:
+            distance = 0.0
         if self.steps_seen < self.reference:
             self.steps_seen += 1
             self.start += (distance - self.start) / self.steps_seen

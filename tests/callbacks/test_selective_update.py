@@ -19,6 +19,7 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.base import Method
+from lit_spu.nn.bypass import bypassed
 from lit_spu.policies import (
     Always,
     DropBackward,
@@ -31,6 +32,7 @@ from lit_spu.policies import (
     TeacherDistance,
 )
 from lit_spu.study.grid import build
+from tests.conftest import encode
 from tests.ddp import quiet_trainer
 
 Tiny = Callable[[str], str]
@@ -194,10 +196,6 @@ def test_a_step_in_which_nothing_is_left_to_learn_is_left_out(tiny: Tiny, tmp_pa
 
 def test_the_scores_are_those_of_the_whole_model(tiny: Tiny) -> None:
     """What goes around a block is its gradient alone; the gradient goes to what is below it as it comes."""
-    from lit_spu.callbacks.selective_update import _around
-    from lit_spu.nn.side_lora import instead
-    from tests.conftest import encode
-
     method = made("full", tiny("bert")).eval()
     batch, block = encode(method.backbone), method.backbone.blocks[2]
     entered: list[Tensor] = []
@@ -207,7 +205,7 @@ def test_the_scores_are_those_of_the_whole_model(tiny: Tiny) -> None:
         method.backbone.blocks[1].register_forward_hook(lambda _m, _i, out: entered.append(out)),
         method.backbone.blocks[3].register_forward_pre_hook(lambda _m, args: left.append(args[0])),
     )
-    with instead(block, _around):
+    with bypassed(block):
         around = method(batch)
     for handle in handles:
         handle.remove()
