@@ -7,6 +7,7 @@ the same mean learning rate (`control`).
 from __future__ import annotations
 
 import json
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +42,8 @@ class LRDistillation(Method):
         high: Greatest factor.
         skip_below: Where d_t is less, there is no backward pass and no step; on one device.
         schedule: Linear warm-up and decay, or a constant rate, so that the distance alone makes it fall.
-        control: Instead of a teacher's, the mean factor of another run (its directory), in every step: the same mean
-            learning rate.
+        control: Instead of a teacher's, the mean factor of another run (its directory, or a pattern of it), in every
+            step: the same mean learning rate.
 
     Raises:
         UserError: if a number is out of range; before training, if there is no such teacher, it was trained for other
@@ -166,9 +167,10 @@ class LRDistillation(Method):
 
 
 def _mean_factor(run: str) -> float:
-    """The mean factor of a run's learning rate."""
+    """The mean factor of a run's learning rate; of several that a pattern matches, of the last."""
+    summary = Path(max(glob(run), default=run)) / "summary.json"
     try:
-        factor: float = json.loads((Path(run) / "summary.json").read_text())["metrics"]["lr/mean_factor"]
+        factor: float = json.loads(summary.read_text())["metrics"]["lr/mean_factor"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.control: {run} is not the directory of a run of LRDistillation that ended.") from error
     return factor

@@ -30,7 +30,7 @@ class Study:
         backbones: Embedded models, Hugging Face names or folders.
         seeds: Seeds of the runs.
         rates: Factors of each row's own learning rate; the best on validation is reported, for every row alike.
-        flags: Flags of `lit-spu fit` for all runs. `{seed}` in one stands for the run's seed.
+        flags: Flags of `lit-spu fit` for all runs. `{seed}` and `{task}` in one stand for the run's own.
         flags_for: More flags, for the runs of a row, a task or a backbone of that name.
         score: What is reported: the best score on validation, or that of the same checkpoint on test.
     """
@@ -92,7 +92,7 @@ class Study:
             own.append("--model.head=prompt")
         elif rate != 1:
             own.append(f"--model.lr={rate * _learning_rate([*flags, *more]):.6g}")
-        args = (arg.replace("{seed}", str(seed)) for arg in (*flags, *more, *own))
+        args = (arg.replace("{seed}", str(seed)).replace("{task}", short(task)) for arg in (*flags, *more, *own))
         return Cell(row, short(task), short(backbone), seed, rate, (command, *args), tested)
 
 

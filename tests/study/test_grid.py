@@ -49,10 +49,10 @@ def test_flags_from_the_general_to_the_particular() -> None:
     assert find(cells, ZERO_SHOT).args == ("validate", FULL, *for_all, *of_place, *own, "--model.head=prompt")
 
 
-def test_a_seed_may_be_part_of_a_flag_and_the_score_that_of_test() -> None:
-    settings = {"flags": ["--data.shots=16", "--data.split_seed={seed}"], "seeds": [13, 21]}
+def test_seed_and_task_may_be_part_of_a_flag_and_the_score_that_of_test() -> None:
+    settings = {"flags": ["--data.cache={task}", "--data.split_seed={seed}"], "seeds": [13, 21]}
     cells, tested = study(**settings).cells(), study(**settings, score="test").cells()
-    assert "--data.split_seed=21" in find(cells, "lst", seed=21).args
+    assert {"--data.split_seed=21", "--data.cache=sst2"} <= set(find(cells, "lst", seed=21).args)
     assert find(tested, "lst", seed=21).args == find(cells, "lst", seed=21).args
     assert find(tested, "lst", seed=21).command.endswith(" && lit-spu test")
     assert find(tested, ZERO_SHOT).args == ("test", *find(cells, ZERO_SHOT).args[1:])
