@@ -148,6 +148,8 @@ class Trunk:
         # by path: other libraries put modules of their own there
         self._readers = [site.path for site in self.sites_of(last, len(self.stacks[last]) - 1, "key", "value")]
         self._tapped = 0
+        self.narrow: Callable[[Tensor], Tensor] | None = None
+        """While `run_at` goes on: remembers all of what enters the last block, and gives it at the one position."""
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -252,23 +254,30 @@ class Trunk:
             return at(self.run(inputs), position)
         whole: list[Tensor] = []
 
-        def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            hidden, tokens = args[0], args[0].shape[1]
+        def enter(hidden: Tensor) -> Tensor:
             whole[:] = [hidden]
+            return at(hidden, position)
+
+        def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            tokens = args[0].shape[1]
 
             def of_one(value: Any) -> Any:  # masks [batch, 1, queries, keys]: all queries see the same keys
                 masks = isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] == tokens
                 return value[:, :, :1] if masks else value
 
             others = {name: of_one(value) for name, value in kwargs.items()}
-            return (at(hidden, position), *map(of_one, args[1:])), others
+            return (enter(args[0]), *map(of_one, args[1:])), others
 
         readers = map(self.model.get_submodule, self._readers)
         with (
             hooks(iter([block.register_forward_pre_hook(narrow, with_kwargs=True)])),
             hooks(reader.register_forward_pre_hook(lambda *_: (whole[0],)) for reader in readers),
         ):
-            return self.run(inputs)
+            self.narrow = enter
+            try:
+                return self.run(inputs)
+            finally:
+                self.narrow = None
 
     def finish(self, last: Tensor) -> Tensor:
         """What `run` gives, from the output of the last block: both [batch, tokens, width]."""

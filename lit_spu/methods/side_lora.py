@@ -60,5 +60,5 @@ class SideLoRA(FrozenBackbone):
 
     def forward(self, batch: Batch) -> Tensor:
         with record_function("backbone"), self.stream.beside():
-            hidden = self.backbone.stem.run(self.backbone.inputs(batch))
+            hidden = self.backbone.stem.run_at(self.backbone.inputs(batch), self.backbone.position(batch))
         return self.backbone.head(self.backbone.read(hidden, batch))

@@ -109,7 +109,10 @@ class _Run:
             for part in block.modules() if self.stream.recompute else ():
                 if not [*part.children()] and part not in self.stream.linears and not isinstance(part, nn.Embedding):
                     stack.enter_context(instead(part, self._cheap))
-            self.state = tensor_of(self.once(forward, state if first else self.state, *args, **kwargs))
+            side = state if first else self.state
+            if self.stream.trunk.narrow and block is self.stream.trunk.stacks[-1][-1] and not first:
+                side = self.stream.trunk.narrow(side)
+            self.state = tensor_of(self.once(forward, side, *args, **kwargs))
         if not last:
             return output
         # the model goes on with the side's, or, where a stream attends to this one, with both

@@ -83,7 +83,7 @@ def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
 
     seen: Counter[str] = Counter()
     with torch.no_grad():
-        plain.stem.run(plain.inputs(batch))
+        plain(batch)
         for path in out_of:
             linear = side.backbone.stem.model.get_submodule(path)
             linear.register_forward_hook(lambda m, i, out: check(m, i, out) if is_side(m) else None)
@@ -93,6 +93,28 @@ def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
 
         side(batch)
     assert set(seen) == set(out_of)
+
+
+@pytest.mark.parametrize("reentry", [0, 1])
+@pytest.mark.parametrize("head", ["classifier", "prompt"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+def test_the_last_block_at_one_position_is_the_whole_one_there(
+    tiny: Tiny, family: str, head: Any, reentry: int
+) -> None:
+    side = disturbed(twin(tiny(family), SideLoRA, reentry=reentry, head=head))
+    batch, stem = encode(side.backbone), side.backbone.stem
+    with side.stream.beside():
+        whole = side.backbone.head(side.backbone.read(stem.run(side.backbone.inputs(batch)), batch))
+    widths: list[int] = []
+    handle = side.backbone.norms[-1].register_forward_hook(lambda _m, _i, out: widths.append(out.shape[1]))
+    found = side(batch)
+    handle.remove()
+    assert set(widths) == {1}
+    torch.testing.assert_close(found, whole, atol=1e-12, rtol=0)
+    pairs = [p for adapter in side.adapters for p in adapter.parameters()]
+    gradients = [torch.autograd.grad(scores.logsumexp(-1).sum(), pairs, retain_graph=True) for scores in (found, whole)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("reentry", [0, 2, 4])
