@@ -82,7 +82,9 @@ def trained(method: Method) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "policy", [Always(), Random(rate=0.0), DropBackward(rate=0.0), LayerCyclic(blocks=4)], ids=repr
+    "policy",
+    [Always(), Random(rate=0.0), DropBackward(rate=0.0), LayerCyclic(blocks=4)],
+    ids=lambda policy: type(policy).__name__,
 )
 @pytest.mark.parametrize("config", ["full", "lora"])
 def test_what_leaves_out_nothing_is_plain_training_to_the_bit(
