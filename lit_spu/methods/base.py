@@ -14,6 +14,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, Head, Precision, Taps, load_backbone
@@ -42,6 +43,8 @@ class Method(LightningModule, ABC):
     Raises:
         UserError: if the backbone or the task cannot be had, or do not fit each other.
     """
+
+    schedule: Literal["constant", "linear"] = "linear"
 
     @abstractmethod
     def __init__(
@@ -105,8 +108,13 @@ class Method(LightningModule, ABC):
             optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
         else:
             optimizer = torch.optim.Adafactor(groups, lr=self.lr)
-        schedule = schedules.linear(optimizer, self.warmup, self._steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.rates(optimizer), "interval": "step"}}
+
+    def rates(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """The learning rate by step: constant where a method's `schedule` says so, else linear warm-up and decay."""
+        if self.schedule == "constant":
+            return ConstantLR(optimizer, 1.0)
+        return schedules.linear(optimizer, self.warmup, self._steps())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained, with its learning rate and its weight decay."""

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import ConstantLR
 
 from lit_spu.backbones import Batch
 from lit_spu.errors import UserError
@@ -83,12 +82,6 @@ class LRDistillation(Method):
         self.skipped = 0
         self._pending: list[float] = []  # factors of the batches of a step
         self._scheduled: list[float] = []
-
-    def configure_optimizers(self) -> Any:
-        configured = super().configure_optimizers()
-        if self.schedule == "constant":
-            configured["lr_scheduler"]["scheduler"] = ConstantLR(configured["optimizer"], 1.0)
-        return configured
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

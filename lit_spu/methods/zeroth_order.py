@@ -16,7 +16,6 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ConstantLR
 
 from lit_spu import runs, trained
 from lit_spu.backbones import Batch, Head
@@ -24,7 +23,6 @@ from lit_spu.errors import UserError, did_you_mean
 from lit_spu.fingerprint import checksum, fingerprint
 from lit_spu.methods.base import Method
 from lit_spu.metrics import task_metrics
-from lit_spu.optim import schedules
 from lit_spu.optim.mezo import MeZO, NoiseName, Rows
 from lit_spu.optim.perturbation import key_of
 from lit_spu.optim.trajectory import Recorder, Trajectory
@@ -187,9 +185,7 @@ class ZerothOrder(Method):
                 self._follow(optimizer, trajectory)
             optimizer.recorded = trajectory.rows
             rank_zero_info(f"The first {len(trajectory.rows):,} steps are those of {trajectory.file}.")
-        constant = self.schedule == "constant"
-        scheduler = ConstantLR(optimizer, 1.0) if constant else schedules.linear(optimizer, self.warmup, self._steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.rates(optimizer), "interval": "step"}}
 
     def train(self, mode: bool = True) -> Self:
         """Evaluation mode always: two looks at the loss must differ by the weights alone."""

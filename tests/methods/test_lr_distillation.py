@@ -79,6 +79,13 @@ def test_the_rate_follows_the_law(data: Data, fit: Run, tiny: Tiny) -> None:
     assert ours.rates == pytest.approx([f * r for f, r in zip(factors, plain.rates, strict=True)], rel=1e-5)
 
 
+def test_the_distance_alone_may_set_the_rate(data: Data, fit: Run, tiny: Tiny) -> None:
+    seen = Seen()
+    method = made(tiny("bert"), teacher="mini-t5", schedule="constant", reference=1)
+    fit(method, data(), seen, max_epochs=2)
+    assert seen.rates == pytest.approx([1e-3 * min(2.0, d / seen.distances[0]) for d in seen.distances], rel=1e-5)
+
+
 @pytest.mark.parametrize("distance", ["divergence", "mse", "cosine"])
 def test_kept_answers_are_those_that_a_teacher_gives_live(data: Data, fit: Run, tiny: Tiny, distance: Any) -> None:
     """Of another family, with another tokenizer: it reads the same texts."""
