@@ -75,7 +75,19 @@ class _AtRate(Policy):
         self.rate = rate
 
 
-class Random(_AtRate):
+class _ByChance(_AtRate):
+    """What is left out hangs on the seed and on numbers alone, of the step for one."""
+
+    def __init__(self, rate: float = 0.5, seed: int = 0) -> None:
+        super().__init__(rate)
+        self.seed = seed
+
+    def leaves_out(self, *numbers: int) -> bool:
+        """Whether what has these numbers is left out."""
+        return key_of(self.seed, *numbers) / 2**63 < self.rate
+
+
+class Random(_ByChance):
     """Chance decides: the control of every other policy at its rate.
 
     Args:
@@ -83,12 +95,8 @@ class Random(_AtRate):
         seed: Of the draws, which depend on it and the step alone.
     """
 
-    def __init__(self, rate: float = 0.5, seed: int = 0) -> None:
-        super().__init__(rate)
-        self.seed = seed
-
     def chooses(self, step: int, batch: Batch) -> bool:
-        return _uniform(self.seed, step) >= self.rate
+        return not self.leaves_out(step)
 
 
 class LayerCyclic(Policy):
@@ -108,7 +116,7 @@ class LayerCyclic(Policy):
         return frozenset(range(depth)) - learn
 
 
-class DropBackward(_AtRate):
+class DropBackward(_ByChance):
     """The backward pass goes around blocks that are drawn for each step (DropBP, https://arxiv.org/abs/2402.17812).
 
     Args:
@@ -116,12 +124,8 @@ class DropBackward(_AtRate):
         seed: Of the draws, which depend on it and the step alone.
     """
 
-    def __init__(self, rate: float = 0.5, seed: int = 0) -> None:
-        super().__init__(rate)
-        self.seed = seed
-
     def passes(self, step: int, depth: int) -> frozenset[int]:
-        return frozenset(number for number in range(depth) if _uniform(self.seed, step, number) < self.rate)
+        return frozenset(number for number in range(depth) if self.leaves_out(step, number))
 
 
 class _Lowest(_AtRate):
@@ -185,9 +189,6 @@ class LossEMA(_Expected):
         decay: How much of an example's average stays.
     """
 
-    def __init__(self, rate: float = 0.5, window: int = 100, decay: float = 0.5) -> None:
-        super().__init__(rate, window, decay)
-
     def agrees(self, scores: Tensor, batch: Batch) -> bool:
         labels = batch["labels"]
         if scores.shape[-1] == 1:
@@ -206,9 +207,6 @@ class GradNorm(_Expected):
         window: Of how many steps the quantile is taken.
         decay: How much of an example's average stays.
     """
-
-    def __init__(self, rate: float = 0.5, window: int = 100, decay: float = 0.5) -> None:
-        super().__init__(rate, window, decay)
 
     def learnt(self, norm: float, batch: Batch) -> None:
         self.show(batch, [norm] * len(batch["index"]))
@@ -236,8 +234,3 @@ class TeacherDistance(_Lowest):
 
     def agrees(self, scores: Tensor, batch: Batch) -> bool:
         return not self.is_low(float(distances.divergence(scores.float(), self.answers[batch["index"]], 1.0)))
-
-
-def _uniform(*parts: int) -> float:
-    """A number from 0 to 1 that looks random."""
-    return key_of(*parts) / 2**63

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lit_spu.callbacks.loggers import log_now
@@ -139,9 +140,7 @@ class GradualFreezing(Callback):
         if self.settled is None:
             return
         for number, stage in enumerate(self._stages):
-            gradients = [p.grad for p in stage if p.grad is not None]
-            if gradients:
-                self._norms[number] += torch.stack(torch._foreach_norm(gradients)).norm()
+            self._norms[number] += get_total_norm([p.grad for p in stage if p.grad is not None])
 
     def _have_settled(self, share: float) -> int:
         """Of the lowest stages that learn, how many have settled since the interval before; a new one begins."""

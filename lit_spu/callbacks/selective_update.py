@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lit_spu.errors import UserError
@@ -78,7 +78,8 @@ class SelectiveUpdate(Callback):
         self.policy.begin(pl_module, getattr(trainer, "datamodule", None), trainer.strategy.root_device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open.enter_context(_replaced(pl_module, partial(self._step, trainer, pl_module, pl_module.training_step)))
+        pl_module.training_step = partial(self._step, trainer, pl_module, pl_module.training_step)  # type: ignore[method-assign]
+        self._open.callback(delattr, pl_module, "training_step")
 
         def keep(_: nn.Module, __: Any, scores: Any) -> None:
             self._scores = scores
@@ -132,9 +133,10 @@ class SelectiveUpdate(Callback):
                 parameter.requires_grad_(True)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        if gradients and type(self.policy).learnt is not Policy.learnt:
-            self.policy.learnt(float(torch.stack(torch._foreach_norm(gradients)).norm()), self._batch)
+        if type(self.policy).learnt is Policy.learnt:
+            return
+        if gradients := [p.grad for p in pl_module.parameters() if p.grad is not None]:
+            self.policy.learnt(float(get_total_norm(gradients)), self._batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open.close()
@@ -148,13 +150,3 @@ class SelectiveUpdate(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
         self.policy.load_state_dict(state_dict["policy"])
-
-
-@contextmanager
-def _replaced(module: Any, step: Callable[..., Any]) -> Iterator[None]:
-    """A module takes its training steps so for a while."""
-    module.training_step = step
-    try:
-        yield
-    finally:
-        del module.training_step

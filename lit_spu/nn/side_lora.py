@@ -111,7 +111,7 @@ class _Run:
                     stack.enter_context(instead(part, self._cheap))
             side = state if first else self.state
             if self.stream.trunk.narrow and block is self.stream.trunk.stacks[-1][-1] and not first:
-                side = self.stream.trunk.narrow(side)
+                side = self.stream.trunk.narrow(side)  # the backbone's is narrow already, by the trunk's hook
             self.state = tensor_of(self.once(forward, side, *args, **kwargs))
         if not last:
             return output
