@@ -69,17 +69,12 @@ def _method(source: str, task: Task) -> nn.Module:
 
 
 def _backbone(source: str, task: Task) -> nn.Module:
-    from transformers import AutoConfig
-
     from lit_spu.backbones import load_backbone
-    from lit_spu.backbones.families import ASSETS
+    from lit_spu.backbones.families import read
 
-    folder = ASSETS / source
-    config = None
-    if Path(source).is_dir() or folder.is_dir():
-        config = AutoConfig.from_pretrained(source if Path(source).is_dir() else folder)
-    classifies = any("SequenceClassification" in name for name in getattr(config, "architectures", None) or ())
-    if config is not None and classifies:
+    _, _, config, _ = read(source)
+    classifies = any("SequenceClassification" in name for name in config.architectures or ())
+    if classifies:
         names = [str(name) for _, name in sorted(config.id2label.items())]
         unnamed = all(name.startswith("LABEL_") for name in names)
         same = [name.casefold() for name in names] == [label.casefold() for label in task.labels]

@@ -172,21 +172,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
         UserError: if there is no such model, its family is unknown, it lacks the weights or the head that is asked for,
             or its tokenizer cannot spell the label words.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    embedded = {folder.name: str(folder) for folder in ASSETS.iterdir() if (folder / "config.json").is_file()}
-    source = embedded.get(name, name)
-    if not Path(source).is_dir() and "/" not in name and did_you_mean(name, embedded).startswith("Did"):
-        raise UserError(f"model.backbone: there is no {name!r}. {did_you_mean(name, embedded)}")
-    try:
-        local = Path(source).is_dir() or not on_hub(source)
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.backbone: {name!r} is neither embedded ({', '.join(sorted(embedded))}), nor a folder with a Hugging"
-            f" Face model, nor a model that the hub gives here: {str(error).splitlines()[0]}"
-        ) from error
+    source, local, config, tokenizer = read(name)
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
@@ -203,6 +189,30 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     backbone = family.shape(model, family, task, head, Encoding(tokenizer, form, mask, room), name)
     backbone.knows_answers = knows
     return backbone
+
+
+def read(name: str) -> tuple[str, bool, Any, Any]:
+    """Where the model of that name lies, whether that is on this machine, its config and its tokenizer.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    embedded = {folder.name: str(folder) for folder in ASSETS.iterdir() if (folder / "config.json").is_file()}
+    source = embedded.get(name, name)
+    if not Path(source).is_dir() and "/" not in name and did_you_mean(name, embedded).startswith("Did"):
+        raise UserError(f"model.backbone: there is no {name!r}. {did_you_mean(name, embedded)}")
+    try:
+        local = Path(source).is_dir() or not on_hub(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.backbone: {name!r} is neither embedded ({', '.join(sorted(embedded))}), nor a folder with a Hugging"
+            f" Face model, nor a model that the hub gives here: {str(error).splitlines()[0]}"
+        ) from error
+    return source, local, config, tokenizer
 
 
 def load_model(source: str, name: str, family: Family, task: Task, head: Head, local: bool) -> tuple[Any, bool]:

@@ -21,7 +21,7 @@ from lit_spu.nn import distances
 from lit_spu.teacher import Teacher
 
 NOTHING = 1e-6
-"""A distance below is none: what rounding leaves of it, which would be divided by as much."""
+"""A distance below is none: what rounding leaves of it may be less than 0, or divided by as much."""
 
 
 class LRDistillation(Method):
@@ -139,12 +139,11 @@ class LRDistillation(Method):
             found = F.mse_loss(scores, theirs)
         else:
             found = 1 - F.cosine_similarity(scores, theirs, dim=-1).mean()
-        return float(self.trainer.strategy.reduce(found, reduce_op="mean"))
+        distance = float(self.trainer.strategy.reduce(found, reduce_op="mean"))
+        return 0.0 if distance < NOTHING else distance
 
     def _factor(self, distance: float) -> float:
         """What a distance makes of the learning rate."""
-        if distance < NOTHING:
-            distance = 0.0
         if self.steps_seen < self.reference:
             self.steps_seen += 1
             self.start += (distance - self.start) / self.steps_seen
