@@ -155,6 +155,24 @@ def test_goes_on_from_a_model_on_text_of_the_users_own(kind: str, tmp_path: Path
     assert str(tmp_path) not in readme
 
 
+@pytest.mark.parametrize("kind", MINIS)
+def test_starts_anew_a_model_of_a_config_with_the_tokenizer_beside_it(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "like").mkdir()
+    for file in (ASSETS / kind).glob("*.json"):
+        (tmp_path / "like" / file.name).write_text(file.read_text())
+    pretrain(tmp_path / "like-it", "--like", str(tmp_path / "like"), "--texts", "200")
+    tokenizer, model = pretrain_mini.load(str(tmp_path / "like-it"))
+    assert len(tokenizer) == model.config.vocab_size == pretrain_mini.load(str(ASSETS / kind))[1].config.vocab_size
+    readme = (tmp_path / "like-it" / "README.md").read_text()
+    assert "--like like " in readme
+    pretrain(tmp_path / "on", "--from", str(ASSETS / kind), "--texts", "200")
+    losses = [
+        float(re.findall(r"mean loss ([\d.]+)", text)[0])
+        for text in (readme, (tmp_path / "on" / "README.md").read_text())
+    ]
+    assert losses[0] > losses[1] + 1  # its weights were random
+
+
 def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"good\n\xff\n")
     (tmp_path / "empty.txt").write_text("\n")
@@ -171,6 +189,7 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
         ),
         ((*bert, "--resume"), "--resume: there is no unfinished run"),
         (("--from", str(tmp_path)), "--from: .* holds no masked language model or encoder-decoder"),
+        (("--like", str(tmp_path)), "--like: .* holds no masked language model or encoder-decoder"),
     ):
         with pytest.raises(SystemExit, match=f"pretrain_mini: {message}"):
             pretrain(tmp_path / "out", *flags)

@@ -3,6 +3,7 @@
     python -m tools.pretrain_mini --kind mini-bert --output FOLDER
     python -m tools.pretrain_mini --kind mini-t5 --steps 4000 --tokens 2048 --lr 0.02 --output FOLDER
     python -m tools.pretrain_mini --from FOLDER --text FILE_OR_FOLDER --output FOLDER --bf16
+    python -m tools.pretrain_mini --like FOLDER --text FILE_OR_FOLDER --lr 0.02 --output FOLDER
 
 An encoder learns by masked words (https://arxiv.org/abs/1810.04805, without next-sentence prediction), an
 encoder-decoder by corrupted spans (https://arxiv.org/abs/1910.10683). What is random in a step hangs on the seed and
@@ -283,20 +284,22 @@ def new_model(kind: str, tokenizer: Any) -> Any:
     return model_class(config).from_config(config)
 
 
-def load(folder: str) -> tuple[Any, Any]:
-    """The tokenizer and the model of a Hugging Face folder.
+def load(folder: str, weights: bool = True) -> tuple[Any, Any]:
+    """The tokenizer of a Hugging Face folder, and its model, or one of its config with random weights.
 
     Raises:
-        UserError: if it holds no masked language model or encoder-decoder.
+        UserError: if it holds no masked language model or encoder-decoder, or no tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        auto = model_class(AutoConfig.from_pretrained(folder))
-        return AutoTokenizer.from_pretrained(folder), auto.from_pretrained(folder, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(folder)
+        auto, tokenizer = model_class(config), AutoTokenizer.from_pretrained(folder)
+        return tokenizer, auto.from_pretrained(folder, dtype=torch.float32) if weights else auto.from_config(config)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--from: {folder} holds no masked language model or encoder-decoder: {str(error).splitlines()[0]}"
+            f"--{'from' if weights else 'like'}: {folder} holds no masked language model or encoder-decoder: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
@@ -337,6 +340,7 @@ def pretrain(
     model.to(device).eval()  # no dropout, as T5 v1.1 was pretrained
     optimizer = optimizer_of(model, lr)
     losses: list[float] = []
+    fresh: list[Tensor] = []  # read all at once: a GPU is not waited for at every step
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -355,11 +359,13 @@ def pretrain(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-        if len(losses) % save_every == 0:
+        fresh.append(loss.detach())
+        if (step + 1) % save_every == 0:
+            losses += torch.stack(fresh).tolist()
+            fresh.clear()
             print(f"step {len(losses)} of {steps}: loss {fmean(losses[-save_every:]):.3f}", flush=True)
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses})
-    return losses
+    return losses + [loss.item() for loss in fresh]
 
 
 ORIGIN = ": it has read the synthetic text of `lit_spu/data/sample.py`, and knows no more of English"
@@ -378,6 +384,7 @@ def run(
     output: Path,
     kind: str | None,
     source: str | None,
+    like: str | None,
     text: Path | None,
     texts: int,
     vocabulary: int,
@@ -391,7 +398,10 @@ def run(
         UserError: if there is nothing to start from, or something unfinished in the way.
     """
     unfinished = output / "unfinished.pt"
-    start = {"kind": kind, "from": source and Path(source).name, "text": text and text.name}
+    start = {
+        "kind": kind,
+        **{name: path and Path(path).name for name, path in (("from", source), ("like", like), ("text", text))},
+    }
     settings = {**start, "texts": texts, "vocabulary": vocabulary, "length": length, **how}
     state = restore(unfinished, settings, resume)
     torch.manual_seed(how["seed"])
@@ -402,7 +412,7 @@ def run(
         tokenizer = TOKENIZERS[kind](lines, vocabulary)
         model = new_model(kind, tokenizer)
     else:
-        tokenizer, model = load(str(source))
+        tokenizer, model = load(str(source or like), weights=like is None)
     room = getattr(model.config, "max_position_embeddings", None)
     if room and length > room - RESERVED:
         raise UserError(f"--length: {length} is too long for this model, which has room for {room - RESERVED}.")
@@ -482,6 +492,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--kind", choices=ARCHITECTURES, help="start this mini model, with a tokenizer of its own")
     start.add_argument("--from", dest="source", metavar="FOLDER", help="go on with this Hugging Face model")
+    start.add_argument("--like", metavar="FOLDER", help="start a model of this config, with the tokenizer beside it")
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="for the model, and for an unfinished run")
     add("--text", type=Path, help="a .txt or .txt.xz file, a text a line, or a folder of them (the sample corpus)")
