@@ -111,9 +111,7 @@ class AddLowRank(torch.autograd.Function):
         (gradient,) = gradients
         low, b = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
-        return (
-            gradient,
-            (flat @ b).mul_(ctx.scale).view_as(low),
-            (flat.T @ low.flatten(0, -2)).mul_(ctx.scale),
-            None,
-        )
+        # products of a few rows: with the few as rows, not columns, MKL takes a third to a tenth of the time
+        of_low = F.linear(flat, b.T.contiguous()).mul_(ctx.scale).view_as(low)
+        of_b = (low.flatten(0, -2).T @ flat).mul_(ctx.scale).T
+        return gradient, of_low, of_b, None

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_spu.backbones.base import Trunk, hooks, tensor_of
 from lit_spu.nn.lora import LowRank
+from lit_spu.nn.rms_norm import rms_norm
 
 Forward = Callable[..., Any]
 
@@ -108,7 +109,7 @@ class _Run:
                 stack.enter_context(instead(linear, partial(self._borrow, linear, own[linear])))
             for part in block.modules() if self.stream.recompute else ():
                 if not [*part.children()] and part not in self.stream.linears and not isinstance(part, nn.Embedding):
-                    stack.enter_context(instead(part, self._cheap))
+                    stack.enter_context(instead(part, partial(self._cheap, part)))
             side = state if first else self.state
             if self.stream.trunk.narrow and block is self.stream.trunk.stacks[-1][-1] and not first:
                 side = self.stream.trunk.narrow(side)  # the backbone's is narrow already, by the trunk's hook
@@ -126,8 +127,12 @@ class _Run:
                 out = pair.add_to(out, x)
         return out
 
-    def _cheap(self, forward: Forward, *args: Any) -> Any:
+    def _cheap(self, part: nn.Module, forward: Forward, *args: Any) -> Any:
         """A norm or a non-linearity: what it reads is kept for its own backward pass, and what it puts out need not."""
+        norm: Any = part
+        # transformers' name in RMS norms, which compute in single precision
+        if hasattr(norm, "variance_epsilon") and args[0].dtype == norm.weight.dtype == torch.float32:
+            forward = partial(rms_norm, weight=norm.weight, epsilon=norm.variance_epsilon)
         out = forward(*args)
         # a ReLU keeps what it puts out, too
         if out.requires_grad and out is not args[0] and not hasattr(out.grad_fn, "_saved_result"):
