@@ -148,7 +148,7 @@ def peft_twin(method: Method, folder: str) -> tuple[Backbone, list[tuple[nn.Para
 @pytest.mark.parametrize(
     ("dtype", "optimizer"),
     [
-        (torch.float32, partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
+        (torch.float32, partial(torch.optim.SGD, lr=0.01, momentum=0.9)),
         (torch.float64, partial(torch.optim.AdamW, lr=1e-2)),
     ],
     ids=["fp32", "fp64"],
