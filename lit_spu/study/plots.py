@@ -17,16 +17,19 @@ COSTS = {
     "memory/live_peak_mib": "peak memory, MiB",
     "latency/step_ms": "time of a step, ms",
     "params/trainable": "trained parameters",
+    "passes/backward": "backward passes",
 }
-"""What a score is set against."""
+"""What a score is set against, where methods differ in it."""
 
 
 def pareto(rows: Sequence[Row]) -> Figure:
     """Scores against each cost. The line joins the rows that no other beats in both."""
-    figure, axes = _figure(len(COSTS), 4.2, 3.6)
-    shown = [row for row in rows if all(name in row.costs for name in COSTS)]
-    for axis, (name, label) in zip(axes, COSTS.items(), strict=True):
-        points = sorted(((row.costs[name], row.score, row) for row in shown), key=lambda point: point[:2])
+    costs = [name for name in COSTS if _differ([row.costs[name] for row in rows if name in row.costs])] or [*COSTS][:1]
+    shown = [row for row in rows if any(name in row.costs for name in costs)]
+    figure, axes = _figure(len(costs), 4.2, 3.6)
+    for axis, name in zip(axes, costs, strict=True):
+        having = [row for row in shown if name in row.costs]
+        points = sorted(((row.costs[name], row.score, row) for row in having), key=lambda point: point[:2])
         for cost, score, row in points:
             axis.errorbar(cost, score, row.deviation or 0, fmt="o", color=_colour(row.name, rows), ms=6, lw=1)
         best: list[tuple[float, float]] = []
@@ -35,7 +38,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
                 best.append((cost, score))
         axis.step(*zip(*best, strict=True), where="post", color="0.6", lw=1, zorder=0) if best else None
         axis.set_xscale("log")
-        axis.set_xlabel(label)
+        axis.set_xlabel(COSTS[name])
         axis.margins(0.12)
         _plain_ticks(axis, [cost for cost, _, _ in points])
     axes[0].set_ylabel(rows[0].metric)
@@ -99,6 +102,11 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, Sequence[
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return figure, axes
+
+
+def _differ(values: Sequence[float]) -> bool:
+    """Whether there is more than one, and a logarithm of each."""
+    return len({*values}) > 1 and min(values) > 0
 
 
 def _colour(name: str, rows: Sequence[Row]) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from lit_spu.study import report
 from lit_spu.study.compare import Outcome
 from lit_spu.study.grid import Cell, Study
-from lit_spu.study.plots import COSTS
+from lit_spu.study.plots import COSTS, pareto
 from lit_spu.study.results import MAJORITY, Row
 
 pytest.importorskip("matplotlib")
@@ -66,6 +66,20 @@ def test_costs_are_also_given_over_the_reference(page: Path) -> None:
 def test_pictures_are_files_too(page: Path) -> None:
     files = {path.name for path in (page.parent / "plots" / "sst2-mini-bert").iterdir()}
     assert files == {f"{name}.{kind}" for name in ("pareto", "memory", "curves") for kind in ("svg", "png")}
+
+
+def test_scores_are_set_against_what_differs() -> None:
+    def panels(*costs: dict[str, float]) -> list[str]:
+        rows = [Row(f"row {i}", "sst2", "m", 1.0, "accuracy", [0.5], cost) for i, cost in enumerate(costs)]
+        return [axis.get_xlabel() for axis in pareto(rows).axes]
+
+    memory, passes = COSTS["memory/live_peak_mib"], COSTS["passes/backward"]
+    one = dict.fromkeys(COSTS, 10.0)
+    assert panels(one, one | {"memory/live_peak_mib": 5.0}) == [memory]
+    assert panels(one, one | {"passes/backward": 5.0}) == [passes]
+    assert panels(one, one | {"passes/backward": 0.0, "memory/live_peak_mib": 5.0}) == [memory]  # no logarithm
+    assert panels({"memory/live_peak_mib": 9.0}, one) == [memory]  # a run may be older than a measure
+    assert panels(one, one) == [memory]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
