@@ -34,8 +34,9 @@ class Memory(Callback):
 
     Live bytes are exact and repeatable on every device: tensors alone, counted at every operator. That slows a step
     down, so they are counted in the first two steps, which `Latency` drops as warm-up, whenever a batch has more
-    numbers than all before it, and when other weights learn than in the step before: seldom, but the largest batch of
-    a run is among them. The kinds are those of the largest moment and add up to it.
+    numbers than all before it, and when other weights learn than in the step before or the optimizer knows of more:
+    seldom, but the largest batch of a run is among them. A batch whose step left out most of the gradient is none of
+    those before. The kinds are those of the largest moment and add up to it.
 
     - `memory/live_peak_mib`, `memory/live_mean_mib`: most at once, and the mean over the operators.
     - `memory/weights_mib`, `memory/gradients_mib`, `memory/optimizer_mib`, `memory/activations_mib` (what autograd
@@ -61,7 +62,8 @@ class Memory(Callback):
         self.summary: dict[str, float] = {}
         self._gauge: ResidentPeak | AcceleratorPeak | None = None
         self._tracker: LiveBytes | None = None
-        self._batches = self._first_step = self._largest = self._learning = 0
+        self._batches = self._first_step = self._numbers = self._largest = self._learnt = 0
+        self._learning = 0, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what the device can tell."""
@@ -72,17 +74,17 @@ class Memory(Callback):
             rank_zero_info(f"Memory: {error}; only live bytes are measured.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches, self._first_step, self._largest = 0, trainer.global_step, 0
+        self._batches, self._first_step, self._largest, self._learnt = 0, trainer.global_step, 0, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._leave()  # a batch that the module skipped has no end
         if self._gauge:
             self._gauge.reset()
-        numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        largest, self._largest = numbers > self._largest, max(numbers, self._largest)
+        self._numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         first = trainer.global_step - self._first_step < LIVE_STEPS and self._batches < LIVE_BATCHES
-        before, self._learning = self._learning, sum(p.requires_grad for p in pl_module.parameters())
-        if self.live and (first or largest or self._learning != before):
+        known = sum(len(optimizer.state) for optimizer in trainer.optimizers)
+        before, self._learning = self._learning, (sum(p.requires_grad for p in pl_module.parameters()), known)
+        if self.live and (first or self._numbers > self._largest or self._learning != before):
             self._tracker = LiveBytes(pl_module, trainer.optimizers).__enter__()
 
     def on_train_batch_end(
@@ -95,6 +97,10 @@ class Memory(Callback):
             self._note(figures)
             self.summary["memory/mean_mib"] = figures["memory/mean_mib"] = mean
         self._batches += 1
+        learnt = sum(p.numel() for p in pl_module.parameters() if p.grad is not None)
+        self._learnt = max(learnt, self._learnt)
+        if learnt >= self._learnt / 2:
+            self._largest = max(self._numbers, self._largest)
         if tracker := self._leave():
             live = {
                 "memory/live_peak_mib": tracker.peak_bytes / MIB,

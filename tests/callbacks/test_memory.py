@@ -70,6 +70,45 @@ def test_live_bytes_see_the_largest_batch_wherever_it_comes(make_trainer: MakeTr
     assert large - small >= 65536 * (8 + 2) * 4 / MIB  # the batch and its scores
 
 
+def test_a_batch_that_is_left_out_is_not_the_largest(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    sizes = (2, 2, 65536, 4, 65536, 65536)
+
+    class LeavesOut(Tiny):
+        """Passes over its third batch, and over its fourth but for the bias."""
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(cast(Any, [torch.ones(size, 8) for size in sizes]), batch_size=None)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            if batch_idx == 2:
+                return None
+            self.layer.weight.requires_grad_(batch_idx != 3)
+            return super().training_step(batch, batch_idx)
+
+    plain, memory = Memory(), Memory()
+    with pytest.warns(UserWarning, match="returned `None`"):
+        make_trainer(memory, limit_val_batches=0).fit(LeavesOut())
+    make_trainer(plain, limit_val_batches=0, logger=False).fit(type("All", (LeavesOut,), {"training_step": Tiny.training_step})())
+    assert memory.summary["memory/live_peak_mib"] == plain.summary["memory/live_peak_mib"]
+
+
+def test_live_bytes_are_counted_anew_when_the_optimizer_holds_more(make_trainer: MakeTrainer) -> None:
+    class OneByOne(Tiny):
+        """Learns the second of two weights from the fifth batch on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = torch.nn.Linear(8, 65536, bias=False)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            used = self.others(batch).mean() if batch_idx >= 4 else 0.0
+            return self(batch).square().mean() + used
+
+    memory = Memory()
+    make_trainer(memory, limit_val_batches=0).fit(OneByOne())
+    assert memory.summary["memory/optimizer_mib"] == pytest.approx(2 * 8 * 65536 * 4 / MIB, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("module", "settings"),
     [(Tiny, {}), (Tiny, {"accumulate_grad_batches": 4}), (Manual, {})],
