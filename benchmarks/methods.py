@@ -50,7 +50,8 @@ class Cost:
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full, recomputed": (FULL, {"activation_checkpointing": True}),
-    "kladder, k=2": ("kladder", {"k": 2}),
+    **{f"kladder, k={k}": ("kladder", {"k": k}) for k in (2, 3, 4)},
+    "kladder, k=4, cross-attention": ("kladder", {"k": 4, "fusion": "cross_attention"}),
     "lst, kept": ("lst", {"activation_checkpointing": False}),
     "lst, cached": ("lst", {"tap_cache": "memory"}),
     "kladder, cached": ("kladder", {"tap_cache": "memory"}),
