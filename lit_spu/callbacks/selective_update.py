@@ -44,6 +44,7 @@ class SelectiveUpdate(Callback):
         self._scores: Tensor | None = None
         self._batch: Any = None
         self._open = ExitStack()
+        self._partial = ExitStack()  # what this step leaves out
 
     @property
     def summary(self) -> dict[str, float]:
@@ -97,12 +98,11 @@ class SelectiveUpdate(Callback):
         if whole or self.otherwise == "biases":
             blocks = pl_module.backbone.stem.stacks[0]  # a decoder's lead the gradient to the encoder
             around = self.policy.passes(number, len(blocks))
-            with ExitStack() as stack:
-                for passed in around:
-                    stack.enter_context(bypassed(blocks[passed]))
-                if not whole:
-                    stack.enter_context(self._biases_alone(pl_module))
-                loss = plain(batch, batch_idx)
+            for passed in around:
+                self._partial.enter_context(bypassed(blocks[passed]))
+            if not whole:
+                self._partial.enter_context(self._biases_alone(pl_module))
+            loss = plain(batch, batch_idx)
             if around:
                 pl_module.log("update/blocks", float(len(blocks) - len(around)))
             scores, self._scores = self._scores, None
@@ -112,6 +112,7 @@ class SelectiveUpdate(Callback):
         pl_module.log("update/whole", float(whole))
         if loss is None:
             self.skipped += 1
+            self._partial.close()
         pl_module.log("update/skipped", float(self.skipped))
         return loss
 
@@ -128,9 +129,12 @@ class SelectiveUpdate(Callback):
             parameter.requires_grad_(False)
         try:
             yield
-        finally:  # the graph is made: it holds what it held
+        finally:
             for parameter in others:
                 parameter.requires_grad_(True)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._partial.close()  # not before: what is recomputed is to be what was computed
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if type(self.policy).learnt is Policy.learnt:
@@ -142,6 +146,7 @@ class SelectiveUpdate(Callback):
         self._open.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._partial.close()
         self._open.close()
 
     def state_dict(self) -> dict[str, Any]:

@@ -88,7 +88,9 @@ def test_a_batch_that_is_left_out_is_not_the_largest(make_trainer: MakeTrainer, 
     plain, memory = Memory(), Memory()
     with pytest.warns(UserWarning, match="returned `None`"):
         make_trainer(memory, limit_val_batches=0).fit(LeavesOut())
-    make_trainer(plain, limit_val_batches=0, logger=False).fit(type("All", (LeavesOut,), {"training_step": Tiny.training_step})())
+    make_trainer(plain, limit_val_batches=0, logger=False).fit(
+        type("All", (LeavesOut,), {"training_step": Tiny.training_step})()
+    )
     assert memory.summary["memory/live_peak_mib"] == plain.summary["memory/live_peak_mib"]
 
 

@@ -187,6 +187,22 @@ def test_blocks_learn_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: s
         assert {i for i, stage in enumerate(stages) if moved & (stage - shared)} == {step % depth}
 
 
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [(Random(0.5), {"otherwise": "biases", "depth": 1}), (LayerCyclic(blocks=2), {}), (DropBackward(0.5), {})],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize(("config", "family"), [("full", "bert"), ("full", "t5"), ("lora", "bert")])
+def test_recomputing_changes_nothing(
+    tiny: Tiny, tmp_path: Path, config: str, family: str, policy: Policy, settings: dict[str, Any]
+) -> None:
+    kept, recomputed = (made(config, tiny(family), activation_checkpointing=on) for on in (False, True))
+    for method in (kept, recomputed):
+        fit(method, tmp_path, SelectiveUpdate(policy, **settings))
+    for one, other in zip(weights(kept), weights(recomputed), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_step_in_which_nothing_is_left_to_learn_is_left_out(tiny: Tiny, tmp_path: Path) -> None:
     method = made("lora", tiny("bert"), head="prompt")  # whose head is frozen
     callback, watch = SelectiveUpdate(DropBackward(rate=0.8)), Watch()
