@@ -338,8 +338,10 @@ def _table(device: torch.device) -> Tensor:
     """2²¹ normal quantiles, the same on any machine: multiples of 2⁻¹², in the order of a hash of integers."""
     count = 2**21
     order = np.argsort(_mixed(np.arange(count, dtype=np.uint64)), kind="stable")
-    quantiles: Tensor = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    return (quantiles * 2**12).round().div(2**12).float()[torch.from_numpy(order)].to(device)
+    exact = torch.arange(count, dtype=torch.float64).add_(0.5).div_(count)
+    torch.special.ndtri(exact, out=exact)
+    quantiles = exact.mul_(2**12).round_().div_(2**12).float()
+    return torch.from_numpy(quantiles.numpy()[order]).to(device)
 
 
 def _mixed(number: Any) -> Any:
