@@ -28,8 +28,8 @@ def pareto(rows: Sequence[Row]) -> Figure:
     shown = [row for row in rows if any(name in row.costs for name in costs)]
     figure, axes = _figure(len(costs), 4.2, 3.6)
     for axis, name in zip(axes, costs, strict=True):
-        having = [row for row in shown if name in row.costs]
-        points = sorted(((row.costs[name], row.score, row) for row in having), key=lambda point: point[:2])
+        having = ((row.costs[name], row.score, row) for row in rows if name in row.costs)
+        points = sorted(having, key=lambda point: point[:2])
         for cost, score, row in points:
             axis.errorbar(cost, score, row.deviation or 0, fmt="o", color=_colour(row.name, rows), ms=6, lw=1)
         best: list[tuple[float, float]] = []

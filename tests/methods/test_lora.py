@@ -174,7 +174,7 @@ def test_it_equals_the_peft_library(
     optimizers = [optimizer([p for p in m.parameters() if p.requires_grad]) for m in (method, plain)]
     for step in range(10):
         ours, theirs = method.loss(batch), plain.loss(plain(batch), batch)
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=8 * torch.finfo(dtype).eps)
         for loss, its in zip((ours, theirs), optimizers, strict=True):
             its.zero_grad()
             loss.backward()
@@ -186,4 +186,4 @@ def test_it_equals_the_peft_library(
         for its in optimizers:
             its.step()
     for their, our in pairs:
-        torch.testing.assert_close(our.view_as(their), their, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(our.view_as(their), their, atol=1e-6, rtol=0)
