@@ -80,11 +80,13 @@ class Memory(Callback):
         self._leave()  # a batch that the module skipped has no end
         if self._gauge:
             self._gauge.reset()
+        if not self.live:
+            return
         self._numbers = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         first = trainer.global_step - self._first_step < LIVE_STEPS and self._batches < LIVE_BATCHES
         known = sum(len(optimizer.state) for optimizer in trainer.optimizers)
         before, self._learning = self._learning, (sum(p.requires_grad for p in pl_module.parameters()), known)
-        if self.live and (first or self._numbers > self._largest or self._learning != before):
+        if first or self._numbers > self._largest or self._learning != before:
             self._tracker = LiveBytes(pl_module, trainer.optimizers).__enter__()
 
     def on_train_batch_end(
@@ -97,10 +99,11 @@ class Memory(Callback):
             self._note(figures)
             self.summary["memory/mean_mib"] = figures["memory/mean_mib"] = mean
         self._batches += 1
-        learnt = sum(p.numel() for p in pl_module.parameters() if p.grad is not None)
-        self._learnt = max(learnt, self._learnt)
-        if learnt >= self._learnt / 2:
-            self._largest = max(self._numbers, self._largest)
+        if self.live:
+            learnt = sum(p.numel() for p in pl_module.parameters() if p.grad is not None)
+            self._learnt = max(learnt, self._learnt)
+            if learnt >= self._learnt / 2:
+                self._largest = max(self._numbers, self._largest)
         if tracker := self._leave():
             live = {
                 "memory/live_peak_mib": tracker.peak_bytes / MIB,
