@@ -3,13 +3,15 @@
 torch's fused kernel is made for wide heads, and has no gradient for a learned bias of the scores (T5's relative
 positions): then torch keeps each block's map [batch, heads, queries, keys] for the backward pass, most of what a side
 network would store. Here the maps of a few examples at a time, small enough for the processor's cache, are made, and
-made again in the backward pass. A product with a narrow matrix is written as that of the transposed ones: a
-multiplication of few rows takes a fifth of the time of one of few columns.
+made again in the backward pass; or, where memory is not what is short, those of short texts are kept. A product with a
+narrow matrix is written as that of the transposed ones: a multiplication of few rows takes a fifth of the time of one
+of few columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,24 +21,41 @@ NAME = "narrow_heads"
 NARROW = 16
 """Heads wider than this are left to torch."""
 SHORT = 32
-"""Texts of no more tokens than this, too, where no bias is learned: their maps are small."""
+"""Texts of no more tokens than this have small maps: those of all examples are made at once, and may be kept."""
 CHUNK = 2**16
-"""Elements of the maps that are made at a time: a quarter of a MiB in fp32."""
+"""Elements of longer texts' maps that are made at a time: a quarter of a MiB in fp32."""
 
 
-def install(model: Any) -> None:
-    """Let a Hugging Face model attend this way where it pays, if it can do without its own."""
+def install(model: Any, keep: bool = False) -> None:
+    """Let a Hugging Face model attend this way where it pays, if it can do without its own.
+
+    Args:
+        model: The base model.
+        keep: Keep the maps of short texts for the backward pass.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    if model.config._attn_implementation == "sdpa" or installed(model):
+        name = f"{NAME}_kept" if keep else NAME
+        AttentionInterface.register(name, partial(_attention, keep=keep))
+        AttentionMaskInterface.register(name, sdpa_mask)
+        model.set_attn_implementation(name)
+
+
+def installed(model: Any) -> bool:
+    """Whether a Hugging Face model attends this way."""
+    return str(model.config._attn_implementation).startswith(NAME)
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    keep: bool = False,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: the context [batch, queries, heads, width] of [batch, heads, queries or keys, width]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -44,17 +63,17 @@ def _attention(
     if key.shape[1] > query.shape[1]:  # `Trunk.run_at`: all tokens' keys, taken for the heads of one
         key, value = (given.reshape(len(given), -1, *query.shape[1::2]).transpose(1, 2) for given in (key, value))
     narrow = query.shape[-1] <= NARROW and query.shape[1] == key.shape[1]  # queries may share keys
-    bias = kwargs.get("position_bias")
-    short = query.shape[2] == 1 or (bias is None and key.shape[2] <= SHORT)
-    if query.device.type != "cpu" or not narrow or short:
+    short = key.shape[2] <= SHORT
+    if query.device.type != "cpu" or not narrow or (query.shape[2] == 1 and not short):
         context: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
         return context, None
     if attention_mask is None and (kwargs.get("is_causal") or module.is_causal):
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
     scaling = kwargs.get("scaling")
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    dropout = kwargs.get("dropout", 0.0)
-    return attend(query, key, value, bias, attention_mask, dropout).transpose(1, 2), None
+    function = attend_keeping if short and keep else attend
+    bias, dropout = kwargs.get("position_bias"), kwargs.get("dropout", 0.0)
+    return function(query, key, value, bias, attention_mask, dropout).transpose(1, 2), None
 
 
 def attend(
@@ -81,18 +100,51 @@ def attend(
     return attended
 
 
+def attend_keeping(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same to the bit for short texts, of maps that are kept for the backward pass."""
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    attended: Tensor = _Keeping.apply(query, key, value, bias, mask, dropout)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _Keeping(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float
+    ) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        with torch.autocast("cpu", enabled=False):
+            weights = _weights(query, key, bias, mask)
+            kept = _dropping(weights, dropout, _generator(_seed(dropout)))
+            ctx.save_for_backward(query, key, value, weights, kept)
+            return _read(weights, kept, value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *of_inputs, of_scores = _backward(gradients[0].contiguous(), *ctx.saved_tensors)
+        of_bias = of_scores.sum(0, keepdim=True) if ctx.needs_input_grad[3] else None
+        return *of_inputs, of_bias, None, None
+
+
 # An operator of its own, so that torch can tell shapes and memory without running it (FakeTensorMode, torch.compile).
 @torch.library.custom_op("lit_spu::attend", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """The context, and the seed of what was dropped."""
-    seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.long)
+    seed = _seed(dropout)
     out = torch.empty_like(query)
     with torch.autocast("cpu", enabled=False):
         for part, weights, kept in _chunks(query, key, bias, mask, dropout, seed):
-            used = weights if kept is None else weights * kept
-            out[part] = (value[part].mT @ used.mT).mT
+            out[part] = _read(weights, kept, value[part].contiguous())
     return out, seed
 
 
@@ -111,16 +163,10 @@ def _attend_backward(
     of_query, of_key, of_value = map(torch.empty_like, (query, key, value))
     of_bias = query.new_empty(0) if bias is None else torch.zeros_like(bias)
     for part, weights, kept in _chunks(query, key, bias, mask, dropout, seed):
-        used = weights if kept is None else weights * kept
-        of_value[part] = (grad[part].mT @ used).mT
-        of_weights = grad[part] @ value[part].mT
-        if kept is not None:
-            of_weights *= kept
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_query[part] = (key[part].mT @ of_scores.mT).mT
-        of_key[part] = (query[part].mT @ of_scores).mT
+        g, q, k, v = (tensor[part].contiguous() for tensor in (grad, query, key, value))
+        of_query[part], of_key[part], of_value[part], of_scores = _backward(g, q, k, v, weights, kept)
         if bias is not None:
-            of_bias += of_scores.sum(0, keepdim=True)
+            of_bias += of_scores if len(of_scores) == 1 else of_scores.sum(0, keepdim=True)
     return of_query, of_key, of_value, of_bias
 
 
@@ -153,14 +199,52 @@ def _chunks(
     query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float, seed: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Some examples at a time: which, their attention weights, and what dropout multiplies these with."""
-    size = max(1, CHUNK // (query.shape[1:3].numel() * key.shape[2]))
-    noise = torch.Generator().manual_seed(int(seed))
+    size = len(query) if key.shape[2] <= SHORT else max(1, CHUNK // (query.shape[1:3].numel() * key.shape[2]))
+    noise = _generator(seed)
     for start in range(0, len(query), size):
         part = slice(start, start + size)
-        scores = query[part] @ key[part].mT
-        if bias is not None:
-            scores += bias
-        if mask is not None:
-            scores.masked_fill_(~(mask if len(mask) == 1 else mask[part]), torch.finfo(scores.dtype).min)
-        kept = torch.empty_like(scores).bernoulli_(1 - dropout, generator=noise) if dropout else None
-        yield part, scores.softmax(-1), None if kept is None else kept.div_(1 - dropout)
+        masked = mask if mask is None or len(mask) == 1 else mask[part]
+        weights = _weights(query[part].contiguous(), key[part].contiguous(), bias, masked)
+        yield part, weights, _dropping(weights, dropout, noise)
+
+
+def _seed(dropout: float) -> Tensor:
+    return torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.long)
+
+
+def _generator(seed: Tensor) -> torch.Generator:
+    return torch.Generator().manual_seed(int(seed))
+
+
+def _dropping(weights: Tensor, dropout: float, noise: torch.Generator) -> Tensor | None:
+    """What dropout multiplies maps with."""
+    return torch.empty_like(weights).bernoulli_(1 - dropout, generator=noise).div_(1 - dropout) if dropout else None
+
+
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The maps [examples, heads, queries, keys]."""
+    scores = query @ key.mT
+    if bias is not None:
+        scores += bias
+    if mask is not None:
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
+
+
+def _read(weights: Tensor, kept: Tensor | None, value: Tensor) -> Tensor:
+    """The context [examples, heads, queries, width]."""
+    used = weights if kept is None else weights * kept
+    return (value.mT @ used.mT).mT
+
+
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and of the scores behind the maps."""
+    of_weights = grad @ value.mT
+    if kept is not None:
+        of_weights *= kept
+        kept = weights * kept
+    of_value = (grad.mT @ (weights if kept is None else kept)).mT
+    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+    return (key.mT @ of_scores.mT).mT, (query.mT @ of_scores).mT, of_value, of_scores

@@ -125,6 +125,7 @@ class Family:
     # the last name of a block's module that widens its state, where recomputing it saves memory: a ReLU keeps its
     # result alone, which the linear behind it keeps anyway
     feed_forward: str = ""
+    crosses: str = ""  # the module of a block by which its stream attends to the one below
     # the linears of a block by what they do, as patterns; `c_attn:1/3` is the second third of a fused one's outputs
     sites: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
 
@@ -237,6 +238,10 @@ class Trunk:
                 if name and name.rpartition(".")[2] == self.family.feed_forward:
                     part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
+    def keep_maps(self) -> None:
+        """Keep for the backward pass what narrow heads attend to in short texts, rather than make it again."""
+        attention.install(self.model, keep=True)
+
     def run(self, inputs: Batch) -> Tensor:
         """The last stream's hidden states after its last norm, [batch, tokens, width]."""
         hidden: Tensor = self.model(**inputs).last_hidden_state
@@ -249,7 +254,7 @@ class Trunk:
         be had of it: it is not tapped, nor run again in the backward pass.
         """
         block = self.stacks[-1][-1]
-        alike = not self.family.shape.causal and self.model.config._attn_implementation == attention.NAME
+        alike = not self.family.shape.causal and attention.installed(self.model)
         if not alike or self._tapped or getattr(block, "gradient_checkpointing", False):
             return at(self.run(inputs), position)
         whole: list[Tensor] = []
@@ -722,3 +727,16 @@ def hooks(handles: Iterator[Any]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+@contextmanager
+def instead(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+    """Let a module answer by a function of its own forward and its arguments for a while."""
+    before = vars(module).get("forward")
+    module.forward = partial(answer, module.forward)
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

@@ -112,6 +112,7 @@ FAMILIES: Mapping[str, Family] = {
         depths=("num_layers", "num_decoder_layers"),
         after=("decoder.final_layer_norm", "decoder.dropout"),
         vocabulary=("lm_head",),
+        crosses="layer.1.EncDecAttention",
         sites={
             "query": ("layer.?.*Attention.q",),
             "key": ("layer.?.*Attention.k",),

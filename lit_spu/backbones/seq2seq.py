@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_spu.backbones.base import Backbone, Batch, Head, Trunk
+from lit_spu.backbones.base import Backbone, Batch, Head, Taps, Trunk, instead
+from lit_spu.backbones.cross_attention import by_few
 from lit_spu.tasks import Format
 
 if TYPE_CHECKING:
@@ -18,7 +21,25 @@ SENTINEL = "<extra_id_0>"  # the blank of span corruption, in a text and in fron
 
 
 class Seq2SeqTrunk(Trunk):
-    """Two streams; the second attends to the first."""
+    """Two streams; the second attends to the first, without its keys and values where its own tokens are few."""
+
+    def run_at(self, inputs: Batch, position: Tensor) -> Tensor:
+        with self._by_few():
+            return super().run_at(inputs, position)
+
+    def taps(self, inputs: Batch) -> tuple[Taps, ...]:
+        with self._by_few():
+            return super().taps(inputs)
+
+    @contextmanager
+    def _by_few(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for block in self.stacks[-1]:
+                # a block that runs again in the backward pass does so as it is
+                if not getattr(block, "gradient_checkpointing", False):
+                    attention = block.get_submodule(self.family.crosses)
+                    stack.enter_context(instead(attention, partial(by_few, attention)))
+            yield
 
     def run(self, inputs: Batch) -> Tensor:
         def of(prefix: str, name: str) -> dict[str, Tensor]:

@@ -31,9 +31,9 @@ class LadderSideTuning(TapReader):
             paper's code, ranked anew by each part of a block for the next.
         fisher_examples: Training examples whose gradients make the Fisher information.
         backbone_dropout: Leave the backbone's dropout on while training, as the paper's code does.
-        activation_checkpointing: Recompute the side network's feed-forwards in the backward pass. Off, a step takes up
-            to a quarter more memory. By default it is on where a step runs the backbone, of which that is a per cent,
-            and off with a tap_cache, where it would be an eighth.
+        activation_checkpointing: Recompute the side network's feed-forwards, and the attention maps of short texts, in
+            the backward pass. Off, a step takes up to a quarter more memory. By default it is on where a step runs the
+            backbone, of which that is a per cent or two, and off with a tap_cache, where it would be an eighth.
 
     Raises:
         UserError: if a number is out of range, or the settings exclude each other.
@@ -64,6 +64,8 @@ class LadderSideTuning(TapReader):
             activation_checkpointing = not self.tap_cache
         if activation_checkpointing:
             self.side.trunk.recompute_feed_forwards()
+        else:
+            self.side.trunk.keep_maps()
 
     def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
         if self.start == "fisher":

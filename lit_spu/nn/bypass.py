@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_spu.backbones.base import tensor_of
-from lit_spu.nn.side_lora import instead
+from lit_spu.backbones.base import instead, tensor_of
 
 
 def bypassed(block: nn.Module) -> AbstractContextManager[None]:

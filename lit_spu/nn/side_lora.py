@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lit_spu.backbones.base import Trunk, hooks, tensor_of
+from lit_spu.backbones.base import Trunk, hooks, instead, tensor_of
 from lit_spu.nn.lora import LowRank
 from lit_spu.nn.rms_norm import rms_norm
 
@@ -156,16 +156,3 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-
-
-@contextmanager
-def instead(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """Let a module answer by a function of its own forward and its arguments for a while."""
-    before = vars(module).get("forward")
-    module.forward = partial(answer, module.forward)
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

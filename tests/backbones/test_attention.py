@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_spu.backbones import attention, load_backbone
-from lit_spu.backbones.attention import attend
+from lit_spu.backbones.attention import attend, attend_keeping
 from lit_spu.backbones.base import tensor_of
 from lit_spu.backbones.encoder import Encoder
 from lit_spu.measure.saved import SavedForBackward
@@ -40,12 +40,16 @@ MASKS = {
 }
 
 
+BOTH = pytest.mark.parametrize("function", [attend, attend_keeping])
+
+
+@BOTH
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("biased", [True, False])
-def test_it_is_torchs_attention(mask: str, biased: bool) -> None:
+def test_it_is_torchs_attention(mask: str, biased: bool, function: Callable[..., Tensor]) -> None:
     query, key, value, bias = inputs()
     learned = [query, key, value, *([bias] if biased else [])]
-    ours = attend(query, key, value, bias if biased else None, MASKS[mask])
+    ours = function(query, key, value, bias if biased else None, MASKS[mask])
     seen = torch.zeros(1, dtype=torch.float64) if MASKS[mask] is None else MASKS[mask].to(torch.float64).log()  # type: ignore[union-attr]
     plain = F.scaled_dot_product_attention(
         query, key, value, attn_mask=(seen + bias if biased else seen).expand(5, 3, 6, 7), scale=1.0
@@ -58,17 +62,18 @@ def test_it_is_torchs_attention(mask: str, biased: bool) -> None:
         torch.testing.assert_close(mine, its, atol=1e-12, rtol=0)
 
 
-def test_dropout_drops_a_share_and_the_backward_pass_drops_the_same() -> None:
+@BOTH
+def test_dropout_drops_a_share_and_the_backward_pass_drops_the_same(function: Callable[..., Tensor]) -> None:
     query, key, value, bias = inputs()
 
     def dropped(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return attend(query, key, value, bias, dropout=0.25)
+        return function(query, key, value, bias, dropout=0.25)
 
     assert torch.equal(dropped(query, key, value, bias), dropped(query, key, value, bias))
     assert torch.autograd.gradcheck(dropped, (query, key, value, bias))
     many = torch.zeros(200, 3, 6, 4)
-    kept = attend(many, torch.zeros(200, 3, 7, 4), torch.ones(200, 3, 7, 4), dropout=0.25)
+    kept = function(many, torch.zeros(200, 3, 7, 4), torch.ones(200, 3, 7, 4), dropout=0.25)
     assert kept.mean().item() == pytest.approx(1.0, abs=0.01)  # what is left is scaled up
     shares = (kept * 0.75 * 7).unique()
     torch.testing.assert_close(shares, shares.round(), atol=1e-4, rtol=0)  # whole weights are dropped
@@ -79,6 +84,30 @@ def test_it_keeps_what_it_is_given_and_no_map() -> None:
     with SavedForBackward((query, key, value, bias)) as saved:
         attend(query, key, value, bias)
     assert saved.nbytes == 8  # the seed
+    with SavedForBackward((query, key, value, bias)) as saved:
+        attend_keeping(query, key, value, bias)
+    assert saved.nbytes == 8 * 5 * 3 * 6 * 7
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_maps_that_are_kept_are_those_that_are_made_again_to_the_bit(
+    mask: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORT", 7)
+    query, key, value, bias = learned = [
+        # as linears leave them
+        tensor.detach().float().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for tensor in inputs()
+    ]
+    found = []
+    for function in (attend, attend_keeping):
+        torch.manual_seed(1)
+        out = function(query, key, value, bias, MASKS[mask], dropout)
+        gradients = torch.autograd.grad(out.transpose(1, 2).flatten(2).square().sum(), learned)
+        found.append([out, *gradients, torch.rand(1)])  # both leave torch's own generator where the other does
+    for again, kept in zip(*found, strict=True):
+        assert torch.equal(again, kept)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -90,13 +119,20 @@ def test_torch_knows_the_operator(biased: bool, dropout: float) -> None:
     torch.library.opcheck(attention._attend, given, test_utils=tests)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_side_network_of_any_family_answers_as_with_torchs_attention(tiny: Callable[[str], str], family: str) -> None:
+def test_a_side_network_of_any_family_answers_as_with_torchs_attention(
+    tiny: Callable[[str], str], family: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With padding and without, in training and in evaluation."""
+    if keep:
+        monkeypatch.setattr(attention, "SHORT", 32)
     backbone = load_backbone(tiny(family), TASKS["sst2"], "prompt").double()
     torch.manual_seed(0)
     trunk: Any = backbone.stem.shrunk(2, [list(range(stream.depth)) for stream in backbone.streams])
     trunk.model.double()
+    if keep:
+        trunk.keep_maps()
     sentences: tuple[tuple[str, ...], ...] = (("the film was great .",) * 2, ("the film was great .", "dull"))
     for batch in (backbone.inputs(encode(backbone, texts)) for texts in sentences):
         given = {

@@ -78,7 +78,9 @@ def test_taps_are_the_hidden_states_and_the_head_can_be_run_apart(tiny: Tiny, fa
     hidden = backbone.stem.run(backbone.inputs(batch))
     scores = backbone.head(backbone.read(hidden, batch))
     torch.testing.assert_close(scores, backbone(batch), atol=1e-12, rtol=0)
-    assert torch.equal(backbone.scores(taps, batch), scores)
+    # a few tokens attend without keys and values in both
+    same_way = backbone(batch) if config.is_encoder_decoder else scores
+    assert torch.equal(backbone.scores(taps, batch), same_way)
 
 
 @pytest.mark.parametrize("head", ["classifier", "prompt"])
