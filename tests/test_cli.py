@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -36,21 +36,24 @@ pytestmark = [
 
 
 class Interrupt(Callback):
-    """Ctrl-C after a number of steps, in training or in the second batch of the validation that follows."""
+    """Ctrl-C after a number of steps: behind the last, amid the next, or in the validation's second batch."""
 
-    def __init__(self, steps: int, validating: bool = False) -> None:
+    def __init__(self, steps: int, where: Literal["behind", "amid", "validation"] = "behind") -> None:
         self.steps = steps
-        self.validating = validating
+        self.where = where
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        self._stop(trainer, self.where == "amid")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._stop(trainer, not self.validating)
+        self._stop(trainer, self.where == "behind")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._stop(trainer, self.validating and batch_idx == 1)
+        self._stop(trainer, self.where == "validation" and batch_idx == 1)
 
     def _stop(self, trainer: Trainer, here: bool) -> None:
         if here and trainer.global_step == self.steps and Interrupt.armed:
@@ -429,7 +432,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(run: Path, resumed: Path) ->
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stop", [["steps=5"], ["steps=6", "validating=true"]], ids=["train", "validate"])
+@pytest.mark.parametrize("stop", [["steps=5"], ["steps=5", "where=amid"], ["steps=6", "where=validation"]], ids=str)
 def test_dropout_and_an_unfinished_validation_survive_an_interruption(
     stop: list[str], small: list[str], work: Path
 ) -> None:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from lit_spu import discovery
-from lit_spu.data.glue import GLUE
 from lit_spu.methods.base import Method
-from lit_spu.study.grid import build, method_configs
 from tests.conftest import encode
-from tests.ddp import quiet_trainer, run_both
+from tests.ddp import run_both
+from tests.runs import METHODS, fit, made
 
 ROOT = Path(__file__).parents[1]
-METHODS = method_configs([f"{ROOT}/configs/*.yaml"])
 CLASSES = [
     cls for cls in discovery.classes("lit_spu.methods") if issubclass(cls, Method) and not inspect.isabstract(cls)
 ]
@@ -29,19 +25,6 @@ FAMILIES = ("bert", "t5", "gpt2")
 Tiny = Callable[[str], str]
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
-
-
-def made(config: str, backbone: str) -> Method:
-    """The method as its config sets it, on another backbone."""
-    torch.manual_seed(0)
-    return build(METHODS[config], backbone=backbone)
-
-
-def fit(method: Method, folder: Path, **settings: Any) -> Trainer:
-    data = GLUE(batch_size=8, limit_train=32, limit_validation=16, cache=str(folder))
-    trainer = quiet_trainer(max_steps=3, **settings)
-    trainer.fit(method, data)
-    return trainer
 
 
 def test_there_are_methods() -> None:
@@ -71,7 +54,7 @@ def test_what_is_trained_moves_and_what_is_frozen_stays(tiny: Tiny, tmp_path: Pa
     trained = {name for name, p in method.named_parameters() if p.requires_grad}
     assert trained
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
-    global_step = fit(method, tmp_path).global_step
+    global_step = fit(method, tmp_path, max_steps=3).global_step
     assert global_step == 3
     moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
     assert moved <= trained
@@ -84,7 +67,7 @@ def test_what_is_trained_moves_and_what_is_frozen_stays(tiny: Tiny, tmp_path: Pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reloaded_method_answers_the_same(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
     method = made(config, tiny(family))
-    fit(method, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    fit(method, tmp_path, max_steps=3).save_checkpoint(tmp_path / "x.ckpt")
     torch.manual_seed(1)
     again = type(method).load_from_checkpoint(tmp_path / "x.ckpt").eval()
     batch = encode(method.backbone)
@@ -99,7 +82,7 @@ def test_a_seed_decides_a_run(tiny: Tiny, tmp_path: Path, config: str) -> None:
     runs = []
     for _ in range(2):
         method = made(config, tiny("bert"))
-        fit(method, tmp_path)
+        fit(method, tmp_path, max_steps=3)
         runs.append(method.state_dict())
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
 

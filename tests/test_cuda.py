@@ -16,20 +16,14 @@ from lit_spu.data.glue import GLUE
 from lit_spu.methods.base import Method
 from lit_spu.methods.mezo import MeZO
 from lit_spu.methods.zeroth_order import ZerothOrder
-from lit_spu.study.grid import build, method_configs
 from lit_spu.study.steps import batch_of, live_bytes, training_step
 from tests.conftest import encode
 from tests.ddp import quiet_trainer
+from tests.runs import METHODS, made
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The number of training batches")]
 
-METHODS = method_configs([f"{Path(__file__).parents[1]}/configs/*.yaml"])
 CUDA = torch.device("cuda")
-
-
-def made(config: str, backbone: str, **settings: Any) -> Method:
-    torch.manual_seed(0)
-    return build(METHODS[config], backbone=backbone, **settings)
 
 
 def learnt(method: Method, batch: dict[str, torch.Tensor]) -> torch.Tensor:

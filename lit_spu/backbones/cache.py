@@ -297,7 +297,8 @@ def _digest(backbone: Backbone) -> str:
     device = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     packages = [f"{package} {version(package)}" for package in ("torch", "transformers")]
-    digest.update(repr((Path(__file__).read_bytes(), config, device, autocast, packages)).encode())
+    code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    digest.update(repr((code, config, device, autocast, packages)).encode())
     head = set(backbone.head_modules.parameters())  # a BERT's pooler, which no tap is behind
     for name, parameter in model.named_parameters():
         if parameter not in head:

@@ -91,7 +91,7 @@ class SelectiveUpdate(Callback):
         self, trainer: Trainer, pl_module: Any, plain: Callable[..., Any], batch: Any, batch_idx: int
     ) -> Tensor | None:
         """A training step, or what is left of it."""
-        number, self._batch = trainer.fit_loop.total_batch_idx, batch
+        number, self._batch = trainer.fit_loop.epoch_loop.batch_progress.total.completed, batch
         self.steps += 1
         whole = self.policy.chooses(number, batch)
         loss: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -140,10 +140,12 @@ class BucketSampler(DistributedSampler[list[int]]):
 class Loader(DataLoader[Batch]):
     """A DataLoader whose state is its place in the epoch: Lightning keeps it in checkpoints, and goes on from there.
 
-    The state holds with any number of workers, for it counts the batches given out, not those read ahead.
+    The state holds with any number of workers, for it counts the batches given out, not those read ahead; or, where
+    `taken` tells, those that were trained on, of which there may be one less at an interruption.
     """
 
     sampler: BucketSampler
+    taken: Callable[[], int] | None = None
     _resumed = False
     _batches = 0
 
@@ -165,9 +167,10 @@ class Loader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, the seed of its shuffle, and the batches given out of all."""
+        """The epoch, the seed of its shuffle, and the batches that are behind of all."""
         sampler = self.sampler
-        return {"seed": sampler.seed, "epoch": sampler.epoch, "position": sampler.position, "batches": len(sampler)}
+        behind = self.taken() if self.taken else sampler.position
+        return {"seed": sampler.seed, "epoch": sampler.epoch, "position": behind, "batches": len(sampler)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state` was taken; a UserError follows if the epoch is then found to have other batches."""

@@ -184,6 +184,9 @@ class GLUE(LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Shuffled batches of texts of like length."""
         self._train = self._loaders("train", shuffle=True)[0]
+        trainer: Any = self.trainer
+        if trainer is not None:
+            self._train.taken = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
         if self._place:
             self._train.load_state_dict(self._place)
             self._place = {}

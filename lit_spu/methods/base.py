@@ -166,7 +166,8 @@ class Method(LightningModule, ABC):
 
     def batch_seed(self, seed: int) -> int:
         """What a seed comes to in this batch of training on this rank."""
-        key = np.random.SeedSequence((seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+        behind = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed  # a batch may be begun twice
+        key = np.random.SeedSequence((seed, self.global_rank, behind))
         return int(key.generate_state(1, np.uint64)[0])
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ from lit_spu.callbacks.memory import Memory
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure import saved
-from lit_spu.methods.base import Method
-from lit_spu.study.grid import build
+from tests import runs
 from tests.callbacks.conftest import logged
 from tests.conftest import encode
 from tests.ddp import quiet_trainer, run
+from tests.runs import METHODS, StopBehind, made, same
 
 Tiny = Callable[[str], str]
-CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = ("bert", "t5", "llama")
 ADAPTED = ("lora", "ia3", "bitfit", "side_lora", "siva")
+
+fit = partial(runs.fit, max_epochs=4)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
@@ -44,22 +46,6 @@ class Watch(Callback):
         stages: Any = pl_module.stages
         self.learn.append([any(p.requires_grad for p in stage) for stage in stages])
         self.weights.append([[p.detach().clone() for p in stage] for stage in stages])
-
-
-def made(config: str, backbone: str, **settings: Any) -> Method:
-    torch.manual_seed(0)
-    return build(CONFIGS / f"{config}.yaml", backbone=backbone, **settings)
-
-
-def fit(method: Method, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **settings: Any) -> Trainer:
-    data = GLUE(batch_size=8, limit_train=32, limit_validation=16, cache=str(folder))
-    trainer = quiet_trainer(callbacks=list(callbacks), **{"max_epochs": 4, **settings})
-    trainer.fit(method, data, ckpt_path=ckpt_path)
-    return trainer
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,18 +104,11 @@ def test_what_is_frozen_leaves_the_backward_pass(tiny: Tiny, config: str) -> Non
 def test_a_resumed_run_is_the_uninterrupted_one(tiny: Tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
     whole = made("full", tiny("bert"))
     fit(whole, tmp_path, GradualFreezing(**settings))
-    half = fit(made("full", tiny("bert")), tmp_path, GradualFreezing(**settings), Stop())
+    half = fit(made("full", tiny("bert")), tmp_path, GradualFreezing(**settings), StopBehind(1))
     half.save_checkpoint(tmp_path / "half.ckpt")
     rest = made("full", tiny("bert"))
     fit(rest, tmp_path, GradualFreezing(**settings), ckpt_path=tmp_path / "half.ckpt")
     assert same(list(whole.state_dict().values()), list(rest.state_dict().values()))
-
-
-class Stop(Callback):
-    """Ends a run behind its second epoch, as though it were not its end."""
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch == 1
 
 
 class Stages(LightningModule):
@@ -217,6 +196,6 @@ def test_the_steps_of_memory_and_weights_are_logged(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one(tiny: Tiny, tmp_path: Path) -> None:
     how: dict[str, Any] = {"callbacks": ["GradualFreezing"], "strategy": "ddp_find_unused_parameters_true"}
-    one, two = (run(CONFIGS / "full.yaml", tiny("bert"), tmp_path, devices, trainer=how) for devices in (1, 2))
+    one, two = (run(METHODS["full"], tiny("bert"), tmp_path, devices, trainer=how) for devices in (1, 2))
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, atol=1e-6, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lit_spu import discovery
 from lit_spu.__main__ import main
 from lit_spu.callbacks.latency import Latency
 from lit_spu.callbacks.selective_update import SelectiveUpdate
-from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.base import Method
@@ -31,12 +31,13 @@ from lit_spu.policies import (
     Random,
     TeacherDistance,
 )
-from lit_spu.study.grid import build
+from tests import runs
 from tests.conftest import encode
-from tests.ddp import quiet_trainer
+from tests.runs import StopBehind, same, weights
 
 Tiny = Callable[[str], str]
-CONFIGS = Path(__file__).parents[2] / "configs"
+
+fit = partial(runs.fit, max_epochs=3)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
@@ -57,24 +58,7 @@ class Watch(Callback):
 
 
 def made(config: str, backbone: str, **settings: Any) -> Method:
-    torch.manual_seed(0)
-    return build(CONFIGS / f"{config}.yaml", backbone=backbone, **{"weight_decay": 0.1, **settings})
-
-
-def fit(method: Method, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **settings: Any) -> Trainer:
-    torch.manual_seed(5)
-    data = GLUE(batch_size=8, limit_train=32, limit_validation=16, cache=str(folder))
-    trainer = quiet_trainer(callbacks=list(callbacks), **{"max_epochs": 3, **settings})
-    trainer.fit(method, data, ckpt_path=ckpt_path)
-    return trainer
-
-
-def weights(method: Method) -> list[Tensor]:
-    return [tensor.clone() for tensor in method.state_dict().values()]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return runs.made(config, backbone, **{"weight_decay": 0.1, **settings})
 
 
 def trained(method: Method) -> set[str]:
@@ -301,13 +285,11 @@ def test_where_student_and_teacher_agree_there_is_no_backward_pass(tiny: Tiny, t
 def test_a_resumed_run_is_the_uninterrupted_one(
     tiny: Tiny, tmp_path: Path, make: Callable[[], SelectiveUpdate]
 ) -> None:
-    class Stop(Callback):
-        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            trainer.should_stop = trainer.current_epoch == 1
-
     whole, callback = made("full", tiny("bert")), make()
     fit(whole, tmp_path, callback, max_epochs=4)
-    fit(made("full", tiny("bert")), tmp_path, make(), Stop(), max_epochs=4).save_checkpoint(tmp_path / "half.ckpt")
+    fit(made("full", tiny("bert")), tmp_path, make(), StopBehind(1), max_epochs=4).save_checkpoint(
+        tmp_path / "half.ckpt"
+    )
     rest, again = made("full", tiny("bert")), make()
     fit(rest, tmp_path, again, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert same(weights(whole), weights(rest))

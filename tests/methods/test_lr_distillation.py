@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lit_spu.__main__ import main
 from lit_spu.backbones import load_backbone
@@ -23,6 +22,7 @@ from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.lr_distillation import LRDistillation
 from lit_spu.tasks import load_task
 from lit_spu.teacher import Teacher
+from tests.runs import StopBehind, same, weights
 
 Run = Callable[..., Trainer]
 Data = Callable[..., GLUE]
@@ -47,14 +47,6 @@ class Seen(Callback):
 def made(backbone: str, cls: Any = LRDistillation, **settings: Any) -> Any:
     torch.manual_seed(1)
     return cls(backbone=backbone, **{"lr": 1e-3, **settings})
-
-
-def weights(method: LightningModule) -> list[Tensor]:
-    return [tensor.clone() for tensor in method.state_dict().values()]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -177,11 +169,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(data: Data, fit: Run, tiny: Tiny
     whole = made(tiny("bert"), **settings)
     fit(whole, data(), max_epochs=3)
 
-    class Stop(Callback):
-        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            trainer.should_stop = trainer.current_epoch == 0
-
-    fit(made(tiny("bert"), **settings), data(), Stop(), max_epochs=3).save_checkpoint(tmp_path / "half.ckpt")
+    fit(made(tiny("bert"), **settings), data(), StopBehind(0), max_epochs=3).save_checkpoint(tmp_path / "half.ckpt")
     rest = made(tiny("bert"), **settings)
     fit(rest, data(), max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
     assert same(weights(whole), weights(rest))

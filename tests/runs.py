@@ -1,0 +1,53 @@
+"""Methods as their configs set them, runs of seconds, and what became of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_spu.data.glue import GLUE
+from lit_spu.methods.base import Method
+from lit_spu.study.grid import build, method_configs
+from tests.ddp import quiet_trainer
+
+METHODS = method_configs([f"{Path(__file__).parents[1]}/configs/*.yaml"])
+
+
+def made(config: str, backbone: str, **settings: Any) -> Method:
+    """The method as its config sets it, on another backbone."""
+    torch.manual_seed(0)
+    return build(METHODS[config], backbone=backbone, **settings)
+
+
+def fit(method: Method, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **settings: Any) -> Trainer:
+    """Train it on sample data, four steps an epoch."""
+    torch.manual_seed(5)
+    data = GLUE(batch_size=8, limit_train=32, limit_validation=16, cache=str(folder))
+    trainer = quiet_trainer(callbacks=list(callbacks), **settings)
+    trainer.fit(method, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+class StopBehind(Callback):
+    """Ends a run behind an epoch (0 is the first), as though it were not its end."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+def weights(module: torch.nn.Module) -> list[Tensor]:
+    """All that a module holds now."""
+    return [tensor.clone() for tensor in module.state_dict().values()]
+
+
+def same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    """Whether they are equal to the bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
