@@ -10,7 +10,7 @@ of few columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 NAME = "narrow_heads"
+KEEPING = f"{NAME}_kept"
 NARROW = 16
 """Heads wider than this are left to torch."""
 SHORT = 32
@@ -37,7 +38,7 @@ def install(model: Any, keep: bool = False) -> None:
     from transformers.masking_utils import sdpa_mask
 
     if model.config._attn_implementation == "sdpa" or installed(model):
-        name = f"{NAME}_kept" if keep else NAME
+        name = KEEPING if keep else NAME
         AttentionInterface.register(name, partial(_attention, keep=keep))
         AttentionMaskInterface.register(name, sdpa_mask)
         model.set_attn_implementation(name)
@@ -46,6 +47,16 @@ def install(model: Any, keep: bool = False) -> None:
 def installed(model: Any) -> bool:
     """Whether a Hugging Face model attends this way."""
     return str(model.config._attn_implementation).startswith(NAME)
+
+
+def narrow(module: Any) -> bool:
+    """Whether the heads of a T5's attention are narrow, and attend this way."""
+    return installed(module) and module.key_value_proj_dim <= NARROW
+
+
+def keeps(module: Any, tokens: int) -> bool:
+    """Whether an attention keeps the maps of texts of so many tokens."""
+    return tokens <= SHORT and bool(module.config._attn_implementation == KEEPING)
 
 
 def _attention(
@@ -62,18 +73,25 @@ def _attention(
 
     if key.shape[1] > query.shape[1]:  # `Trunk.run_at`: all tokens' keys, taken for the heads of one
         key, value = (given.reshape(len(given), -1, *query.shape[1::2]).transpose(1, 2) for given in (key, value))
-    narrow = query.shape[-1] <= NARROW and query.shape[1] == key.shape[1]  # queries may share keys
+    few = query.shape[-1] <= NARROW and query.shape[1] == key.shape[1]  # queries may share keys
     short = key.shape[2] <= SHORT
-    if query.device.type != "cpu" or not narrow or (query.shape[2] == 1 and not short):
+    if query.device.type != "cpu" or not few or (query.shape[2] == 1 and not short):
         context: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
         return context, None
-    if attention_mask is None and (kwargs.get("is_causal") or module.is_causal):
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+    causal = kwargs.get("is_causal") or module.is_causal
+    attention_mask = seen(attention_mask, causal, query.shape[2], key.shape[2])
     scaling = kwargs.get("scaling")
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     function = attend_keeping if short and keep else attend
     bias, dropout = kwargs.get("position_bias"), kwargs.get("dropout", 0.0)
     return function(query, key, value, bias, attention_mask, dropout).transpose(1, 2), None
+
+
+def seen(mask: Tensor | None, causal: bool, queries: int, keys: int) -> Tensor | None:
+    """Whether a query sees a key, [batch or 1, 1, queries, keys], from transformers' mask; None if all do."""
+    if mask is None and causal:
+        return torch.ones(queries, keys, dtype=torch.bool).tril()[None, None]
+    return mask
 
 
 def attend(
@@ -120,18 +138,54 @@ class _Keeping(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float
     ) -> Tensor:
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        states = query.contiguous(), key.contiguous(), value.contiguous()
         with torch.autocast("cpu", enabled=False):
-            weights = _weights(query, key, bias, mask)
-            kept = _dropping(weights, dropout, _generator(_seed(dropout)))
-            ctx.save_for_backward(query, key, value, weights, kept)
-            return _read(weights, kept, value)
+            context, left = attended(*states, bias, mask, dropout, keep=True)
+        ctx.mask, ctx.dropout = mask, dropout
+        ctx.save_for_backward(*states, bias, *left)
+        return context
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *of_inputs, of_scores = _backward(gradients[0].contiguous(), *ctx.saved_tensors)
-        of_bias = of_scores.sum(0, keepdim=True) if ctx.needs_input_grad[3] else None
-        return *of_inputs, of_bias, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, *left = ctx.saved_tensors
+        given = gradients(grads[0].contiguous(), query, key, value, bias, ctx.mask, ctx.dropout, left)
+        return *given, None, None
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout: float,
+    keep: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """What `attend` or `attend_keeping` gives, and what `gradients` wants of it; all tensors are contiguous."""
+    if not keep:
+        context, seed = _attend(query, key, value, bias, mask, dropout)
+        return context, (seed,)
+    weights = _weights(query, key, bias, mask)
+    kept = dropping(weights, dropout, _generator(_seed(dropout)) if dropout else None)
+    return _read(weights, kept, value), (weights, kept)
+
+
+def gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout: float,
+    left: Sequence[Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of query, key, value and bias, from that of the context and from what `attended` left."""
+    if len(left) == 1:
+        *of_each, of_bias = _attend_backward(grad, query, key, value, bias, mask, dropout, *left)
+        return *of_each, None if bias is None else of_bias
+    *of_each, of_scores = _backward(grad, query, key, value, *left)
+    return *of_each, None if bias is None else of_scores.sum(0, keepdim=True)
 
 
 # An operator of its own, so that torch can tell shapes and memory without running it (FakeTensorMode, torch.compile).
@@ -188,8 +242,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
-    *gradients, of_bias = _attend_backward(grad, *tensors, ctx.dropout, seed)
-    return *gradients, None if tensors[3] is None else of_bias, None, None
+    query, key, value, bias, mask = tensors
+    return *gradients(grad, query, key, value, bias, mask, ctx.dropout, (seed,)), None, None
 
 
 _attend.register_autograd(_gradients, setup_context=_keep)
@@ -205,7 +259,7 @@ def _chunks(
         part = slice(start, start + size)
         masked = mask if mask is None or len(mask) == 1 else mask[part]
         weights = _weights(query[part].contiguous(), key[part].contiguous(), bias, masked)
-        yield part, weights, _dropping(weights, dropout, noise)
+        yield part, weights, dropping(weights, dropout, noise)
 
 
 def _seed(dropout: float) -> Tensor:
@@ -216,9 +270,9 @@ def _generator(seed: Tensor) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def _dropping(weights: Tensor, dropout: float, noise: torch.Generator) -> Tensor | None:
-    """What dropout multiplies maps with."""
-    return torch.empty_like(weights).bernoulli_(1 - dropout, generator=noise).div_(1 - dropout) if dropout else None
+def dropping(x: Tensor, dropout: float, noise: torch.Generator | None = None) -> Tensor | None:
+    """What dropout multiplies something with; None if there is none."""
+    return torch.empty_like(x).bernoulli_(1 - dropout, generator=noise).div_(1 - dropout) if dropout else None
 
 
 def _weights(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -226,9 +280,19 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | Non
     scores = query @ key.mT
     if bias is not None:
         scores += bias
+    return softmax_(scores, mask)
+
+
+def softmax_(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The maps, where the scores [examples, heads, queries, keys] were, under a mask as `attend` takes it."""
     if mask is not None:
-        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)
+        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def softmax_backward_(of_weights: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of scores, where that of their maps was."""
+    return torch._softmax_backward_data(of_weights, weights, -1, weights.dtype, grad_input=of_weights)
 
 
 def _read(weights: Tensor, kept: Tensor | None, value: Tensor) -> Tensor:
@@ -246,5 +310,5 @@ def _backward(
         of_weights *= kept
         kept = weights * kept
     of_value = (grad.mT @ (weights if kept is None else kept)).mT
-    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+    of_scores = softmax_backward_(of_weights, weights)
     return (key.mT @ of_scores.mT).mT, (query.mT @ of_scores).mT, of_value, of_scores

@@ -25,37 +25,45 @@ def by_few(
     """
     mask: Tensor | None = kwargs.get("mask")
     queries, tokens = hidden.shape[1], key_value_states.shape[1]
-    few = 2 * queries * (1 / tokens + 1 / module.key_value_proj_dim) < 1
-    if not few or not _bare(module.k) or not _bare(module.v) or not (mask is None or mask.dtype is torch.bool):
+    if not (few(module, queries, tokens, mask) and bare(module.k) and bare(module.v)):
         answer: tuple[Tensor, Tensor, None] = plain(hidden, key_value_states=key_value_states, **kwargs)
         return answer
     batch, heads, states = len(hidden), module.n_heads, key_value_states
     key, value = (linear.weight.view(heads, -1, states.shape[-1]) for linear in (module.k, module.v))
 
-    def by_example(x: Tensor) -> Tensor:  # [heads, batch · queries, width] -> [batch, heads · queries, width]
-        return x.reshape(heads, batch, queries, -1).transpose(0, 1).reshape(batch, heads * queries, -1)
-
-    def by_head(x: Tensor) -> Tensor:  # and back
-        return x.reshape(batch, heads, queries, -1).transpose(0, 1).reshape(heads, batch * queries, -1)
-
     query = module.q(hidden).view(batch * queries, heads, -1).transpose(0, 1) * module.scaling
-    scores = by_example(query @ key) @ states.mT  # [batch, heads · queries, tokens]
+    scores = swapped(query @ key, batch) @ states.mT  # [batch, heads · queries, tokens]
     if mask is not None:  # [batch, 1, 1 or queries, tokens]
         hides = ~mask.expand(-1, heads, queries, -1).flatten(1, 2)
         scores = scores.masked_fill(hides, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
     weights = F.dropout(weights, module.dropout, module.training)
-    read = by_head(weights @ states) @ value.mT
+    read = swapped(weights @ states, heads) @ value.mT
     context = read.transpose(0, 1).reshape(batch, queries, -1)
     return module.o(context), kwargs.get("position_bias"), None
 
 
-def _bare(linear: nn.Module) -> bool:
-    """Whether a linear is its weight alone."""
+def few(module: Any, queries: int, tokens: int, mask: Tensor | None) -> bool:
+    """Whether so many queries are few beside a text's tokens."""
+    seen = mask is None or mask.dtype is torch.bool
+    return seen and 2 * queries * (1 / tokens + 1 / module.key_value_proj_dim) < 1
+
+
+def swapped(x: Tensor, outer: int) -> Tensor:
+    """[heads, batch · queries, width] as [batch, heads · queries, width] for an `outer` of batch, or back for heads."""
+    return x.reshape(len(x), outer, -1, x.shape[-1]).transpose(0, 1).reshape(outer, -1, x.shape[-1])
+
+
+def bare(linear: nn.Module) -> bool:
+    """Whether a module is a linear that is its weight alone."""
     return (
         type(linear) is nn.Linear
         and linear.bias is None
         and type(linear.weight) in (nn.Parameter, FakeTensor)  # others hold it in pieces, as int8
-        and "forward" not in vars(linear)
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and untouched(linear)
     )
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a module does what its class does."""
+    return "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_spu.backbones import t5_layers
 from lit_spu.backbones.base import Backbone, Batch, Head, Taps, Trunk, instead
 from lit_spu.backbones.cross_attention import by_few
 from lit_spu.tasks import Format
@@ -22,6 +23,11 @@ SENTINEL = "<extra_id_0>"  # the blank of span corruption, in a text and in fron
 
 class Seq2SeqTrunk(Trunk):
     """Two streams; the second attends to the first, without its keys and values where its own tokens are few."""
+
+    def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> Trunk:
+        trunk = super().shrunk(reduction, keep)
+        t5_layers.install(trunk.model)
+        return trunk
 
     def run_at(self, inputs: Batch, position: Tensor) -> Tensor:
         with self._by_few():
