@@ -51,6 +51,25 @@ def test_interleaved_rounds_take_turns_and_drop_the_warmup() -> None:
     assert seconds == {"a": [1.0] * 3, "b": [2.0] * 3}  # b itself lets the clock tick once
 
 
+def test_a_short_call_settles_untimed_behind_a_long_one() -> None:
+    now = 0.0
+    order: list[str] = []
+
+    def taking(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        order.append(name)
+
+    calls = {
+        "long": lambda: taking("long", 20.0),
+        "half": lambda: taking("half", 10.0),
+        "one": lambda: taking("one", 1),
+    }
+    seconds = interleave(calls, rounds=2, warmup=1, clock=lambda: now)
+    assert order == ["long", "half", "one"] + ["long", "half", *["one"] * 5] * 2  # four of them are a fifth of the long
+    assert seconds == {"long": [20.0] * 2, "half": [10.0] * 2, "one": [1.0] * 2}
+
+
 @pytest.mark.gpu
 def test_a_cuda_clock_times_the_device_and_not_the_queueing() -> None:
     device = torch.device("cuda")
