@@ -49,7 +49,7 @@ def _attend(layer: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor |
     if bias is None:
         bias = module.compute_bias(tokens, tokens).contiguous()
     mask = attention.seen(kwargs.get("attention_mask"), module.is_causal, tokens, tokens)
-    inner = _SelfAttention(mask, dropout, attention.keeps(module, tokens))
+    inner = _SelfAttention(len(hidden), mask, dropout, attention.keeps(module, tokens))
     return _residual(layer, hidden, inner, query, key, value, output, bias), bias, None
 
 
@@ -92,7 +92,7 @@ class _Inner(Protocol):
     """What a layer does between its norm and the sum with its input."""
 
     def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """What comes of a normed state [batch, tokens, width], as large, and what `backward` wants of it."""
+        """What comes of normed states [batch · tokens, width], as large, and what `backward` wants of it."""
 
     def backward(
         self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
@@ -113,27 +113,28 @@ class _Residual(torch.autograd.Function):
     def forward(
         ctx: Any, inner: _Inner, x: Tensor, norm: Tensor, epsilon: float, dropout: float, *weights: Tensor
     ) -> Tensor:
-        inverse = x.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-        normed = x * inverse
+        state = x.flatten(0, 1)
+        inverse = state.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        normed = state * inverse
         out, left = inner.forward(normed * norm, weights)
         kept = attention.dropping(out, dropout)
         if kept is not None:
             out *= kept
         ctx.inner, ctx.weights = inner, len(weights)
         ctx.save_for_backward(normed, inverse, norm, kept, *weights, *left)
-        return out.add_(x)
+        return out.add_(state).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = gradients
+        grad = gradients[0].flatten(0, 1)
         normed, inverse, norm, kept, *rest = ctx.saved_tensors
         weights, left = rest[: ctx.weights], rest[ctx.weights :]
         of_out = grad if kept is None else grad * kept
         of_read, *of_weights = ctx.inner.backward(of_out, normed * norm, weights, left)
-        along = (of_read * normed).flatten(0, 1)
-        shared = torch.mv(along, norm).view(inverse.shape).div_(-norm.numel())
+        along = of_read * normed
+        shared = (along @ norm).unsqueeze(1).div_(-norm.numel())
         of_x = of_read.mul_(norm).addcmul_(normed, shared).mul_(inverse).add_(grad)
-        return None, of_x, along.sum(0), None, None, *of_weights
+        return None, of_x.view_as(gradients[0]), along.sum(0), None, None, *of_weights
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ class _FeedForward:
 
     def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
         up, down = weights
-        hidden = F.dropout(F.linear(read, up).relu_(), self.dropout, inplace=True)
-        return F.linear(hidden, down), (hidden,)
+        hidden = F.dropout((read @ up.T).relu_(), self.dropout, inplace=True)
+        return hidden @ down.T, (hidden,)
 
     def backward(
         self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Tensor]
@@ -154,36 +155,37 @@ class _FeedForward:
         torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
         if self.dropout:
             of_hidden /= 1 - self.dropout
-        return of_hidden @ up, _of_weight(of_hidden, read), _of_weight(grad, hidden)
+        return of_hidden @ up, of_hidden.T @ read, grad.T @ hidden
 
 
 @dataclass(frozen=True)
 class _SelfAttention:
+    batch: int
     mask: Tensor | None
     dropout: float
     keep: bool
 
     def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         *asked, output, bias = weights
-        states = F.linear(read, torch.cat(asked)).unflatten(-1, (3, bias.shape[1], -1))
+        states = (read @ torch.cat(asked).T).view(self.batch, -1, 3, bias.shape[1], output.shape[1] // bias.shape[1])
         query, key, value = each = states.permute(2, 0, 3, 1, 4).contiguous()
         context, left = attention.attended(query, key, value, bias, self.mask, self.dropout, self.keep)
-        context = context.transpose(1, 2).flatten(2)
-        return F.linear(context, output), (each, context, *left)
+        context = context.transpose(1, 2).reshape(len(read), -1)
+        return context @ output.T, (each, context, *left)
 
     def backward(
         self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
     ) -> tuple[Tensor | None, ...]:
         *asked, output, bias = weights
         (query, key, value), context, *left = left
-        of_context = (grad @ output).unflatten(-1, (bias.shape[1], -1)).transpose(1, 2).contiguous()
+        of_context = (grad @ output).view(self.batch, -1, *query.shape[1::2]).transpose(1, 2).contiguous()
         *of_each, of_bias = attention.gradients(of_context, query, key, value, bias, self.mask, self.dropout, left)
-        of_states = torch.empty(*read.shape[:2], 3, *of_context.shape[1::2], dtype=read.dtype)
+        of_states = read.new_empty(self.batch, query.shape[2], 3, *query.shape[1::2])
         for part, of_one in zip(of_states.unbind(2), of_each, strict=True):
             part.copy_(of_one.transpose(1, 2))
-        of_states = of_states.flatten(2)
-        of_asked = _of_weight(of_states, read).chunk(3)
-        return of_states @ torch.cat(asked), *of_asked, _of_weight(grad, context), of_bias
+        of_states = of_states.view(len(read), -1)
+        of_asked = (of_states.T @ read).chunk(3)
+        return of_states @ torch.cat(asked), *of_asked, grad.T @ context, of_bias
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,11 @@ class _Alone:
 
     def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         value, output, *_ = weights
-        context = F.linear(read, value)
-        kept = attention.dropping(context.unflatten(-1, (self.heads, -1))[..., :1], self.dropout)
+        context = read @ value.T
+        kept = attention.dropping(context.view(len(read), self.heads, -1)[..., :1], self.dropout)
         if kept is not None:
-            context.unflatten(-1, (self.heads, -1)).mul_(kept)
-        return F.linear(context, output), (context, kept)
+            context.view(len(read), self.heads, -1).mul_(kept)
+        return context @ output.T, (context, kept)
 
     def backward(
         self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
@@ -207,9 +209,9 @@ class _Alone:
         (value, output, *unasked), (context, kept) = weights, left
         of_context = grad @ output
         if kept is not None:
-            of_context.unflatten(-1, (self.heads, -1)).mul_(kept)
+            of_context.view(len(read), self.heads, -1).mul_(kept)
         of_unasked = map(torch.zeros_like, unasked)  # and not None, which DDP takes for a mistake
-        return of_context @ value, _of_weight(of_context, read), _of_weight(grad, context), *of_unasked
+        return of_context @ value, of_context.T @ read, grad.T @ context, *of_unasked
 
 
 @dataclass(frozen=True)
@@ -224,14 +226,14 @@ class _CrossAttention:
         states, query, key, value, output = weights
         key, value = self._by_head(key), self._by_head(value)
         # [heads, batch · queries, …] where weights are, [batch, heads · queries, …] where texts are
-        queries = F.linear(read, query).view(-1, self.heads, key.shape[1]).transpose(0, 1)
-        asked = swapped(queries @ key, len(read))
+        queries = self._apart(read @ query.T)
+        asked = swapped(queries @ key, len(states))
         maps = asked @ states.mT
-        attention.softmax_(maps.view(len(read), self.heads, -1, states.shape[1]), self.mask)
+        attention.softmax_(maps.view(len(states), self.heads, -1, states.shape[1]), self.mask)
         kept = attention.dropping(maps, self.dropout)
         seen = swapped((maps if kept is None else maps * kept) @ states, self.heads)
-        context = (seen @ value.mT).transpose(0, 1).reshape(*read.shape[:2], -1)
-        return F.linear(context, output), (queries, asked, maps, kept, seen, context)
+        context = self._together(seen @ value.mT)
+        return context @ output.T, (queries, asked, maps, kept, seen, context)
 
     def backward(
         self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
@@ -239,8 +241,8 @@ class _CrossAttention:
         states, query, key, value, output = weights
         queries, asked, maps, kept, seen, context = left
         key, value = self._by_head(key), self._by_head(value)
-        of_context = (grad @ output).view(-1, self.heads, value.shape[1]).transpose(0, 1)
-        of_seen = swapped(of_context @ value, len(read))
+        of_context = self._apart(grad @ output)
+        of_seen = swapped(of_context @ value, len(states))
         of_maps = of_seen @ states.mT
         used = maps
         if kept is not None:
@@ -248,20 +250,21 @@ class _CrossAttention:
         of_scores = attention.softmax_backward_(of_maps, maps)
         of_states = (used.mT @ of_seen).baddbmm_(of_scores.mT, asked)
         of_asked = swapped(of_scores @ states, self.heads)
-        of_queries = (of_asked @ key.mT).transpose(0, 1).reshape(*read.shape[:2], -1)
+        of_queries = self._together(of_asked @ key.mT)
         return (
             of_queries @ query,
             of_states,
-            _of_weight(of_queries, read),
+            of_queries.T @ read,
             (queries.mT @ of_asked).flatten(0, 1),
             (of_context.mT @ seen).flatten(0, 1),
-            _of_weight(grad, context),
+            grad.T @ context,
         )
 
     def _by_head(self, weight: Tensor) -> Tensor:
         return weight.view(self.heads, -1, weight.shape[-1])
 
+    def _apart(self, x: Tensor) -> Tensor:
+        return x.view(len(x), self.heads, -1).transpose(0, 1)
 
-def _of_weight(grad: Tensor, read: Tensor) -> Tensor:
-    """The gradient of a linear's weight, from that of its output and from what it read."""
-    return grad.flatten(0, -2).T @ read.flatten(0, -2)
+    def _together(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).reshape(x.shape[1], -1)

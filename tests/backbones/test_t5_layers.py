@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_spu.backbones import attention, t5_layers
 from lit_spu.measure.saved import SavedForBackward
 
-WIDTH, HEADS = 16, 2
+WIDTH, HEADS, ALL_HEADS = 20, 2, 16
 
 
 def t5(keep: bool = False, dropout: float = 0.0) -> Any:
@@ -112,24 +112,25 @@ def test_they_keep_less_for_the_backward_pass_than_transformers_own() -> None:
     assert kept[1] < 0.75 * kept[0]
 
 
+ATTENTION = (*[(ALL_HEADS, WIDTH)] * 3, (WIDTH, ALL_HEADS))
 BIAS = (1, HEADS, 5, 5)
 PADDING = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None])[:, None, None]
 INNER: dict[str, tuple[Callable[[float], Any], tuple[tuple[int, ...], ...], int]] = {
     "feed-forward": (t5_layers._FeedForward, ((24, WIDTH), (WIDTH, 24)), 5),
     "self-attention": (
-        lambda p: t5_layers._SelfAttention(PADDING, p, keep=True),
-        (*[(WIDTH, WIDTH)] * 4, BIAS),
+        lambda p: t5_layers._SelfAttention(3, PADDING, p, keep=True),
+        (*ATTENTION, BIAS),
         5,
     ),
     "self-attention, maps made again": (
-        lambda p: t5_layers._SelfAttention(PADDING, p, keep=False),
-        (*[(WIDTH, WIDTH)] * 4, BIAS),
+        lambda p: t5_layers._SelfAttention(3, PADDING, p, keep=False),
+        (*ATTENTION, BIAS),
         5,
     ),
-    "alone": (lambda p: t5_layers._Alone(HEADS, p), ((WIDTH, WIDTH),) * 3, 1),
+    "alone": (lambda p: t5_layers._Alone(HEADS, p), ((ALL_HEADS, WIDTH), (WIDTH, ALL_HEADS), (3, 4)), 1),
     "cross-attention": (
         lambda p: t5_layers._CrossAttention(HEADS, PADDING, p),
-        ((3, 5, WIDTH), *[(WIDTH, WIDTH)] * 4),
+        ((3, 5, WIDTH), *ATTENTION),
         2,
     ),
 }
