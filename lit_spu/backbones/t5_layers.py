@@ -44,13 +44,13 @@ def _attend(layer: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor |
         unasked = [query, key]
         if module.has_relative_attention_bias:
             unasked.append(module.relative_attention_bias.weight)
-        return _residual(layer, hidden, _Alone(module.n_heads, dropout), value, output, *unasked), None, None
+        return _residual(layer, hidden, _Alone(module.n_heads, dropout), [value], output, *unasked), None, None
     bias = kwargs.get("position_bias")
     if bias is None:
         bias = module.compute_bias(tokens, tokens).contiguous()
     mask = attention.seen(kwargs.get("attention_mask"), module.is_causal, tokens, tokens)
     inner = _SelfAttention(len(hidden), mask, dropout, attention.keeps(module, tokens))
-    return _residual(layer, hidden, inner, query, key, value, output, bias), bias, None
+    return _residual(layer, hidden, inner, [query, key, value], output, bias), bias, None
 
 
 def _cross(layer: Any, hidden: Tensor, key_value_states: Tensor, **kwargs: Any) -> tuple[Tensor, None, None]:
@@ -61,7 +61,8 @@ def _cross(layer: Any, hidden: Tensor, key_value_states: Tensor, **kwargs: Any) 
         answer: tuple[Tensor, None, None] = type(layer).forward(layer, hidden, key_value_states, **kwargs)
         return answer
     inner = _CrossAttention(module.n_heads, mask, module.dropout if module.training else 0.0)
-    return _residual(layer, hidden, inner, key_value_states, *(linear.weight for linear in linears)), None, None
+    query, *others = (linear.weight for linear in linears)
+    return _residual(layer, hidden, inner, [query], key_value_states, *others), None, None
 
 
 def _widen(layer: Any, hidden: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def _widen(layer: Any, hidden: Tensor) -> Tensor:
         plain: Tensor = type(layer).forward(layer, hidden)
         return plain
     inner = _FeedForward(module.dropout.p if module.training else 0.0)
-    return _residual(layer, hidden, inner, module.wi.weight, module.wo.weight)
+    return _residual(layer, hidden, inner, [module.wi.weight], module.wo.weight)
 
 
 def _simple(layer: Any, hidden: Tensor, linears: Sequence[Any]) -> bool:
@@ -89,73 +90,86 @@ def _simple(layer: Any, hidden: Tensor, linears: Sequence[Any]) -> bool:
 
 
 class _Inner(Protocol):
-    """What a layer does between its norm and the sum with its input."""
+    """What a layer does between the linears that read its state and the sum with it."""
 
-    def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """What comes of normed states [batch · tokens, width], as large, and what `backward` wants of it."""
+    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The new [batch · tokens, width] from what those linears put out, [batch · tokens, …], and what to keep."""
 
     def backward(
-        self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of `read`, a new tensor, and of each of the weights."""
+        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The gradients of `entered` and of each of the weights."""
 
 
-def _residual(layer: Any, hidden: Tensor, inner: _Inner, *weights: Tensor) -> Tensor:
+def _residual(layer: Any, hidden: Tensor, inner: _Inner, entries: Sequence[Tensor], *weights: Tensor) -> Tensor:
     norm, dropout = layer.layer_norm, layer.dropout.p if layer.training else 0.0
-    out: Tensor = _Residual.apply(inner, hidden, norm.weight, norm.variance_epsilon, dropout, *weights)  # type: ignore[no-untyped-call]
+    out: Tensor = _Residual.apply(  # type: ignore[no-untyped-call]
+        inner, hidden, norm.weight, norm.variance_epsilon, dropout, len(entries), *entries, *weights
+    )
     return out
 
 
 class _Residual(torch.autograd.Function):
-    """x + dropout(inner(w·x/√(mean(x²) + ε))) of x [batch, tokens, width]."""
+    """x + dropout(inner(E (w ⊙ x/√(mean(x²) + ε)))) of x [batch, tokens, width] and the rows E of some linears.
+
+    The norm's weight goes into theirs: E diag(w) is smaller than the states.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, inner: _Inner, x: Tensor, norm: Tensor, epsilon: float, dropout: float, *weights: Tensor
+        ctx: Any, inner: _Inner, x: Tensor, norm: Tensor, epsilon: float, dropout: float, entries: int, *weights: Tensor
     ) -> Tensor:
         state = x.flatten(0, 1)
         inverse = state.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         normed = state * inverse
-        out, left = inner.forward(normed * norm, weights)
-        kept = attention.dropping(out, dropout)
-        if kept is not None:
-            out *= kept
-        ctx.inner, ctx.weights = inner, len(weights)
-        ctx.save_for_backward(normed, inverse, norm, kept, *weights, *left)
+        entry = _rows(weights[:entries])
+        out, left = inner.forward(normed @ (entry * norm).T, weights[entries:])
+        dropped = attention.dropping(out, dropout)
+        if dropped is not None:
+            out *= dropped
+        ctx.inner, ctx.entries, ctx.weights = inner, entries, len(weights)
+        ctx.save_for_backward(normed, inverse, norm, dropped, *weights, *left)
         return out.add_(state).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad = gradients[0].flatten(0, 1)
-        normed, inverse, norm, kept, *rest = ctx.saved_tensors
+        normed, inverse, norm, dropped, *rest = ctx.saved_tensors
         weights, left = rest[: ctx.weights], rest[ctx.weights :]
-        of_out = grad if kept is None else grad * kept
-        of_read, *of_weights = ctx.inner.backward(of_out, normed * norm, weights, left)
-        along = of_read * normed
-        shared = (along @ norm).unsqueeze(1).div_(-norm.numel())
-        of_x = of_read.mul_(norm).addcmul_(normed, shared).mul_(inverse).add_(grad)
-        return None, of_x.view_as(gradients[0]), along.sum(0), None, None, *of_weights
+        entries = weights[: ctx.entries]
+        of_out = grad if dropped is None else grad * dropped
+        of_entered, of_weights = ctx.inner.backward(of_out, weights[ctx.entries :], left)
+        entry = _rows(entries)
+        of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
+        of_entries = (of_scaled * norm).split([len(one) for one in entries])
+        of_normed = of_entered @ (entry * norm)
+        along = (of_normed * normed).sum(-1, keepdim=True).div_(-norm.numel())
+        of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along), inverse)
+        of_norm = of_scaled.mul_(entry).sum(0)
+        return None, of_x.view_as(gradients[0]), of_norm, None, None, None, *of_entries, *of_weights
+
+
+def _rows(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
 @dataclass(frozen=True)
 class _FeedForward:
     dropout: float
 
-    def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
-        up, down = weights
-        hidden = F.dropout((read @ up.T).relu_(), self.dropout, inplace=True)
+    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+        (down,) = weights
+        hidden = F.dropout(entered.relu_(), self.dropout, inplace=True)
         return hidden @ down.T, (hidden,)
 
-    def backward(
-        self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        (up, down), (hidden,) = weights, left
+    def backward(self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+        (down,), (hidden,) = weights, kept
         of_hidden = grad @ down
         # what was dropped is 0, too
         torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
         if self.dropout:
             of_hidden /= 1 - self.dropout
-        return of_hidden @ up, of_hidden.T @ read, grad.T @ hidden
+        return of_hidden, (grad.T @ hidden,)
 
 
 @dataclass(frozen=True)
@@ -165,27 +179,25 @@ class _SelfAttention:
     dropout: float
     keep: bool
 
-    def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        *asked, output, bias = weights
-        states = (read @ torch.cat(asked).T).view(self.batch, -1, 3, bias.shape[1], output.shape[1] // bias.shape[1])
+    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        output, bias = weights
+        states = entered.view(self.batch, -1, 3, bias.shape[1], output.shape[1] // bias.shape[1])
         query, key, value = each = states.permute(2, 0, 3, 1, 4).contiguous()
         context, left = attention.attended(query, key, value, bias, self.mask, self.dropout, self.keep)
-        context = context.transpose(1, 2).reshape(len(read), -1)
+        context = context.transpose(1, 2).reshape(len(entered), -1)
         return context @ output.T, (each, context, *left)
 
     def backward(
-        self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
-    ) -> tuple[Tensor | None, ...]:
-        *asked, output, bias = weights
-        (query, key, value), context, *left = left
+        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        output, bias = weights
+        (query, key, value), context, *left = kept
         of_context = (grad @ output).view(self.batch, -1, *query.shape[1::2]).transpose(1, 2).contiguous()
         *of_each, of_bias = attention.gradients(of_context, query, key, value, bias, self.mask, self.dropout, left)
-        of_states = read.new_empty(self.batch, query.shape[2], 3, *query.shape[1::2])
+        of_states = grad.new_empty(self.batch, query.shape[2], 3, *query.shape[1::2])
         for part, of_one in zip(of_states.unbind(2), of_each, strict=True):
             part.copy_(of_one.transpose(1, 2))
-        of_states = of_states.view(len(read), -1)
-        of_asked = (of_states.T @ read).chunk(3)
-        return of_states @ torch.cat(asked), *of_asked, grad.T @ context, of_bias
+        return of_states.view(len(grad), -1), (grad.T @ context, of_bias)
 
 
 @dataclass(frozen=True)
@@ -195,23 +207,22 @@ class _Alone:
     heads: int
     dropout: float
 
-    def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        value, output, *_ = weights
-        context = read @ value.T
-        kept = attention.dropping(context.view(len(read), self.heads, -1)[..., :1], self.dropout)
-        if kept is not None:
-            context.view(len(read), self.heads, -1).mul_(kept)
-        return context @ output.T, (context, kept)
+    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        by_head = entered.view(len(entered), self.heads, -1)
+        dropped = attention.dropping(by_head[..., :1], self.dropout)
+        if dropped is not None:
+            by_head *= dropped
+        return entered @ weights[0].T, (entered, dropped)
 
     def backward(
-        self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
-    ) -> tuple[Tensor, ...]:
-        (value, output, *unasked), (context, kept) = weights, left
+        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (output, *unasked), (context, dropped) = weights, kept
         of_context = grad @ output
-        if kept is not None:
-            of_context.view(len(read), self.heads, -1).mul_(kept)
-        of_unasked = map(torch.zeros_like, unasked)  # and not None, which DDP takes for a mistake
-        return of_context @ value, of_context.T @ read, grad.T @ context, *of_unasked
+        if dropped is not None:
+            of_context.view(len(grad), self.heads, -1).mul_(dropped)
+        # zeros and not None, which DDP takes for a mistake
+        return of_context, (grad.T @ context, *map(torch.zeros_like, unasked))
 
 
 @dataclass(frozen=True)
@@ -222,43 +233,38 @@ class _CrossAttention:
     mask: Tensor | None
     dropout: float
 
-    def forward(self, read: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        states, query, key, value, output = weights
+    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        states, key, value, output = weights
         key, value = self._by_head(key), self._by_head(value)
         # [heads, batch · queries, …] where weights are, [batch, heads · queries, …] where texts are
-        queries = self._apart(read @ query.T)
+        queries = self._apart(entered)
         asked = swapped(queries @ key, len(states))
         maps = asked @ states.mT
         attention.softmax_(maps.view(len(states), self.heads, -1, states.shape[1]), self.mask)
-        kept = attention.dropping(maps, self.dropout)
-        seen = swapped((maps if kept is None else maps * kept) @ states, self.heads)
+        dropped = attention.dropping(maps, self.dropout)
+        seen = swapped((maps if dropped is None else maps * dropped) @ states, self.heads)
         context = self._together(seen @ value.mT)
-        return context @ output.T, (queries, asked, maps, kept, seen, context)
+        return context @ output.T, (queries, asked, maps, dropped, seen, context)
 
     def backward(
-        self, grad: Tensor, read: Tensor, weights: Sequence[Tensor], left: Sequence[Any]
-    ) -> tuple[Tensor, ...]:
-        states, query, key, value, output = weights
-        queries, asked, maps, kept, seen, context = left
+        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        states, key, value, output = weights
+        queries, asked, maps, dropped, seen, context = kept
         key, value = self._by_head(key), self._by_head(value)
         of_context = self._apart(grad @ output)
         of_seen = swapped(of_context @ value, len(states))
         of_maps = of_seen @ states.mT
         used = maps
-        if kept is not None:
-            of_maps, used = of_maps.mul_(kept), maps * kept
+        if dropped is not None:
+            of_maps, used = of_maps.mul_(dropped), maps * dropped
         of_scores = attention.softmax_backward_(of_maps, maps)
         of_states = (used.mT @ of_seen).baddbmm_(of_scores.mT, asked)
         of_asked = swapped(of_scores @ states, self.heads)
-        of_queries = self._together(of_asked @ key.mT)
-        return (
-            of_queries @ query,
-            of_states,
-            of_queries.T @ read,
-            (queries.mT @ of_asked).flatten(0, 1),
-            (of_context.mT @ seen).flatten(0, 1),
-            grad.T @ context,
+        of_key, of_value = (
+            (left.mT @ right).flatten(0, 1) for left, right in ((queries, of_asked), (of_context, seen))
         )
+        return self._together(of_asked @ key.mT), (of_states, of_key, of_value, grad.T @ context)
 
     def _by_head(self, weight: Tensor) -> Tensor:
         return weight.view(self.heads, -1, weight.shape[-1])

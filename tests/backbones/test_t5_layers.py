@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,64 +113,59 @@ def test_they_keep_less_for_the_backward_pass_than_transformers_own() -> None:
     assert kept[1] < 0.75 * kept[0]
 
 
-ATTENTION = (*[(ALL_HEADS, WIDTH)] * 3, (WIDTH, ALL_HEADS))
-BIAS = (1, HEADS, 5, 5)
+READS, ADDS = (ALL_HEADS, WIDTH), (WIDTH, ALL_HEADS)
 PADDING = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None])[:, None, None]
-INNER: dict[str, tuple[Callable[[float], Any], tuple[tuple[int, ...], ...], int]] = {
-    "feed-forward": (t5_layers._FeedForward, ((24, WIDTH), (WIDTH, 24)), 5),
-    "self-attention": (
-        lambda p: t5_layers._SelfAttention(3, PADDING, p, keep=True),
-        (*ATTENTION, BIAS),
-        5,
-    ),
-    "self-attention, maps made again": (
-        lambda p: t5_layers._SelfAttention(3, PADDING, p, keep=False),
-        (*ATTENTION, BIAS),
-        5,
-    ),
-    "alone": (lambda p: t5_layers._Alone(HEADS, p), ((ALL_HEADS, WIDTH), (WIDTH, ALL_HEADS), (3, 4)), 1),
+# how it is made, with what dropout; its tokens; how many linears read the state, and the shapes of all its weights
+INNER: dict[str, tuple[Callable[[float], Any], int, int, tuple[tuple[int, ...], ...]]] = {
+    "feed-forward": (t5_layers._FeedForward, 5, 1, ((24, WIDTH), (WIDTH, 24))),
+    "alone": (lambda p: t5_layers._Alone(HEADS, p), 1, 1, (READS, ADDS, (3, 4))),
     "cross-attention": (
         lambda p: t5_layers._CrossAttention(HEADS, PADDING, p),
-        ((3, 5, WIDTH), *ATTENTION),
-        2,
+        *(2, 1, (READS, (3, 5, WIDTH), READS, READS, ADDS)),
     ),
+} | {
+    f"self-attention, {name}": (
+        partial(lambda keep, p: t5_layers._SelfAttention(3, PADDING, p, keep), keep),
+        *(5, 3, (READS, READS, READS, ADDS, (1, HEADS, 5, 5))),
+    )
+    for name, keep in {"maps kept": True, "maps made again": False}.items()
 }
+
+
+def drawn(kind: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """A layer of these dropouts inside and outside, and its state and weights."""
+    make, tokens, entries, shapes = INNER[kind]
+    torch.manual_seed(0)
+
+    def run(inside: float, outside: float, x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+        out: Tensor = t5_layers._Residual.apply(make(inside), x, norm, 0.1, outside, entries, *weights)  # type: ignore[no-untyped-call]
+        return out
+
+    return run, [torch.randn(shape, dtype=dtype) for shape in ((3, tokens, WIDTH), (WIDTH,), *shapes)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", INNER)
 def test_gradients_are_those_of_finite_differences(kind: str, dropout: float) -> None:
     """In double precision, and with dropout: the backward pass drops what the forward pass did."""
-    make, shapes, tokens = INNER[kind]
-    torch.manual_seed(0)
-    x, norm, *weights = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, tokens, WIDTH), (WIDTH,), *shapes)
-    )
+    run, given = drawn(kind, torch.float64)
 
-    def run(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+    def seeded(*given: Tensor) -> Tensor:
         torch.manual_seed(3)
-        out: Tensor = t5_layers._Residual.apply(make(dropout), x, norm, 0.1, dropout, *weights)  # type: ignore[no-untyped-call]
-        return out
+        return run(dropout, dropout, *given)
 
-    assert torch.autograd.gradcheck(run, (x, norm, *weights), fast_mode=True)
+    assert torch.autograd.gradcheck(seeded, [tensor.requires_grad_() for tensor in given], fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", INNER)
 def test_dropout_leaves_out_a_share_and_the_mean_as_it_is(kind: str) -> None:
-    make, shapes, tokens = INNER[kind]
-    torch.manual_seed(0)
-    x, norm, *weights = (torch.randn(shape) for shape in ((3, tokens, WIDTH), (WIDTH,), *shapes))
-
-    def run(inside: float, outside: float) -> Tensor:
-        out: Tensor = t5_layers._Residual.apply(make(inside), x, norm, 0.1, outside, *weights)  # type: ignore[no-untyped-call]
-        return out - x
-
-    plain = run(0.0, 0.0)
-    outside = torch.stack([run(0.0, 0.3) for _ in range(100)])
+    run, (x, *others) = drawn(kind, torch.float32)
+    plain = run(0.0, 0.0, x, *others) - x
+    outside = torch.stack([run(0.0, 0.3, x, *others) - x for _ in range(100)])
     assert float((outside.abs() < 1e-4).float().mean()) == pytest.approx(0.3, abs=0.05)
     left = outside.abs() >= 1e-4
     torch.testing.assert_close(outside[left], (plain / 0.7).expand_as(outside)[left], atol=1e-4, rtol=1e-4)
-    inside = torch.stack([run(0.3, 0.0) for _ in range(3000)])  # is multiplied and added up, and no more
+    inside = torch.stack([run(0.3, 0.0, x, *others) - x for _ in range(3000)])  # is multiplied and added up, no more
     assert float((inside.mean(0) - plain).norm() / plain.norm()) < 0.05
     assert float((inside - plain).flatten(1).norm(dim=1).median() / plain.norm()) > 0.2
 
