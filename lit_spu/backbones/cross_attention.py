@@ -56,14 +56,14 @@ def swapped(x: Tensor, outer: int) -> Tensor:
 
 def bare(linear: nn.Module) -> bool:
     """Whether a module is a linear that is its weight alone."""
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and type(linear.weight) in (nn.Parameter, FakeTensor)  # others hold it in pieces, as int8
-        and untouched(linear)
-    )
+    if type(linear) is not nn.Linear or not untouched(linear):
+        return False
+    parameters = vars(linear)["_parameters"]  # as attributes they take four times as long
+    whole = type(parameters["weight"]) in (nn.Parameter, FakeTensor)  # others hold it in pieces, as int8
+    return whole and parameters["bias"] is None
 
 
 def untouched(module: nn.Module) -> bool:
     """Whether a module does what its class does."""
-    return "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
+    own = vars(module)
+    return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.backbones import attention
+from lit_spu.backbones.base import tensor_of
 from lit_spu.backbones.cross_attention import bare, few, swapped, untouched
 
 
@@ -24,66 +25,86 @@ def install(model: Any) -> None:
     """Let the blocks of a Hugging Face T5 run this way where they can; their modules and weights stay what they are."""
     for stack in (model.encoder, model.decoder):
         for block in stack.block:
-            block.layer[0].forward = partial(_attend, block.layer[0])
-            block.layer[-1].forward = partial(_widen, block.layer[-1])
-            if len(block.layer) == 3:
-                block.layer[1].forward = partial(_cross, block.layer[1])
+            block.forward = partial(_block, block)
 
 
-def _attend(layer: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None, None]:
-    """What transformers' T5LayerSelfAttention answers to `hidden` [batch, tokens, width]."""
+def _block(
+    block: Any,
+    hidden: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    encoder_decoder_position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What transformers' T5Block answers to `hidden` [batch, tokens, width]."""
+    cpu = hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    # a norm computes in single precision, whatever its state is in
+    if not cpu or hidden.dtype is not torch.float32 or kwargs.get("past_key_values") is not None:
+        states = hidden, attention_mask, position_bias, encoder_hidden_states
+        plain: tuple[Tensor, Tensor, Tensor | None] = type(block).forward(
+            block, *states, encoder_attention_mask, encoder_decoder_position_bias, **kwargs
+        )
+        return plain
+    attend, *cross, widen = block.layer
+    hidden, position_bias = _attend(attend, hidden, attention_mask, position_bias)
+    if encoder_hidden_states is not None:
+        for layer in cross:
+            hidden = _cross(layer, hidden, encoder_hidden_states, encoder_attention_mask)
+    return _widen(widen, hidden), position_bias, None
+
+
+def _attend(layer: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The state behind a T5LayerSelfAttention, and the bias of its scores."""
     module, tokens = layer.SelfAttention, hidden.shape[1]
     linears = module.q, module.k, module.v, module.o
     alone = tokens == 1
-    if not (_simple(layer, hidden, linears) and (alone or attention.narrow(module))):
-        answer: tuple[Tensor, Tensor, None] = type(layer).forward(layer, hidden, **kwargs)
-        return answer
+    if not (_simple(layer, linears) and (alone or attention.narrow(module))):
+        state, bias, _ = layer(hidden, attention_mask=mask, position_bias=bias)
+        return state, bias
     query, key, value, output = (linear.weight for linear in linears)
     dropout = module.dropout if module.training else 0.0
     if alone:
         unasked = [query, key]
         if module.has_relative_attention_bias:
             unasked.append(module.relative_attention_bias.weight)
-        return _residual(layer, hidden, _Alone(module.n_heads, dropout), [value], output, *unasked), None, None
-    bias = kwargs.get("position_bias")
+        return _residual(layer, hidden, _Alone(module.n_heads, dropout), [value], output, *unasked), None
     if bias is None:
         bias = module.compute_bias(tokens, tokens).contiguous()
-    mask = attention.seen(kwargs.get("attention_mask"), module.is_causal, tokens, tokens)
+    mask = attention.seen(mask, module.is_causal, tokens, tokens)
     inner = _SelfAttention(len(hidden), mask, dropout, attention.keeps(module, tokens))
-    return _residual(layer, hidden, inner, [query, key, value], output, bias), bias, None
+    return _residual(layer, hidden, inner, [query, key, value], output, bias), bias
 
 
-def _cross(layer: Any, hidden: Tensor, key_value_states: Tensor, **kwargs: Any) -> tuple[Tensor, None, None]:
-    """What transformers' T5LayerCrossAttention answers to `hidden` [batch, queries, width]."""
-    module, mask = layer.EncDecAttention, kwargs.get("attention_mask")
+def _cross(layer: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+    """The state behind a T5LayerCrossAttention to `states` [batch, tokens, width]."""
+    module = layer.EncDecAttention
     linears = module.q, module.k, module.v, module.o
-    if not (_simple(layer, hidden, linears) and few(module, hidden.shape[1], key_value_states.shape[1], mask)):
-        answer: tuple[Tensor, None, None] = type(layer).forward(layer, hidden, key_value_states, **kwargs)
-        return answer
+    if not (_simple(layer, linears) and few(module, hidden.shape[1], states.shape[1], mask)):
+        return tensor_of(layer(hidden, states, attention_mask=mask))
     inner = _CrossAttention(module.n_heads, mask, module.dropout if module.training else 0.0)
     query, *others = (linear.weight for linear in linears)
-    return _residual(layer, hidden, inner, [query], key_value_states, *others), None, None
+    return _residual(layer, hidden, inner, [query], states, *others)
 
 
 def _widen(layer: Any, hidden: Tensor) -> Tensor:
-    """What transformers' T5LayerFF answers to `hidden` [batch, tokens, width]."""
+    """The state behind a T5LayerFF."""
     module = layer.DenseReluDense
     linears = getattr(module, "wi", None), module.wo  # a gated one has two that widen
-    if not (isinstance(module.act, nn.ReLU) and _simple(layer, hidden, linears)):
-        plain: Tensor = type(layer).forward(layer, hidden)
+    if not (isinstance(module.act, nn.ReLU) and _simple(layer, linears)):
+        plain: Tensor = layer(hidden)
         return plain
     inner = _FeedForward(module.dropout.p if module.training else 0.0)
     return _residual(layer, hidden, inner, [module.wi.weight], module.wo.weight)
 
 
-def _simple(layer: Any, hidden: Tensor, linears: Sequence[Any]) -> bool:
-    """Whether a layer is its own weights alone, in single precision, in which its norm computes."""
+def _simple(layer: Any, linears: Sequence[Any]) -> bool:
+    """Whether a layer is its own weights alone."""
     norm = layer.layer_norm
     return (
-        hidden.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and hidden.dtype == norm.weight.dtype == torch.float32
-        and hasattr(norm, "variance_epsilon")  # transformers' name; another library may stand in its place
+        hasattr(norm, "variance_epsilon")  # transformers' name; another library may stand in its place
+        and untouched(layer)
         and untouched(norm)
         and all(map(bare, linears))
     )
@@ -140,12 +161,12 @@ class _Residual(torch.autograd.Function):
         of_out = grad if dropped is None else grad * dropped
         of_entered, of_weights = ctx.inner.backward(of_out, weights[ctx.entries :], left)
         entry = _rows(entries)
-        of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
-        of_entries = (of_scaled * norm).split([len(one) for one in entries])
         of_normed = of_entered @ (entry * norm)
         along = (of_normed * normed).sum(-1, keepdim=True).div_(-norm.numel())
         of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along), inverse)
-        of_norm = of_scaled.mul_(entry).sum(0)
+        of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
+        of_norm = (of_scaled * entry).sum(0)
+        of_entries = of_scaled.mul_(norm).split([len(one) for one in entries])
         return None, of_x.view_as(gradients[0]), of_norm, None, None, None, *of_entries, *of_weights
 
 

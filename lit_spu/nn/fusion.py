@@ -1,14 +1,14 @@
 """How a rung joins what it reads of the backbone with the state of the side network.
 
-A fusion serves all rungs of one stream. `forward(i, state, taps, mask)` gives the state that enters side block i, from
-the state [batch, tokens, width] that comes and the 2k+1 down-projected taps of rung `i`, each as large. Taps beyond the
-ends of the backbone are zero.
+A fusion serves all rungs of one stream. `forward(mask)` begins a pass: what it gives makes the state that enters side
+block i, from `i`, the state [batch, tokens, width] that comes and the 2k+1 down-projected taps of rung `i`, each as
+large. Taps beyond the ends of the backbone are zero.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from lit_spu.backbones.base import Stream
 
 TEMPERATURE = 0.1
 
+Fuse = Callable[[int, Tensor, Sequence[Tensor]], Tensor]
+"""Gives the state that enters side block i from i, the state that comes and the rung's taps."""
+
 
 class Fusion(nn.Module, ABC):
     """The base of the fusions: of a stream's blocks, those that are `kept` have a rung with `slots` taps of `width`."""
@@ -26,8 +29,8 @@ class Fusion(nn.Module, ABC):
         super().__init__()
 
     @abstractmethod
-    def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        """The state that enters side block i."""
+    def forward(self, mask: Tensor | None) -> Fuse:
+        """Begin a pass on texts of which the mask [batch, tokens] tells the real tokens; None if all are."""
 
     def gate(self, i: int) -> Tensor | None:
         """The share of the state at rung i, a scalar, where a gate of the rung's own tells it."""
@@ -48,8 +51,9 @@ class Gate(Fusion):
         super().__init__(stream, kept, slots, width)
         self.alpha = nn.Parameter(torch.zeros(stream.depth))
 
-    def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        return torch.lerp(taps[0], state, torch.sigmoid(self.alpha[i] / TEMPERATURE))
+    def forward(self, mask: Tensor | None) -> Fuse:
+        gates = torch.sigmoid(self.alpha / TEMPERATURE).unbind()
+        return lambda i, state, taps: torch.lerp(taps[0], state, gates[i])
 
     def gate(self, i: int) -> Tensor | None:
         return torch.sigmoid(self.alpha[i] / TEMPERATURE)
@@ -62,8 +66,9 @@ class Gated(Gate):
         super().__init__(stream, kept, slots, width)
         self.slots = nn.Parameter(torch.zeros(stream.depth, slots))
 
-    def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        return super().forward(i, state, [weighted(self.slots[i], taps)], mask)
+    def forward(self, mask: Tensor | None) -> Fuse:
+        fuse = super().forward(mask)
+        return lambda i, state, taps: fuse(i, state, [weighted(self.slots[i], taps)])
 
     def shares(self, i: int) -> Tensor:
         return self.slots[i].softmax(-1)
@@ -72,10 +77,8 @@ class Gated(Gate):
 class Additive(Fusion):
     """The state plus all taps of the window; their scale is left to the down-projections."""
 
-    def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        for tap in taps:
-            state = state + tap
-        return state
+    def forward(self, mask: Tensor | None) -> Fuse:
+        return lambda i, state, taps: sum(taps, start=state)
 
 
 class Dynamic(Gated):
@@ -85,12 +88,15 @@ class Dynamic(Gated):
         super().__init__(stream, kept, slots, width)
         self.pooled = nn.Parameter(torch.zeros(stream.depth, width))
 
-    def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        tap = weighted(self.slots[i], taps)
-        real = tap.new_ones(tap.shape[:2]) if mask is None else mask.to(tap.dtype)
-        pooled = (tap * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
-        gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + pooled @ self.pooled[i])[:, None, None]
-        return torch.lerp(tap, state, gate)
+    def forward(self, mask: Tensor | None) -> Fuse:
+        def fuse(i: int, state: Tensor, taps: Sequence[Tensor]) -> Tensor:
+            tap = weighted(self.slots[i], taps)
+            real = tap.new_ones(tap.shape[:2]) if mask is None else mask.to(tap.dtype)
+            pooled = (tap * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
+            gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + pooled @ self.pooled[i])[:, None, None]
+            return torch.lerp(tap, state, gate)
+
+        return fuse
 
     def gate(self, i: int) -> None:
         """Each example has its own."""
@@ -110,14 +116,18 @@ class Attention(Fusion):
         )
         self.seen: dict[int, Tensor] = {}
 
-    def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, mask: Tensor | None) -> Fuse:
+        return lambda i, state, taps: state + self._read(i, state, taps, mask)
+
+    def _read(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """What the state reads of the taps, as large."""
         rung = str(i)
         memory = torch.stack(list(taps), dim=2) + self.origin[i]  # [batch, tokens, slots, width]
         query = self.query[rung](state).unsqueeze(2)
         weights = ((query * self.key[rung](memory)).sum(-1) * state.shape[-1] ** -0.5).softmax(-1)
         self._note(i, weights, mask)
-        added: Tensor = self.out[rung]((weights.unsqueeze(-1) * self.value[rung](memory)).sum(2))
-        return state + added
+        read: Tensor = self.out[rung]((weights.unsqueeze(-1) * self.value[rung](memory)).sum(2))
+        return read
 
     def _note(self, i: int, weights: Tensor, mask: Tensor | None) -> None:
         """Add up the attention [batch, tokens, slots] of the real tokens."""
@@ -142,7 +152,7 @@ class CrossAttention(Attention):
         self.heads = stream.heads if width % stream.heads == 0 else 1
         self.causal = stream.causal
 
-    def forward(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def _read(self, i: int, state: Tensor, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         rung, (tokens, width), slots = str(i), state.shape[1:], len(taps)
         memory = torch.cat([tap + origin for tap, origin in zip(taps, self.origin[i], strict=True)], dim=1)
         allowed = None if mask is None else mask.bool()[:, None, None].repeat(1, 1, 1, slots)
@@ -156,12 +166,12 @@ class CrossAttention(Attention):
         if not self.training:  # the slots as more values to attend to: their sums are what each slot got
             which = torch.eye(slots, dtype=value.dtype, device=value.device).repeat_interleave(tokens, 0)
             value = torch.cat([value, which.expand(*value.shape[:2], -1, -1)], -1)
-        read = F.scaled_dot_product_attention(query, key, value, allowed)
+        heads = F.scaled_dot_product_attention(query, key, value, allowed)
         if not self.training:
-            read, got = read.split([width // self.heads, slots], -1)
+            heads, got = heads.split([width // self.heads, slots], -1)
             self._note(i, got.mean(1), mask)
-        added: Tensor = self.out[rung](read.transpose(1, 2).flatten(2))
-        return state + added
+        read: Tensor = self.out[rung](heads.transpose(1, 2).flatten(2))
+        return read
 
 
 def weighted(logits: Tensor, taps: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from lit_spu.backbones.base import Backbone, Batch, Stream, Taps
 from lit_spu.errors import UserError
-from lit_spu.nn.fusion import Fusion, Gate
+from lit_spu.nn.fusion import Fuse, Fusion, Gate
 
 
 class Ladder(nn.Module):
@@ -54,6 +54,7 @@ class Ladder(nn.Module):
 
     def forward(self, taps: Taps) -> Callable[[int, Tensor], Tensor]:
         """Project the taps down; gives the state that enters the n-th side block, from n and the state that comes."""
+        fuse: Fuse = self.fusion(taps.mask)
         zero = taps.embeddings.new_zeros(()).expand(*taps.embeddings.shape[:2], self.first.out_features)
         projected: dict[str, Tensor] = {}
 
@@ -72,8 +73,7 @@ class Ladder(nn.Module):
             with record_function(f"rung {i}"):
                 if n == 0:
                     state = self.first(taps.embeddings)
-                fused: Tensor = self.fusion(i, state, [tap(i, j) for j in self.window(i)], taps.mask)
-                return fused
+                return fuse(i, state, [tap(i, j) for j in self.window(i)])
 
         return enter
 

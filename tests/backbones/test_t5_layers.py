@@ -209,14 +209,14 @@ LINEARS = (
     "decoder.block.0.layer.1.EncDecAttention.v",
     "encoder.block.1.layer.1.DenseReluDense.wo",
 )
-NORMS = ("encoder.block.1.layer.0.layer_norm", "decoder.block.0.layer.2.layer_norm")
+OTHERS = ("encoder.block.1.layer.0.layer_norm", "decoder.block.0.layer.2.layer_norm", "encoder.block.0.layer.1")
 
 
 @pytest.mark.parametrize(
     ("path", "change"),
     [
         *((path, change) for path in LINEARS for change in (hooked, replaced, biased)),
-        *((path, change) for path in NORMS for change in (hooked, replaced)),
+        *((path, change) for path in OTHERS for change in (hooked, replaced)),
     ],
 )
 def test_what_stands_at_a_module_runs(path: str, change: Callable[[nn.Module], None]) -> None:
@@ -243,6 +243,16 @@ def test_another_precision_is_left_to_transformers(how: str) -> None:
         t5_layers.install(model)
         ours = model(**inputs).last_hidden_state
     assert torch.equal(ours, plain)
+
+
+def test_a_decoder_that_keeps_what_it_attended_to_is_left_to_transformers() -> None:
+    model, inputs = t5(), given(12, 2, padded=True) | {"use_cache": True}
+    plain = model(**inputs)
+    t5_layers.install(model)
+    ours = model(**inputs)
+    assert ours.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == 2
+    torch.testing.assert_close(ours.last_hidden_state, plain.last_hidden_state, atol=2e-5, rtol=2e-5)
+    assert nodes(ours.last_hidden_state).count("_ResidualBackward") == 4  # the encoder's
 
 
 def test_a_copy_has_weights_of_its_own() -> None:

@@ -31,13 +31,13 @@ def test_the_gate_is_the_published_one(alpha: float) -> None:
     torch.nn.init.constant_(gate.alpha, alpha)
     state, taps = tensors(1)
     g = 1 / (1 + math.exp(-alpha / 0.1))
-    torch.testing.assert_close(gate(1, state, taps, None), g * state + (1 - g) * taps[0])
+    torch.testing.assert_close(gate(None)(1, state, taps), g * state + (1 - g) * taps[0])
 
 
 def test_the_gate_starts_halfway_with_slope_two_and_a_half() -> None:
     gate = Gate(STREAM, range(DEPTH), 1, WIDTH).double()
     state, taps = torch.ones(1, 1, WIDTH, dtype=torch.float64), [torch.zeros(1, 1, WIDTH, dtype=torch.float64)]
-    out = gate(0, state, taps, None)
+    out = gate(None)(0, state, taps)
     assert float(out[0, 0, 0].detach()) == 0.5
     out[0, 0, 0].backward()
     assert gate.alpha.grad is not None
@@ -48,7 +48,7 @@ def test_gated_with_one_slot_is_the_gate_bitwise() -> None:
     state, taps = tensors(1)
     plain, windowed = Gate(STREAM, range(DEPTH), 1, WIDTH), Gated(STREAM, range(DEPTH), 1, WIDTH)
     state32, tap32 = state.float(), taps[0].float().requires_grad_()
-    outs = [fusion(1, state32, [tap32], None) for fusion in (plain, windowed)]
+    outs = [fusion(None)(1, state32, [tap32]) for fusion in (plain, windowed)]
     assert torch.equal(*outs)
     grads = [
         torch.autograd.grad(out.square().sum(), [tap32, f.alpha])
@@ -63,21 +63,21 @@ def test_a_one_hot_slot_reads_that_tap_alone(slot: int) -> None:
     torch.nn.init.constant_(fusion.slots, -1e9)
     fusion.slots.data[:, slot] = 0.0
     state, taps = tensors(3)
-    torch.testing.assert_close(fusion(0, state, taps, None), 0.5 * state + 0.5 * taps[slot])
+    torch.testing.assert_close(fusion(None)(0, state, taps), 0.5 * state + 0.5 * taps[slot])
 
 
 def test_additive_is_the_sum() -> None:
     state, taps = tensors(3)
-    torch.testing.assert_close(Additive(STREAM, range(DEPTH), 3, WIDTH)(0, state, taps, None), state + sum(taps))
+    torch.testing.assert_close(Additive(STREAM, range(DEPTH), 3, WIDTH)(None)(0, state, taps), state + sum(taps))
 
 
 def test_dynamic_gates_each_example_by_its_real_tokens() -> None:
     fusion = Dynamic(STREAM, range(DEPTH), 3, WIDTH).double()
     state, taps = tensors(3)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    torch.testing.assert_close(fusion(0, state, taps, mask), 0.5 * state + 0.5 * sum(taps) / 3)  # it starts as `gated`
+    torch.testing.assert_close(fusion(mask)(0, state, taps), 0.5 * state + 0.5 * sum(taps) / 3)  # it starts as `gated`
     torch.nn.init.normal_(fusion.pooled, std=3.0)
-    out = fusion(0, state, taps, mask)
+    out = fusion(mask)(0, state, taps)
     for row, real in enumerate((3, 5)):
         mean = torch.stack([tap[row, :real].mean(0) for tap in taps]).mean(0)
         g = torch.sigmoid(mean @ fusion.pooled[0])
@@ -89,7 +89,7 @@ def test_attention_is_a_loop_over_tokens() -> None:
     fusion = Attention(STREAM, range(DEPTH), 3, WIDTH).double()
     torch.nn.init.normal_(fusion.origin)
     state, taps = tensors(3)
-    out = fusion(1, state, taps, None)
+    out = fusion(None)(1, state, taps)
     query, key, value, last = (modules["1"] for modules in (fusion.query, fusion.key, fusion.value, fusion.out))
     for row in range(2):
         for token in range(5):
@@ -135,9 +135,9 @@ def test_cross_attention_is_a_loop_over_tokens_and_heads(causal: bool, mask: Ten
     state, taps = tensors(3)
     with torch.no_grad():
         wanted, got = looped(fusion, state, taps, mask)
-        torch.testing.assert_close(fusion(1, state, taps, mask), wanted, atol=1e-12, rtol=0)
+        torch.testing.assert_close(fusion(mask)(1, state, taps), wanted, atol=1e-12, rtol=0)
         assert fusion.shares(1) is None  # nothing is counted in training
-        torch.testing.assert_close(fusion.eval()(1, state, taps, mask), wanted, atol=1e-12, rtol=0)
+        torch.testing.assert_close(fusion.eval()(mask)(1, state, taps), wanted, atol=1e-12, rtol=0)
     shares = fusion.shares(1)
     assert shares is not None
     torch.testing.assert_close(shares, got, atol=1e-12, rtol=0)
@@ -151,7 +151,7 @@ def test_the_shares_of_attention_are_the_means_over_real_tokens() -> None:
     batches = [tensors(3, seed) for seed in range(2)]
     got = torch.zeros(3, dtype=torch.float64)
     for state, taps in batches:
-        fusion(1, state, taps, MASK)
+        fusion(MASK)(1, state, taps)
         for row, token in MASK.nonzero().tolist():
             memory = torch.stack([tap[row, token] + fusion.origin[1, slot] for slot, tap in enumerate(taps)])
             got += (fusion.key["1"](memory) @ fusion.query["1"](state[row, token]) / WIDTH**0.5).softmax(0).detach()
@@ -180,4 +180,4 @@ def test_gradients_are_right(kind: type[Fusion]) -> None:
     state, taps = tensors(slots)
     inputs = [tensor.requires_grad_() for tensor in (state, *taps)]
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    assert torch.autograd.gradcheck(lambda s, *t: fusion(2, s, t, mask), inputs)
+    assert torch.autograd.gradcheck(lambda s, *t: fusion(mask)(2, s, t), inputs)
