@@ -60,7 +60,7 @@ def _attend(layer: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None
     module, tokens = layer.SelfAttention, hidden.shape[1]
     linears = module.q, module.k, module.v, module.o
     alone = tokens == 1
-    if not (_simple(layer, linears) and (alone or attention.narrow(module))):
+    if not (_simple(layer, linears) and untouched(module) and (alone or attention.narrow(module))):
         state, bias, _ = layer(hidden, attention_mask=mask, position_bias=bias)
         return state, bias
     query, key, value, output = (linear.weight for linear in linears)
@@ -92,7 +92,7 @@ def _widen(layer: Any, hidden: Tensor) -> Tensor:
     """The state behind a T5LayerFF."""
     module = layer.DenseReluDense
     linears = getattr(module, "wi", None), module.wo  # a gated one has two that widen
-    if not (isinstance(module.act, nn.ReLU) and _simple(layer, linears)):
+    if not (isinstance(module.act, nn.ReLU) and untouched(module) and _simple(layer, linears)):
         plain: Tensor = layer(hidden)
         return plain
     inner = _FeedForward(module.dropout.p if module.training else 0.0)

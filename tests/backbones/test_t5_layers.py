@@ -209,7 +209,12 @@ LINEARS = (
     "decoder.block.0.layer.1.EncDecAttention.v",
     "encoder.block.1.layer.1.DenseReluDense.wo",
 )
-OTHERS = ("encoder.block.1.layer.0.layer_norm", "decoder.block.0.layer.2.layer_norm", "encoder.block.0.layer.1")
+OTHERS = (
+    "encoder.block.1.layer.0.layer_norm",
+    "decoder.block.0.layer.2.layer_norm",
+    "encoder.block.0.layer.1",
+    "encoder.block.0.layer.1.DenseReluDense",
+)
 
 
 @pytest.mark.parametrize(
