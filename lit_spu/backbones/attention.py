@@ -11,7 +11,6 @@ of few columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def install(model: Any, keep: bool = False) -> None:
 
     if model.config._attn_implementation == "sdpa" or installed(model):
         name = KEEPING if keep else NAME
-        AttentionInterface.register(name, partial(_attention, keep=keep))
+        AttentionInterface.register(name, _attention)
         AttentionMaskInterface.register(name, sdpa_mask)
         model.set_attn_implementation(name)
 
@@ -65,7 +64,6 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    keep: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: the context [batch, queries, heads, width] of [batch, heads, queries or keys, width]."""
@@ -73,16 +71,15 @@ def _attention(
 
     if key.shape[1] > query.shape[1]:  # `Trunk.run_at`: all tokens' keys, taken for the heads of one
         key, value = (given.reshape(len(given), -1, *query.shape[1::2]).transpose(1, 2) for given in (key, value))
-    few = query.shape[-1] <= NARROW and query.shape[1] == key.shape[1]  # queries may share keys
-    short = key.shape[2] <= SHORT
-    if query.device.type != "cpu" or not few or (query.shape[2] == 1 and not short):
+    fits = query.shape[-1] <= NARROW and query.shape[1] == key.shape[1]  # queries may share keys
+    if query.device.type != "cpu" or not fits or (query.shape[2] == 1 and key.shape[2] > SHORT):
         context: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
         return context, None
     causal = kwargs.get("is_causal") or module.is_causal
     attention_mask = seen(attention_mask, causal, query.shape[2], key.shape[2])
     scaling = kwargs.get("scaling")
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    function = attend_keeping if short and keep else attend
+    function = attend_keeping if keeps(module, key.shape[2]) else attend
     bias, dropout = kwargs.get("position_bias"), kwargs.get("dropout", 0.0)
     return function(query, key, value, bias, attention_mask, dropout).transpose(1, 2), None
 
@@ -241,8 +238,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
-    query, key, value, bias, mask = tensors
+    query, key, value, bias, mask, seed = ctx.saved_tensors
     return *gradients(grad, query, key, value, bias, mask, ctx.dropout, (seed,)), None, None
 
 

@@ -29,9 +29,9 @@ def by_few(
         answer: tuple[Tensor, Tensor, None] = plain(hidden, key_value_states=key_value_states, **kwargs)
         return answer
     batch, heads, states = len(hidden), module.n_heads, key_value_states
-    key, value = (linear.weight.view(heads, -1, states.shape[-1]) for linear in (module.k, module.v))
+    key, value = (linear.weight.unflatten(0, (heads, -1)) for linear in (module.k, module.v))
 
-    query = module.q(hidden).view(batch * queries, heads, -1).transpose(0, 1) * module.scaling
+    query = apart(module.q(hidden).flatten(0, 1), heads) * module.scaling
     scores = swapped(query @ key, batch) @ states.mT  # [batch, heads · queries, tokens]
     if mask is not None:  # [batch, 1, 1 or queries, tokens]
         hides = ~mask.expand(-1, heads, queries, -1).flatten(1, 2)
@@ -39,7 +39,7 @@ def by_few(
     weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
     weights = F.dropout(weights, module.dropout, module.training)
     read = swapped(weights @ states, heads) @ value.mT
-    context = read.transpose(0, 1).reshape(batch, queries, -1)
+    context = together(read).view(batch, queries, -1)
     return module.o(context), kwargs.get("position_bias"), None
 
 
@@ -47,6 +47,16 @@ def few(module: Any, queries: int, tokens: int, mask: Tensor | None) -> bool:
     """Whether so many queries are few beside a text's tokens."""
     seen = mask is None or mask.dtype is torch.bool
     return seen and 2 * queries * (1 / tokens + 1 / module.key_value_proj_dim) < 1
+
+
+def apart(x: Tensor, heads: int) -> Tensor:
+    """[batch · queries, heads · width] as [heads, batch · queries, width]."""
+    return x.view(len(x), heads, -1).transpose(0, 1)
+
+
+def together(x: Tensor) -> Tensor:
+    """[heads, batch · queries, width] as [batch · queries, heads · width]."""
+    return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
 def swapped(x: Tensor, outer: int) -> Tensor:

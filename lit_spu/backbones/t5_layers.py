@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_spu.backbones import attention
 from lit_spu.backbones.base import tensor_of
-from lit_spu.backbones.cross_attention import bare, few, swapped, untouched
+from lit_spu.backbones.cross_attention import apart, bare, few, swapped, together, untouched
 
 
 def install(model: Any) -> None:
@@ -256,15 +256,15 @@ class _CrossAttention:
 
     def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         states, key, value, output = weights
-        key, value = self._by_head(key), self._by_head(value)
+        key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))
         # [heads, batch · queries, …] where weights are, [batch, heads · queries, …] where texts are
-        queries = self._apart(entered)
+        queries = apart(entered, self.heads)
         asked = swapped(queries @ key, len(states))
         maps = asked @ states.mT
         attention.softmax_(maps.view(len(states), self.heads, -1, states.shape[1]), self.mask)
         dropped = attention.dropping(maps, self.dropout)
         seen = swapped((maps if dropped is None else maps * dropped) @ states, self.heads)
-        context = self._together(seen @ value.mT)
+        context = together(seen @ value.mT)
         return context @ output.T, (queries, asked, maps, dropped, seen, context)
 
     def backward(
@@ -272,8 +272,8 @@ class _CrossAttention:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         states, key, value, output = weights
         queries, asked, maps, dropped, seen, context = kept
-        key, value = self._by_head(key), self._by_head(value)
-        of_context = self._apart(grad @ output)
+        key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))
+        of_context = apart(grad @ output, self.heads)
         of_seen = swapped(of_context @ value, len(states))
         of_maps = of_seen @ states.mT
         used = maps
@@ -285,13 +285,4 @@ class _CrossAttention:
         of_key, of_value = (
             (left.mT @ right).flatten(0, 1) for left, right in ((queries, of_asked), (of_context, seen))
         )
-        return self._together(of_asked @ key.mT), (of_states, of_key, of_value, grad.T @ context)
-
-    def _by_head(self, weight: Tensor) -> Tensor:
-        return weight.view(self.heads, -1, weight.shape[-1])
-
-    def _apart(self, x: Tensor) -> Tensor:
-        return x.view(len(x), self.heads, -1).transpose(0, 1)
-
-    def _together(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1).reshape(x.shape[1], -1)
+        return together(of_asked @ key.mT), (of_states, of_key, of_value, grad.T @ context)

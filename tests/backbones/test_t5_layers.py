@@ -121,12 +121,16 @@ INNER: dict[str, tuple[Callable[[float], Any], int, int, tuple[tuple[int, ...], 
     "alone": (lambda p: t5_layers._Alone(HEADS, p), 1, 1, (READS, ADDS, (3, 4))),
     "cross-attention": (
         lambda p: t5_layers._CrossAttention(HEADS, PADDING, p),
-        *(2, 1, (READS, (3, 5, WIDTH), READS, READS, ADDS)),
+        2,
+        1,
+        (READS, (3, 5, WIDTH), READS, READS, ADDS),
     ),
 } | {
     f"self-attention, {name}": (
         partial(lambda keep, p: t5_layers._SelfAttention(3, PADDING, p, keep), keep),
-        *(5, 3, (READS, READS, READS, ADDS, (1, HEADS, 5, 5))),
+        5,
+        3,
+        (READS, READS, READS, ADDS, (1, HEADS, 5, 5)),
     )
     for name, keep in {"maps kept": True, "maps made again": False}.items()
 }
