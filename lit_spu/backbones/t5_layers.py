@@ -69,12 +69,12 @@ def _attend(layer: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None
         unasked = [query, key]
         if module.has_relative_attention_bias:
             unasked.append(module.relative_attention_bias.weight)
-        return _residual(layer, hidden, _Alone(module.n_heads, dropout), [value], output, *unasked), None
+        return _residual(layer, hidden, [value], _Alone(module.n_heads, dropout), output, *unasked), None
     if bias is None:
         bias = module.compute_bias(tokens, tokens).contiguous()
     mask = attention.seen(mask, module.is_causal, tokens, tokens)
     inner = _SelfAttention(len(hidden), mask, dropout, attention.keeps(module, tokens))
-    return _residual(layer, hidden, inner, [query, key, value], output, bias), bias
+    return _residual(layer, hidden, [query, key, value], inner, output, bias), bias
 
 
 def _cross(layer: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,8 +84,8 @@ def _cross(layer: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> T
     if not (_simple(layer, linears) and few(module, hidden.shape[1], states.shape[1], mask)):
         return tensor_of(layer(hidden, states, attention_mask=mask))
     inner = _CrossAttention(module.n_heads, mask, module.dropout if module.training else 0.0)
-    query, *others = (linear.weight for linear in linears)
-    return _residual(layer, hidden, inner, [query], states, *others)
+    query, key, value, output = (linear.weight for linear in linears)
+    return _residual(layer, hidden, [query], inner, output, states, key, value)
 
 
 def _widen(layer: Any, hidden: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _widen(layer: Any, hidden: Tensor) -> Tensor:
         plain: Tensor = layer(hidden)
         return plain
     inner = _FeedForward(module.dropout.p if module.training else 0.0)
-    return _residual(layer, hidden, inner, [module.wi.weight], module.wo.weight)
+    return _residual(layer, hidden, [module.wi.weight], inner, module.wo.weight)
 
 
 def _simple(layer: Any, linears: Sequence[Any]) -> bool:
@@ -111,63 +111,69 @@ def _simple(layer: Any, linears: Sequence[Any]) -> bool:
 
 
 class _Inner(Protocol):
-    """What a layer does between the linears that read its state and the sum with it."""
+    """What a layer does between the linears that read its state and the one that writes to it."""
 
-    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The new [batch · tokens, width] from what those linears put out, [batch · tokens, …], and what to keep."""
+    def forward(self, entered: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """What is written, [batch · tokens, …], from what the linears read, as long; and what to keep."""
 
     def backward(
-        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The gradients of `entered` and of each of the weights."""
+        """The gradients of `entered` and of each of the others; that of what is written may be written over."""
 
 
-def _residual(layer: Any, hidden: Tensor, inner: _Inner, entries: Sequence[Tensor], *weights: Tensor) -> Tensor:
+def _residual(
+    layer: Any, hidden: Tensor, entries: Sequence[Tensor], inner: _Inner, exit: Tensor, *others: Tensor
+) -> Tensor:
     norm, dropout = layer.layer_norm, layer.dropout.p if layer.training else 0.0
     out: Tensor = _Residual.apply(  # type: ignore[no-untyped-call]
-        inner, hidden, norm.weight, norm.variance_epsilon, dropout, len(entries), *entries, *weights
+        inner, hidden, norm.weight, norm.variance_epsilon, dropout, len(entries), *entries, exit, *others
     )
     return out
 
 
 class _Residual(torch.autograd.Function):
-    """x + dropout(inner(E (w ⊙ x/√(mean(x²) + ε)))) of x [batch, tokens, width] and the rows E of some linears.
+    """x + dropout(O inner(E (w ⊙ x/√(mean(x²) + ε)))) of x [batch, tokens, width], where E are the rows of `entries`.
 
-    The norm's weight goes into theirs: E diag(w) is smaller than the states.
+    The norm's weight goes into those: E diag(w) is smaller than the states. Numbers are factors of an operator where
+    that can be: as an operand, each is a tensor to make and to convert.
     """
 
     @staticmethod
     def forward(
         ctx: Any, inner: _Inner, x: Tensor, norm: Tensor, epsilon: float, dropout: float, entries: int, *weights: Tensor
     ) -> Tensor:
-        state = x.flatten(0, 1)
-        inverse = state.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        state, entry, (exit, *others) = x.flatten(0, 1), _rows(weights[:entries]), weights[entries:]
+        size = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
+        inverse = torch.addcmul(size.new_full((), epsilon), size, size, value=1 / norm.numel()).rsqrt_()
         normed = state * inverse
-        entry = _rows(weights[:entries])
-        out, left = inner.forward(normed @ (entry * norm).T, weights[entries:])
-        dropped = attention.dropping(out, dropout)
-        if dropped is not None:
-            out *= dropped
+        written, left = inner.forward(normed @ (entry * norm).T, others)
+        dropped = attention.dropping(state, dropout)
+        if dropped is None:
+            out = torch.addmm(state, written, exit.T)
+        else:
+            out = torch.addcmul(state, written @ exit.T, dropped)
         ctx.inner, ctx.entries, ctx.weights = inner, entries, len(weights)
-        ctx.save_for_backward(normed, inverse, norm, dropped, *weights, *left)
-        return out.add_(state).view_as(x)
+        ctx.save_for_backward(normed, inverse, norm, dropped, written, *weights, *left)
+        return out.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad = gradients[0].flatten(0, 1)
-        normed, inverse, norm, dropped, *rest = ctx.saved_tensors
+        normed, inverse, norm, dropped, written, *rest = ctx.saved_tensors
         weights, left = rest[: ctx.weights], rest[ctx.weights :]
-        entries = weights[: ctx.entries]
+        entries, (exit, *others) = weights[: ctx.entries], weights[ctx.entries :]
         of_out = grad if dropped is None else grad * dropped
-        of_entered, of_weights = ctx.inner.backward(of_out, weights[ctx.entries :], left)
+        of_entered, of_others = ctx.inner.backward(of_out @ exit, others, left)
+        of_exit = of_out.T @ written
         entry = _rows(entries)
         of_normed = of_entered @ (entry * norm)
-        along = (of_normed * normed).sum(-1, keepdim=True).div_(-norm.numel())
-        of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along), inverse)
+        along = (of_normed * normed).sum(-1, keepdim=True)
+        of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along, value=-1 / norm.numel()), inverse)
         of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
         of_norm = (of_scaled * entry).sum(0)
         of_entries = of_scaled.mul_(norm).split([len(one) for one in entries])
-        return None, of_x.view_as(gradients[0]), of_norm, None, None, None, *of_entries, *of_weights
+        return None, of_x.view_as(gradients[0]), of_norm, None, None, None, *of_entries, of_exit, *of_others
 
 
 def _rows(weights: Sequence[Tensor]) -> Tensor:
@@ -178,19 +184,16 @@ def _rows(weights: Sequence[Tensor]) -> Tensor:
 class _FeedForward:
     dropout: float
 
-    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
-        (down,) = weights
+    def forward(self, entered: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
         hidden = F.dropout(entered.relu_(), self.dropout, inplace=True)
-        return hidden @ down.T, (hidden,)
+        return hidden, (hidden,)
 
-    def backward(self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
-        (down,), (hidden,) = weights, kept
-        of_hidden = grad @ down
+    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, tuple[()]]:
         # what was dropped is 0, too
-        torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
+        torch.ops.aten.threshold_backward.grad_input(grad, *kept, 0, grad_input=grad)
         if self.dropout:
-            of_hidden /= 1 - self.dropout
-        return of_hidden, (grad.T @ hidden,)
+            grad /= 1 - self.dropout
+        return grad, ()
 
 
 @dataclass(frozen=True)
@@ -200,50 +203,48 @@ class _SelfAttention:
     dropout: float
     keep: bool
 
-    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        output, bias = weights
-        states = entered.view(self.batch, -1, 3, bias.shape[1], output.shape[1] // bias.shape[1])
+    def forward(self, entered: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        (bias,) = others
+        heads = bias.shape[1]
+        states = entered.view(self.batch, -1, 3, heads, entered.shape[1] // (3 * heads))
         query, key, value = each = states.permute(2, 0, 3, 1, 4).contiguous()
         context, left = attention.attended(query, key, value, bias, self.mask, self.dropout, self.keep)
-        context = context.transpose(1, 2).reshape(len(entered), -1)
-        return context @ output.T, (each, context, *left)
+        return context.transpose(1, 2).reshape(len(entered), -1), (each, *left)
 
     def backward(
-        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        output, bias = weights
-        (query, key, value), context, *left = kept
-        of_context = (grad @ output).view(self.batch, -1, *query.shape[1::2]).transpose(1, 2).contiguous()
+        (bias,), ((query, key, value), *left) = others, kept
+        of_context = grad.view(self.batch, -1, *query.shape[1::2]).transpose(1, 2).contiguous()
         *of_each, of_bias = attention.gradients(of_context, query, key, value, bias, self.mask, self.dropout, left)
         of_states = grad.new_empty(self.batch, query.shape[2], 3, *query.shape[1::2])
         for part, of_one in zip(of_states.unbind(2), of_each, strict=True):
             part.copy_(of_one.transpose(1, 2))
-        return of_states.view(len(grad), -1), (grad.T @ context, of_bias)
+        return of_states.view(len(grad), -1), (of_bias,)
 
 
 @dataclass(frozen=True)
 class _Alone:
-    """Self-attention of one token, whose own value is all that there is to see."""
+    """Self-attention of one token, whose own value is all that there is to see; the others are what is not asked."""
 
     heads: int
     dropout: float
 
-    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def forward(self, entered: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         by_head = entered.view(len(entered), self.heads, -1)
         dropped = attention.dropping(by_head[..., :1], self.dropout)
         if dropped is not None:
             by_head *= dropped
-        return entered @ weights[0].T, (entered, dropped)
+        return entered, (dropped,)
 
     def backward(
-        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (output, *unasked), (context, dropped) = weights, kept
-        of_context = grad @ output
+        (dropped,) = kept
         if dropped is not None:
-            of_context.view(len(grad), self.heads, -1).mul_(dropped)
+            grad.view(len(grad), self.heads, -1).mul_(dropped)
         # zeros and not None, which DDP takes for a mistake
-        return of_context, (grad.T @ context, *map(torch.zeros_like, unasked))
+        return grad, tuple(map(torch.zeros_like, others))
 
 
 @dataclass(frozen=True)
@@ -254,35 +255,34 @@ class _CrossAttention:
     mask: Tensor | None
     dropout: float
 
-    def forward(self, entered: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        states, key, value, output = weights
+    def forward(self, entered: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        states, key, value = others
         key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))
         # [heads, batch · queries, …] where weights are, [batch, heads · queries, …] where texts are
         queries = apart(entered, self.heads)
-        asked = swapped(queries @ key, len(states))
-        maps = asked @ states.mT
+        asked = swapped(torch.bmm(queries, key), len(states))
+        maps = torch.bmm(asked, states.mT)
         attention.softmax_(maps.view(len(states), self.heads, -1, states.shape[1]), self.mask)
         dropped = attention.dropping(maps, self.dropout)
-        seen = swapped((maps if dropped is None else maps * dropped) @ states, self.heads)
-        context = together(seen @ value.mT)
-        return context @ output.T, (queries, asked, maps, dropped, seen, context)
+        seen = swapped(torch.bmm(maps if dropped is None else maps * dropped, states), self.heads)
+        return together(torch.bmm(seen, value.mT)), (queries, asked, maps, dropped, seen)
 
     def backward(
-        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        states, key, value, output = weights
-        queries, asked, maps, dropped, seen, context = kept
+        states, key, value = others
+        queries, asked, maps, dropped, seen = kept
         key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))
-        of_context = apart(grad @ output, self.heads)
-        of_seen = swapped(of_context @ value, len(states))
-        of_maps = of_seen @ states.mT
+        of_context = apart(grad, self.heads)
+        of_seen = swapped(torch.bmm(of_context, value), len(states))
+        of_maps = torch.bmm(of_seen, states.mT)
         used = maps
         if dropped is not None:
             of_maps, used = of_maps.mul_(dropped), maps * dropped
         of_scores = attention.softmax_backward_(of_maps, maps)
-        of_states = (used.mT @ of_seen).baddbmm_(of_scores.mT, asked)
-        of_asked = swapped(of_scores @ states, self.heads)
+        of_states = torch.bmm(used.mT, of_seen).baddbmm_(of_scores.mT, asked)
+        of_asked = swapped(torch.bmm(of_scores, states), self.heads)
         of_key, of_value = (
-            (left.mT @ right).flatten(0, 1) for left, right in ((queries, of_asked), (of_context, seen))
+            torch.bmm(left.mT, right).flatten(0, 1) for left, right in ((queries, of_asked), (of_context, seen))
         )
-        return together(of_asked @ key.mT), (of_states, of_key, of_value, grad.T @ context)
+        return together(torch.bmm(of_asked, key.mT)), (of_states, of_key, of_value)

@@ -123,7 +123,7 @@ INNER: dict[str, tuple[Callable[[float], Any], int, int, tuple[tuple[int, ...], 
         lambda p: t5_layers._CrossAttention(HEADS, PADDING, p),
         2,
         1,
-        (READS, (3, 5, WIDTH), READS, READS, ADDS),
+        (READS, ADDS, (3, 5, WIDTH), READS, READS),
     ),
 } | {
     f"self-attention, {name}": (
