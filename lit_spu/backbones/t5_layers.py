@@ -172,7 +172,7 @@ class _Residual(torch.autograd.Function):
         of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along, value=-1 / norm.numel()), inverse)
         of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
         of_norm = (of_scaled * entry).sum(0)
-        of_entries = of_scaled.mul_(norm).split([len(one) for one in entries])
+        of_entries = of_scaled.mul_(norm).split_with_sizes([one.shape[0] for one in entries])
         return None, of_x.view_as(gradients[0]), of_norm, None, None, None, *of_entries, of_exit, *of_others
 
 
@@ -185,7 +185,9 @@ class _FeedForward:
     dropout: float
 
     def forward(self, entered: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
-        hidden = F.dropout(entered.relu_(), self.dropout, inplace=True)
+        hidden = entered.relu_()
+        if self.dropout:
+            F.dropout(hidden, self.dropout, inplace=True)
         return hidden, (hidden,)
 
     def backward(self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, tuple[()]]:
@@ -257,7 +259,7 @@ class _CrossAttention:
 
     def forward(self, entered: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         states, key, value = others
-        key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))
+        key, value = (weight.view(self.heads, -1, states.shape[2]) for weight in (key, value))
         # [heads, batch · queries, …] where weights are, [batch, heads · queries, …] where texts are
         queries = apart(entered, self.heads)
         asked = swapped(torch.bmm(queries, key), len(states))
@@ -272,7 +274,7 @@ class _CrossAttention:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         states, key, value = others
         queries, asked, maps, dropped, seen = kept
-        key, value = (weight.unflatten(0, (self.heads, -1)) for weight in (key, value))
+        key, value = (weight.view(self.heads, -1, states.shape[2]) for weight in (key, value))
         of_context = apart(grad, self.heads)
         of_seen = swapped(torch.bmm(of_context, value), len(states))
         of_maps = torch.bmm(of_seen, states.mT)
