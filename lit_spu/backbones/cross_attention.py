@@ -75,5 +75,10 @@ def bare(linear: nn.Module) -> bool:
 
 def untouched(module: nn.Module) -> bool:
     """Whether a module does what its class does."""
+    return "forward" not in vars(module) and unhooked(module)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether nothing else runs where a module does."""
     own = vars(module)
-    return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"])

@@ -1,7 +1,7 @@
-"""The layers of a narrow T5, each one node of the graph.
+"""The blocks of a narrow T5, each one node of the graph.
 
 Where states are a few dozen numbers wide, half of a step's time goes to calling operators and to fetching what they
-left in memory, rather than to what they compute. Here a layer makes its own backward pass: queries, keys and values are
+left in memory, rather than to what they compute. Here a block makes its own backward pass: queries, keys and values are
 one product, what nothing else reads is written over, and a token that is alone attends to itself without asking.
 """
 
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.backbones import attention
-from lit_spu.backbones.base import tensor_of
-from lit_spu.backbones.cross_attention import apart, bare, few, swapped, together, untouched
+from lit_spu.backbones.cross_attention import apart, bare, by_few, few, swapped, together, unhooked, untouched
 
 
 def install(model: Any) -> None:
@@ -39,64 +38,85 @@ def _block(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What transformers' T5Block answers to `hidden` [batch, tokens, width]."""
-    cpu = hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    # a norm computes in single precision, whatever its state is in
-    if not cpu or hidden.dtype is not torch.float32 or kwargs.get("past_key_values") is not None:
+    attend, *cross, widen = block.layer
+    text = encoder_hidden_states, encoder_attention_mask
+    crossing = [(layer, text[0], text[1]) for layer in cross if text[0] is not None]
+    if kwargs.get("past_key_values") is not None or not (
+        _fits(hidden)
+        and _attends(attend, hidden)
+        and all(_crosses(hidden, *each) for each in crossing)
+        and _widens(widen)
+    ):
         states = hidden, attention_mask, position_bias, encoder_hidden_states
         plain: tuple[Tensor, Tensor, Tensor | None] = type(block).forward(
             block, *states, encoder_attention_mask, encoder_decoder_position_bias, **kwargs
         )
         return plain
-    attend, *cross, widen = block.layer
-    hidden, position_bias = _attend(attend, hidden, attention_mask, position_bias)
-    if encoder_hidden_states is not None:
-        for layer in cross:
-            hidden = _cross(layer, hidden, encoder_hidden_states, encoder_attention_mask)
-    return _widen(widen, hidden), position_bias, None
+    if position_bias is None and hidden.shape[1] > 1:
+        position_bias = attend.SelfAttention.compute_bias(hidden.shape[1], hidden.shape[1]).contiguous()
+    layers = [_attend(attend, hidden, attention_mask, position_bias)]
+    layers += [_cross(*each) for each in crossing]
+    layers.append(_widen(widen))
+    weights = [weight for _, own in layers for weight in own]
+    out: Tensor = _Layers.apply([layer for layer, _ in layers], hidden, *weights)  # type: ignore[no-untyped-call]
+    return out, position_bias, None
 
 
-def _attend(layer: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The state behind a T5LayerSelfAttention, and the bias of its scores."""
+def _fits(hidden: Tensor) -> bool:
+    """Whether a state is computed here: in single precision, in which a norm computes whatever its state is in."""
+    cpu = hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return cpu and hidden.dtype is torch.float32
+
+
+def _attends(layer: Any, hidden: Tensor) -> bool:
+    """Whether a T5LayerSelfAttention attends this way."""
+    module = layer.SelfAttention
+    attends = hidden.shape[1] == 1 or attention.narrow(module)
+    return attends and untouched(module) and _simple(layer, (module.q, module.k, module.v, module.o))
+
+
+def _attend(layer: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[_Layer, list[Tensor]]:
     module, tokens = layer.SelfAttention, hidden.shape[1]
-    linears = module.q, module.k, module.v, module.o
-    alone = tokens == 1
-    if not (_simple(layer, linears) and untouched(module) and (alone or attention.narrow(module))):
-        state, bias, _ = layer(hidden, attention_mask=mask, position_bias=bias)
-        return state, bias
-    query, key, value, output = (linear.weight for linear in linears)
+    query, key, value, output = module.q.weight, module.k.weight, module.v.weight, module.o.weight
     dropout = module.dropout if module.training else 0.0
-    if alone:
+    if tokens == 1:
         unasked = [query, key]
         if module.has_relative_attention_bias:
             unasked.append(module.relative_attention_bias.weight)
-        return _residual(layer, hidden, [value], _Alone(module.n_heads, dropout), output, *unasked), None
-    if bias is None:
-        bias = module.compute_bias(tokens, tokens).contiguous()
+        return _layer(layer, [value], _Alone(module.n_heads, dropout), output, *unasked)
+    assert bias is not None
     mask = attention.seen(mask, module.is_causal, tokens, tokens)
     inner = _SelfAttention(len(hidden), mask, dropout, attention.keeps(module, tokens))
-    return _residual(layer, hidden, [query, key, value], inner, output, bias), bias
+    return _layer(layer, [query, key, value], inner, output, bias)
 
 
-def _cross(layer: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-    """The state behind a T5LayerCrossAttention to `states` [batch, tokens, width]."""
+def _crosses(hidden: Tensor, layer: Any, states: Tensor, mask: Tensor | None) -> bool:
+    """Whether a T5LayerCrossAttention attends this way to `states` [batch, tokens, width]."""
     module = layer.EncDecAttention
-    linears = module.q, module.k, module.v, module.o
-    if not (_simple(layer, linears) and few(module, hidden.shape[1], states.shape[1], mask)):
-        return tensor_of(layer(hidden, states, attention_mask=mask))
+    forward = vars(module).get("forward")
+    known = forward is None or getattr(forward, "func", None) is by_few  # which `Seq2SeqTrunk` puts there
+    attends = known and unhooked(module) and few(module, hidden.shape[1], states.shape[1], mask)
+    return attends and _simple(layer, (module.q, module.k, module.v, module.o))
+
+
+def _cross(layer: Any, states: Tensor, mask: Tensor | None) -> tuple[_Layer, list[Tensor]]:
+    module = layer.EncDecAttention
     inner = _CrossAttention(module.n_heads, mask, module.dropout if module.training else 0.0)
-    query, key, value, output = (linear.weight for linear in linears)
-    return _residual(layer, hidden, [query], inner, output, states, key, value)
+    others = states, module.k.weight, module.v.weight
+    return _layer(layer, [module.q.weight], inner, module.o.weight, *others)
 
 
-def _widen(layer: Any, hidden: Tensor) -> Tensor:
-    """The state behind a T5LayerFF."""
+def _widens(layer: Any) -> bool:
+    """Whether a T5LayerFF is two linears with a ReLU between them."""
     module = layer.DenseReluDense
     linears = getattr(module, "wi", None), module.wo  # a gated one has two that widen
-    if not (isinstance(module.act, nn.ReLU) and untouched(module) and _simple(layer, linears)):
-        plain: Tensor = layer(hidden)
-        return plain
+    return isinstance(module.act, nn.ReLU) and untouched(module) and _simple(layer, linears)
+
+
+def _widen(layer: Any) -> tuple[_Layer, list[Tensor]]:
+    module = layer.DenseReluDense
     inner = _FeedForward(module.dropout.p if module.training else 0.0)
-    return _residual(layer, hidden, [module.wi.weight], inner, module.wo.weight)
+    return _layer(layer, [module.wi.weight], inner, module.wo.weight)
 
 
 def _simple(layer: Any, linears: Sequence[Any]) -> bool:
@@ -117,67 +137,103 @@ class _Inner(Protocol):
         """What is written, [batch · tokens, …], from what the linears read, as long; and what to keep."""
 
     def backward(
-        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The gradients of `entered` and of each of the others; that of what is written may be written over."""
 
 
-def _residual(
-    layer: Any, hidden: Tensor, entries: Sequence[Tensor], inner: _Inner, exit: Tensor, *others: Tensor
-) -> Tensor:
+def _layer(
+    layer: Any, entries: Sequence[Tensor], inner: _Inner, exit: Tensor, *others: Tensor
+) -> tuple[_Layer, list[Tensor]]:
+    """A layer as it is computed here, and its weights."""
     norm, dropout = layer.layer_norm, layer.dropout.p if layer.training else 0.0
-    out: Tensor = _Residual.apply(  # type: ignore[no-untyped-call]
-        inner, hidden, norm.weight, norm.variance_epsilon, dropout, len(entries), *entries, exit, *others
-    )
-    return out
+    weights = [norm.weight, *entries, exit, *others]
+    return _Layer(inner, norm.variance_epsilon, dropout, len(entries), len(weights)), weights
 
 
-class _Residual(torch.autograd.Function):
-    """x + dropout(O inner(E (w ⊙ x/√(mean(x²) + ε)))) of x [batch, tokens, width], where E are the rows of `entries`.
+@dataclass(frozen=True)
+class _Layer:
+    """x + dropout(O inner(E (w ⊙ x/√(mean(x²) + ε)))) of x [batch · tokens, width].
 
-    The norm's weight goes into those: E diag(w) is smaller than the states. Numbers are factors of an operator where
-    that can be: as an operand, each is a tensor to make and to convert.
+    Of its weights, w is the first, O stands behind those whose rows are E, and the others are `inner`'s. w goes into E:
+    E diag(w) is smaller than the states. Numbers are factors of an operator where that can be: as an operand, each is
+    a tensor to make and to convert.
     """
 
+    inner: _Inner
+    epsilon: float
+    dropout: float
+    entries: int
+    weights: int
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The new state, and what to keep."""
+        norm, entry, exit, others = self._parts(weights)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = torch.addcmul(size.new_full((), self.epsilon), size, size, value=1 / norm.numel()).rsqrt_()
+        normed = x * inverse
+        written, left = self.inner.forward(normed @ (entry * norm).T, others)
+        dropped = attention.dropping(x, self.dropout)
+        out = torch.addmm(x, written, exit.T) if dropped is None else torch.addcmul(x, written @ exit.T, dropped)
+        return out, (normed, inverse, dropped, written, *left)
+
+    def backward(self, grad: Tensor, weights: Sequence[Tensor], kept: list[Any]) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradients of x and of each of the weights."""
+        norm, entry, exit, others = self._parts(weights)
+        normed, inverse, dropped, written, *left = kept
+        kept.clear()
+        of_out = grad if dropped is None else grad * dropped
+        of_exit = of_out.T @ written
+        del written
+        of_entered, of_others = self.inner.backward(of_out @ exit, others, left)
+        of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
+        of_normed = of_entered @ (entry * norm)
+        del of_entered
+        along = (of_normed * normed).sum(-1, keepdim=True)
+        of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along, value=-1 / norm.numel()), inverse)
+        of_norm = (of_scaled * entry).sum(0)
+        rows = [weight.shape[0] for weight in weights[1 : 1 + self.entries]]
+        return of_x, [of_norm, *of_scaled.mul_(norm).split_with_sizes(rows), of_exit, *of_others]
+
+    def _parts(self, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
+        norm, *entries = weights[: 1 + self.entries]
+        exit, *others = weights[1 + self.entries :]
+        return norm, entries[0] if len(entries) == 1 else torch.cat(entries), exit, others
+
+
+class _Layers(torch.autograd.Function):
+    """Layers, one behind the other, of a state [batch, tokens, width] and all their weights."""
+
     @staticmethod
-    def forward(
-        ctx: Any, inner: _Inner, x: Tensor, norm: Tensor, epsilon: float, dropout: float, entries: int, *weights: Tensor
-    ) -> Tensor:
-        state, entry, (exit, *others) = x.flatten(0, 1), _rows(weights[:entries]), weights[entries:]
-        size = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
-        inverse = torch.addcmul(size.new_full((), epsilon), size, size, value=1 / norm.numel()).rsqrt_()
-        normed = state * inverse
-        written, left = inner.forward(normed @ (entry * norm).T, others)
-        dropped = attention.dropping(state, dropout)
-        if dropped is None:
-            out = torch.addmm(state, written, exit.T)
-        else:
-            out = torch.addcmul(state, written @ exit.T, dropped)
-        ctx.inner, ctx.entries, ctx.weights = inner, entries, len(weights)
-        ctx.save_for_backward(normed, inverse, norm, dropped, written, *weights, *left)
-        return out.view_as(x)
+    def forward(ctx: Any, layers: Sequence[_Layer], hidden: Tensor, *weights: Tensor) -> Tensor:
+        state, rest, counts = hidden.flatten(0, 1), weights, list[int]()
+        kept: list[Tensor | None] = []
+        for layer in layers:
+            own, rest = rest[: layer.weights], rest[layer.weights :]
+            state, left = layer.forward(state, own)
+            kept += left
+            counts.append(len(left))
+        ctx.layers, ctx.counts = layers, counts
+        ctx.save_for_backward(*weights, *kept)
+        return state.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad = gradients[0].flatten(0, 1)
-        normed, inverse, norm, dropped, written, *rest = ctx.saved_tensors
-        weights, left = rest[: ctx.weights], rest[ctx.weights :]
-        entries, (exit, *others) = weights[: ctx.entries], weights[ctx.entries :]
-        of_out = grad if dropped is None else grad * dropped
-        of_entered, of_others = ctx.inner.backward(of_out @ exit, others, left)
-        of_exit = of_out.T @ written
-        entry = _rows(entries)
-        of_normed = of_entered @ (entry * norm)
-        along = (of_normed * normed).sum(-1, keepdim=True)
-        of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along, value=-1 / norm.numel()), inverse)
-        of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
-        of_norm = (of_scaled * entry).sum(0)
-        of_entries = of_scaled.mul_(norm).split_with_sizes([one.shape[0] for one in entries])
-        return None, of_x.view_as(gradients[0]), of_norm, None, None, None, *of_entries, of_exit, *of_others
+        rest = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # what a layer has kept can go as soon as that layer is done
+        weights = rest[: -sum(ctx.counts)]
+        grad, of_weights = gradients[0].flatten(0, 1), list[Tensor | None]()
+        for layer, count in zip(reversed(ctx.layers), reversed(ctx.counts), strict=True):
+            grad, of_own = layer.backward(grad, _last(weights, layer.weights), _last(rest, count))
+            of_weights[:0] = of_own
+        return None, grad.view_as(gradients[0]), *of_weights
 
 
-def _rows(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+def _last(values: list[Any], count: int) -> list[Any]:
+    """The last so many, which are taken out."""
+    taken = values[-count:]
+    del values[-count:]
+    return taken
 
 
 @dataclass(frozen=True)
@@ -190,7 +246,7 @@ class _FeedForward:
             F.dropout(hidden, self.dropout, inplace=True)
         return hidden, (hidden,)
 
-    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, tuple[()]]:
+    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: list[Tensor]) -> tuple[Tensor, tuple[()]]:
         # what was dropped is 0, too
         torch.ops.aten.threshold_backward.grad_input(grad, *kept, 0, grad_input=grad)
         if self.dropout:
@@ -210,13 +266,16 @@ class _SelfAttention:
         heads = bias.shape[1]
         states = entered.view(self.batch, -1, 3, heads, entered.shape[1] // (3 * heads))
         query, key, value = each = states.permute(2, 0, 3, 1, 4).contiguous()
+        rows = len(entered)
+        del entered, states  # three quarters of a map, of which nothing is read any more
         context, left = attention.attended(query, key, value, bias, self.mask, self.dropout, self.keep)
-        return context.transpose(1, 2).reshape(len(entered), -1), (each, *left)
+        return context.transpose(1, 2).reshape(rows, -1), (each, *left)
 
     def backward(
-        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         (bias,), ((query, key, value), *left) = others, kept
+        kept.clear()
         of_context = grad.view(self.batch, -1, *query.shape[1::2]).transpose(1, 2).contiguous()
         *of_each, of_bias = attention.gradients(of_context, query, key, value, bias, self.mask, self.dropout, left)
         of_states = grad.new_empty(self.batch, query.shape[2], 3, *query.shape[1::2])
@@ -239,9 +298,7 @@ class _Alone:
             by_head *= dropped
         return entered, (dropped,)
 
-    def backward(
-        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         (dropped,) = kept
         if dropped is not None:
             grad.view(len(grad), self.heads, -1).mul_(dropped)
@@ -269,9 +326,7 @@ class _CrossAttention:
         seen = swapped(torch.bmm(maps if dropped is None else maps * dropped, states), self.heads)
         return together(torch.bmm(seen, value.mT)), (queries, asked, maps, dropped, seen)
 
-    def backward(
-        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         states, key, value = others
         queries, asked, maps, dropped, seen = kept
         key, value = (weight.view(self.heads, -1, states.shape[2]) for weight in (key, value))
