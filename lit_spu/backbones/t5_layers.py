@@ -39,18 +39,16 @@ def _block(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What transformers' T5Block answers to `hidden` [batch, tokens, width]."""
     attend, *cross, widen = block.layer
-    text = encoder_hidden_states, encoder_attention_mask
-    crossing = [(layer, text[0], text[1]) for layer in cross if text[0] is not None]
+    states, mask = encoder_hidden_states, encoder_attention_mask
+    crossing = [(layer, states, mask) for layer in cross if states is not None]
     if kwargs.get("past_key_values") is not None or not (
         _fits(hidden)
         and _attends(attend, hidden)
         and all(_crosses(hidden, *each) for each in crossing)
         and _widens(widen)
     ):
-        states = hidden, attention_mask, position_bias, encoder_hidden_states
-        plain: tuple[Tensor, Tensor, Tensor | None] = type(block).forward(
-            block, *states, encoder_attention_mask, encoder_decoder_position_bias, **kwargs
-        )
+        others = attention_mask, position_bias, states, mask, encoder_decoder_position_bias
+        plain: tuple[Tensor, Tensor, Tensor | None] = type(block).forward(block, hidden, *others, **kwargs)
         return plain
     if position_bias is None and hidden.shape[1] > 1:
         position_bias = attend.SelfAttention.compute_bias(hidden.shape[1], hidden.shape[1]).contiguous()
