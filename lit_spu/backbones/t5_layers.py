@@ -135,7 +135,7 @@ class _Inner(Protocol):
         """What is written, [batch · tokens, …], from what the linears read, as long; and what to keep."""
 
     def backward(
-        self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The gradients of `entered` and of each of the others; that of what is written may be written over."""
 
@@ -175,15 +175,18 @@ class _Layer:
         out = torch.addmm(x, written, exit.T) if dropped is None else torch.addcmul(x, written @ exit.T, dropped)
         return out, (normed, inverse, dropped, written, *left)
 
-    def backward(self, grad: Tensor, weights: Sequence[Tensor], kept: list[Any]) -> tuple[Tensor, list[Tensor | None]]:
+    def backward(
+        self, grad: Tensor, weights: Sequence[Tensor], kept: Sequence[Any]
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of x and of each of the weights."""
         norm, entry, exit, others = self._parts(weights)
         normed, inverse, dropped, written, *left = kept
-        kept.clear()
+        del kept
         of_out = grad if dropped is None else grad * dropped
         of_exit = of_out.T @ written
         del written
         of_entered, of_others = self.inner.backward(of_out @ exit, others, left)
+        del left
         of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
         of_normed = of_entered @ (entry * norm)
         del of_entered
@@ -244,7 +247,7 @@ class _FeedForward:
             F.dropout(hidden, self.dropout, inplace=True)
         return hidden, (hidden,)
 
-    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: list[Tensor]) -> tuple[Tensor, tuple[()]]:
+    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, tuple[()]]:
         # what was dropped is 0, too
         torch.ops.aten.threshold_backward.grad_input(grad, *kept, 0, grad_input=grad)
         if self.dropout:
@@ -270,10 +273,9 @@ class _SelfAttention:
         return context.transpose(1, 2).reshape(rows, -1), (each, *left)
 
     def backward(
-        self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         (bias,), ((query, key, value), *left) = others, kept
-        kept.clear()
         of_context = grad.view(self.batch, -1, *query.shape[1::2]).transpose(1, 2).contiguous()
         *of_each, of_bias = attention.gradients(of_context, query, key, value, bias, self.mask, self.dropout, left)
         of_states = grad.new_empty(self.batch, query.shape[2], 3, *query.shape[1::2])
@@ -296,7 +298,9 @@ class _Alone:
             by_head *= dropped
         return entered, (dropped,)
 
-    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def backward(
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         (dropped,) = kept
         if dropped is not None:
             grad.view(len(grad), self.heads, -1).mul_(dropped)
@@ -324,7 +328,9 @@ class _CrossAttention:
         seen = swapped(torch.bmm(maps if dropped is None else maps * dropped, states), self.heads)
         return together(torch.bmm(seen, value.mT)), (queries, asked, maps, dropped, seen)
 
-    def backward(self, grad: Tensor, others: Sequence[Tensor], kept: list[Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def backward(
+        self, grad: Tensor, others: Sequence[Tensor], kept: Sequence[Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         states, key, value = others
         queries, asked, maps, dropped, seen = kept
         key, value = (weight.view(self.heads, -1, states.shape[2]) for weight in (key, value))
