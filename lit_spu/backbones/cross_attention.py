@@ -43,6 +43,11 @@ def by_few(
     return module.o(context), kwargs.get("position_bias"), None
 
 
+def answers_by_few(module: nn.Module) -> bool:
+    """Whether `by_few` stands in a module's place."""
+    return getattr(vars(module).get("forward"), "func", None) is by_few
+
+
 def few(module: Any, queries: int, tokens: int, mask: Tensor | None) -> bool:
     """Whether so many queries are few beside a text's tokens."""
     seen = mask is None or mask.dtype is torch.bool
@@ -66,11 +71,13 @@ def swapped(x: Tensor, outer: int) -> Tensor:
 
 def bare(linear: nn.Module) -> bool:
     """Whether a module is a linear that is its weight alone."""
-    if type(linear) is not nn.Linear or not untouched(linear):
-        return False
+    return type(linear) is nn.Linear and untouched(linear) and whole(linear)
+
+
+def whole(linear: nn.Module) -> bool:
+    """Whether a linear has no bias, and its weight is one tensor: others hold it in pieces, as int8."""
     parameters = vars(linear)["_parameters"]  # as attributes they take four times as long
-    whole = type(parameters["weight"]) in (nn.Parameter, FakeTensor)  # others hold it in pieces, as int8
-    return whole and parameters["bias"] is None
+    return parameters["bias"] is None and type(parameters["weight"]) in (nn.Parameter, FakeTensor)
 
 
 def untouched(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_spu.backbones import t5_layers
 from lit_spu.backbones.base import Backbone, Batch, Head, Taps, Trunk, instead
-from lit_spu.backbones.cross_attention import by_few
+from lit_spu.backbones.cross_attention import answers_by_few, by_few
 from lit_spu.tasks import Format
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ class Seq2SeqTrunk(Trunk):
 
     def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> Trunk:
         trunk = super().shrunk(reduction, keep)
+        for block in trunk.stacks[-1]:  # here for good, for nobody else runs it
+            attention = block.get_submodule(trunk.family.crosses)
+            attention.forward = partial(by_few, attention, attention.forward)
         t5_layers.install(trunk.model)
         return trunk
 
@@ -41,9 +44,9 @@ class Seq2SeqTrunk(Trunk):
     def _by_few(self) -> Iterator[None]:
         with ExitStack() as stack:
             for block in self.stacks[-1]:
+                attention = block.get_submodule(self.family.crosses)
                 # a block that runs again in the backward pass does so as it is
-                if not getattr(block, "gradient_checkpointing", False):
-                    attention = block.get_submodule(self.family.crosses)
+                if not (getattr(block, "gradient_checkpointing", False) or answers_by_few(attention)):
                     stack.enter_context(instead(attention, partial(by_few, attention)))
             yield
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,115 +16,127 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.backbones import attention
-from lit_spu.backbones.cross_attention import apart, bare, by_few, few, swapped, together, unhooked, untouched
+from lit_spu.backbones.cross_attention import answers_by_few, apart, few, swapped, together, whole
 
 
 def install(model: Any) -> None:
     """Let the blocks of a Hugging Face T5 run this way where they can; their modules and weights stay what they are."""
     for stack in (model.encoder, model.decoder):
         for block in stack.block:
-            block.forward = partial(_block, block)
+            if _plain(block):
+                block.forward = _Block(block)
 
 
-def _block(
-    block: Any,
-    hidden: Tensor,
-    attention_mask: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    encoder_decoder_position_bias: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What transformers' T5Block answers to `hidden` [batch, tokens, width]."""
-    attend, *cross, widen = block.layer
-    states, mask = encoder_hidden_states, encoder_attention_mask
-    crossing = [(layer, states, mask) for layer in cross if states is not None]
-    if kwargs.get("past_key_values") is not None or not (
-        _fits(hidden)
-        and _attends(attend, hidden)
-        and all(_crosses(hidden, *each) for each in crossing)
-        and _widens(widen)
-    ):
-        others = attention_mask, position_bias, states, mask, encoder_decoder_position_bias
-        plain: tuple[Tensor, Tensor, Tensor | None] = type(block).forward(block, hidden, *others, **kwargs)
-        return plain
-    if position_bias is None and hidden.shape[1] > 1:
-        position_bias = attend.SelfAttention.compute_bias(hidden.shape[1], hidden.shape[1]).contiguous()
-    layers = [_attend(attend, hidden, attention_mask, position_bias)]
-    layers += [_cross(*each) for each in crossing]
-    layers.append(_widen(widen))
-    weights = [weight for _, own in layers for weight in own]
-    out: Tensor = _Layers.apply([layer for layer, _ in layers], hidden, *weights)  # type: ignore[no-untyped-call]
-    return out, position_bias, None
+def _plain(block: Any) -> bool:
+    """Whether all parts of a block are of classes known here: not where a feed-forward is gated, or has a GELU."""
+    from transformers.models.t5 import modeling_t5 as t5
+
+    attention = t5.T5LayerSelfAttention, t5.T5LayerCrossAttention, t5.T5Attention, nn.Embedding
+    others = t5.T5LayerFF, t5.T5DenseActDense, nn.ReLU, t5.T5LayerNorm, nn.Linear, nn.Dropout, nn.ModuleList
+    return {type(part) for part in block.modules() if part is not block} <= {*attention, *others}
 
 
-def _fits(hidden: Tensor) -> bool:
-    """Whether a state is computed here: in single precision, in which a norm computes whatever its state is in."""
-    cpu = hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return cpu and hidden.dtype is torch.float32
+class _Block:
+    """A block's forward pass. Its parts are at hand: to ask modules for theirs takes as long as to run them."""
+
+    def __init__(self, block: Any) -> None:
+        self.block, self.layers = block, block.layer
+        attend, *cross, widen = self.layers
+        self.attend = _Parts(attend, attend.SelfAttention, *"qkvo")
+        self.cross = [_Parts(layer, layer.EncDecAttention, *"qkvo") for layer in cross]
+        self.widen = _Parts(widen, widen.DenseReluDense, "wi", "wo")
+        parts = [part for part in block.modules() if part is not block]
+        self.linears = [part for part in parts if isinstance(part, nn.Linear)]
+        self.made_of = [(part, tuple(part.children())) for part in parts]
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_decoder_position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What transformers' T5Block answers to `hidden` [batch, tokens, width]."""
+        states, mask = encoder_hidden_states, encoder_attention_mask
+        tokens = hidden.shape[1]
+        cross = [(parts, states, mask) for parts in self.cross if states is not None]
+        fits = self._fits(hidden) and all(few(parts.inner, tokens, text.shape[1], mask) for parts, text, _ in cross)
+        if kwargs.get("past_key_values") is not None or not (fits and self._untouched()):
+            others = attention_mask, position_bias, states, mask, encoder_decoder_position_bias
+            forward = type(self.block).forward
+            plain: tuple[Tensor, Tensor, Tensor | None] = forward(self.block, hidden, *others, **kwargs)
+            return plain
+        if position_bias is None and tokens > 1:
+            position_bias = self.attend.inner.compute_bias(tokens, tokens).contiguous()
+        layers = [_attend(self.attend, hidden, attention_mask, position_bias)]
+        layers += [_cross(*each) for each in cross]
+        layers.append(_widen(self.widen))
+        weights = [weight for _, own in layers for weight in own]
+        out: Tensor = _Layers.apply([layer for layer, _ in layers], hidden, *weights)  # type: ignore[no-untyped-call]
+        return out, position_bias, None
+
+    def _fits(self, hidden: Tensor) -> bool:
+        """Whether a state is computed here: in single precision, in which a norm computes whatever its state is in."""
+        cpu = hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        narrow = hidden.shape[1] == 1 or attention.narrow(self.attend.inner)
+        return cpu and narrow and hidden.dtype is torch.float32
+
+    def _untouched(self) -> bool:
+        """Whether the parts are still those that transformers made, and nothing else runs there."""
+        for part, children in self.made_of:
+            own = vars(part)
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or tuple(own["_modules"].values()) != children
+                or ("forward" in own and not answers_by_few(part))
+            ):
+                return False
+        return self.block.layer is self.layers and all(map(whole, self.linears))
 
 
-def _attends(layer: Any, hidden: Tensor) -> bool:
-    """Whether a T5LayerSelfAttention attends this way."""
-    module = layer.SelfAttention
-    attends = hidden.shape[1] == 1 or attention.narrow(module)
-    return attends and untouched(module) and _simple(layer, (module.q, module.k, module.v, module.o))
+class _Parts:
+    """A layer's norm, its linears, of which the last writes to its state, and what these stand in."""
+
+    def __init__(self, layer: Any, inner: Any, *linears: str) -> None:
+        self.layer, self.norm, self.inner = layer, layer.layer_norm, inner
+        self.linears = [getattr(inner, name) for name in linears]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those of the linears."""
+        return [vars(linear)["_parameters"]["weight"] for linear in self.linears]
 
 
-def _attend(layer: Any, hidden: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[_Layer, list[Tensor]]:
-    module, tokens = layer.SelfAttention, hidden.shape[1]
-    query, key, value, output = module.q.weight, module.k.weight, module.v.weight, module.o.weight
+def _attend(parts: _Parts, hidden: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[_Layer, list[Tensor]]:
+    module, tokens = parts.inner, hidden.shape[1]
+    query, key, value, output = parts.weights
     dropout = module.dropout if module.training else 0.0
     if tokens == 1:
         unasked = [query, key]
         if module.has_relative_attention_bias:
             unasked.append(module.relative_attention_bias.weight)
-        return _layer(layer, [value], _Alone(module.n_heads, dropout), output, *unasked)
+        return _layer(parts, [value], _Alone(module.n_heads, dropout), output, *unasked)
     assert bias is not None
     mask = attention.seen(mask, module.is_causal, tokens, tokens)
     inner = _SelfAttention(len(hidden), mask, dropout, attention.keeps(module, tokens))
-    return _layer(layer, [query, key, value], inner, output, bias)
+    return _layer(parts, [query, key, value], inner, output, bias)
 
 
-def _crosses(hidden: Tensor, layer: Any, states: Tensor, mask: Tensor | None) -> bool:
-    """Whether a T5LayerCrossAttention attends this way to `states` [batch, tokens, width]."""
-    module = layer.EncDecAttention
-    forward = vars(module).get("forward")
-    known = forward is None or getattr(forward, "func", None) is by_few  # which `Seq2SeqTrunk` puts there
-    attends = known and unhooked(module) and few(module, hidden.shape[1], states.shape[1], mask)
-    return attends and _simple(layer, (module.q, module.k, module.v, module.o))
-
-
-def _cross(layer: Any, states: Tensor, mask: Tensor | None) -> tuple[_Layer, list[Tensor]]:
-    module = layer.EncDecAttention
+def _cross(parts: _Parts, states: Tensor, mask: Tensor | None) -> tuple[_Layer, list[Tensor]]:
+    module = parts.inner
+    query, key, value, output = parts.weights
     inner = _CrossAttention(module.n_heads, mask, module.dropout if module.training else 0.0)
-    others = states, module.k.weight, module.v.weight
-    return _layer(layer, [module.q.weight], inner, module.o.weight, *others)
+    return _layer(parts, [query], inner, output, states, key, value)
 
 
-def _widens(layer: Any) -> bool:
-    """Whether a T5LayerFF is two linears with a ReLU between them."""
-    module = layer.DenseReluDense
-    linears = getattr(module, "wi", None), module.wo  # a gated one has two that widen
-    return isinstance(module.act, nn.ReLU) and untouched(module) and _simple(layer, linears)
-
-
-def _widen(layer: Any) -> tuple[_Layer, list[Tensor]]:
-    module = layer.DenseReluDense
-    inner = _FeedForward(module.dropout.p if module.training else 0.0)
-    return _layer(layer, [module.wi.weight], inner, module.wo.weight)
-
-
-def _simple(layer: Any, linears: Sequence[Any]) -> bool:
-    """Whether a layer is its own weights alone."""
-    norm = layer.layer_norm
-    return (
-        hasattr(norm, "variance_epsilon")  # transformers' name; another library may stand in its place
-        and untouched(layer)
-        and untouched(norm)
-        and all(map(bare, linears))
-    )
+def _widen(parts: _Parts) -> tuple[_Layer, list[Tensor]]:
+    module = parts.inner
+    entry, output = parts.weights
+    return _layer(parts, [entry], _FeedForward(module.dropout.p if module.training else 0.0), output)
 
 
 class _Inner(Protocol):
@@ -141,11 +152,12 @@ class _Inner(Protocol):
 
 
 def _layer(
-    layer: Any, entries: Sequence[Tensor], inner: _Inner, exit: Tensor, *others: Tensor
+    parts: _Parts, entries: Sequence[Tensor], inner: _Inner, exit: Tensor, *others: Tensor
 ) -> tuple[_Layer, list[Tensor]]:
     """A layer as it is computed here, and its weights."""
-    norm, dropout = layer.layer_norm, layer.dropout.p if layer.training else 0.0
+    layer, norm = parts.layer, parts.norm
     weights = [norm.weight, *entries, exit, *others]
+    dropout = layer.dropout.p if layer.training else 0.0
     return _Layer(inner, norm.variance_epsilon, dropout, len(entries), len(weights)), weights
 
 

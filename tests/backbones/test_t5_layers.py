@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_spu.backbones import attention, t5_layers
+from lit_spu.backbones.families import FAMILIES
+from lit_spu.backbones.seq2seq import Seq2SeqTrunk
 from lit_spu.measure.saved import SavedForBackward
 
 WIDTH, HEADS, ALL_HEADS = 20, 2, 16
@@ -212,6 +214,15 @@ def biased(linear: nn.Module) -> None:
     linear.bias = nn.Parameter(torch.ones(linear.weight.shape[0]))  # type: ignore[arg-type, index]
 
 
+def exchanged(model: Any, path: str) -> None:
+    """Another module of the same kind, with other weights."""
+    parent, _, name = path.rpartition(".")
+    other = copy.deepcopy(model.get_submodule(path))
+    for parameter in other.parameters():
+        torch.nn.init.constant_(parameter, 0.1)
+    setattr(model.get_submodule(parent), name, other)
+
+
 LINEARS = (
     "encoder.block.0.layer.0.SelfAttention.v",
     "decoder.block.1.layer.0.SelfAttention.o",
@@ -228,20 +239,27 @@ OTHERS = (
 )
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize(
     ("path", "change"),
     [
         *((path, change) for path in LINEARS for change in (hooked, replaced, biased)),
         *((path, change) for path in OTHERS for change in (hooked, replaced)),
+        ("encoder.block.0.layer.1.DenseReluDense.act", hooked),
+        *((path, exchanged) for path in (*LINEARS, *OTHERS, "encoder.block.1.layer")),
     ],
 )
-def test_what_stands_at_a_module_runs(path: str, change: Callable[[nn.Module], None]) -> None:
+def test_what_stands_at_a_module_runs(path: str, change: Callable[..., None], copied: bool) -> None:
+    """Also where it came behind, and to a copy."""
     model, inputs = t5(), given(12, 1, padded=False)
     before = model(**inputs).last_hidden_state
-    change(model.get_submodule(path))
+    other = copy.deepcopy(model)
+    t5_layers.install(other)
+    other = copy.deepcopy(other) if copied else other
+    for each in (model, other):
+        change(each.get_submodule(path)) if change is not exchanged else exchanged(each, path)
     plain = model(**inputs).last_hidden_state
-    t5_layers.install(model)
-    ours = model(**inputs).last_hidden_state
+    ours = other(**inputs).last_hidden_state
     torch.testing.assert_close(ours, plain, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(ours, before, atol=1e-3)
     assert nodes(ours).count("_LayersBackward") == 3
@@ -282,3 +300,15 @@ def test_a_copy_has_weights_of_its_own() -> None:
     out = other.encoder(inputs_embeds=inputs["inputs_embeds"]).last_hidden_state
     torch.testing.assert_close(out, other.encoder.final_layer_norm(inputs["inputs_embeds"]))  # nothing was added
     assert torch.equal(model(**inputs).last_hidden_state, before)
+
+
+def test_a_side_network_runs_all_its_blocks_this_way() -> None:
+    """Its decoder too, in which another forward stands for good."""
+    trunk = Seq2SeqTrunk(t5(), FAMILIES["t5"]).shrunk(2, ([0, 1], [0, 1]))
+    texts = {
+        "input_ids": torch.zeros(5, 12, dtype=torch.long),
+        "decoder_input_ids": torch.zeros(5, 1, dtype=torch.long),
+    }
+    inputs = trunk.inputs_like(texts | {"attention_mask": torch.ones(5, 12)})
+    out = trunk.run_at(inputs, torch.zeros(5, dtype=torch.long))
+    assert nodes(out).count("_LayersBackward") == 4
