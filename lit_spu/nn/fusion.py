@@ -67,8 +67,8 @@ class Gated(Gate):
         self.slots = nn.Parameter(torch.zeros(stream.depth, slots))
 
     def forward(self, mask: Tensor | None) -> Fuse:
-        fuse = super().forward(mask)
-        return lambda i, state, taps: fuse(i, state, [weighted(self.slots[i], taps)])
+        fuse, shares = super().forward(mask), self.slots.softmax(-1).unbind()
+        return lambda i, state, taps: fuse(i, state, [weighted(shares[i], taps)])
 
     def shares(self, i: int) -> Tensor:
         return self.slots[i].softmax(-1)
@@ -89,8 +89,10 @@ class Dynamic(Gated):
         self.pooled = nn.Parameter(torch.zeros(stream.depth, width))
 
     def forward(self, mask: Tensor | None) -> Fuse:
+        shares = self.slots.softmax(-1).unbind()
+
         def fuse(i: int, state: Tensor, taps: Sequence[Tensor]) -> Tensor:
-            tap = weighted(self.slots[i], taps)
+            tap = weighted(shares[i], taps)
             real = tap.new_ones(tap.shape[:2]) if mask is None else mask.to(tap.dtype)
             pooled = (tap * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
             gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + pooled @ self.pooled[i])[:, None, None]
@@ -174,10 +176,10 @@ class CrossAttention(Attention):
         return read
 
 
-def weighted(logits: Tensor, taps: Sequence[Tensor]) -> Tensor:
-    """The taps' mean under softmax(logits), without stacking them."""
-    shares = logits.softmax(-1)
-    total = shares[0] * taps[0]
-    for share, tap in zip(shares[1:], taps[1:], strict=True):
+def weighted(shares: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    """The sum of the taps, each times its share of [slots], without stacking them."""
+    first, *others = shares.unbind()
+    total = first * taps[0]
+    for share, tap in zip(others, taps[1:], strict=True):
         total = torch.addcmul(total, share, tap)
     return total
