@@ -31,9 +31,9 @@ def _plain(block: Any) -> bool:
     """Whether all parts of a block are of classes known here: not where a feed-forward is gated, or has a GELU."""
     from transformers.models.t5 import modeling_t5 as t5
 
-    attention = t5.T5LayerSelfAttention, t5.T5LayerCrossAttention, t5.T5Attention, nn.Embedding
-    others = t5.T5LayerFF, t5.T5DenseActDense, nn.ReLU, t5.T5LayerNorm, nn.Linear, nn.Dropout, nn.ModuleList
-    return {type(part) for part in block.modules() if part is not block} <= {*attention, *others}
+    known = {t5.T5LayerSelfAttention, t5.T5LayerCrossAttention, t5.T5Attention, t5.T5LayerNorm, nn.Embedding}
+    known |= {t5.T5LayerFF, t5.T5DenseActDense, nn.ReLU, nn.Linear, nn.Dropout, nn.ModuleList}
+    return {type(part) for part in block.modules() if part is not block} <= known
 
 
 class _Block:
