@@ -81,11 +81,7 @@ def whole(linear: nn.Module) -> bool:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether a module does what its class does."""
-    return "forward" not in vars(module) and unhooked(module)
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether nothing else runs where a module does."""
+    """Whether a module does what its class does, if by `by_few`, and nothing else runs there."""
     own = vars(module)
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    return not hooked and ("forward" not in own or answers_by_few(module))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.backbones import attention
-from lit_spu.backbones.cross_attention import answers_by_few, apart, few, swapped, together, whole
+from lit_spu.backbones.cross_attention import apart, few, swapped, together, untouched, whole
 
 
 def install(model: Any) -> None:
@@ -86,16 +86,9 @@ class _Block:
 
     def _untouched(self) -> bool:
         """Whether the parts are still those that transformers made, and nothing else runs there."""
-        for part, children in self.made_of:
-            own = vars(part)
-            if (
-                own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or tuple(own["_modules"].values()) != children
-                or ("forward" in own and not answers_by_few(part))
-            ):
-                return False
-        return self.block.layer is self.layers and all(map(whole, self.linears))
+        if self.block.layer is not self.layers or not all(map(whole, self.linears)):
+            return False
+        return all(untouched(part) and tuple(vars(part)["_modules"].values()) == own for part, own in self.made_of)
 
 
 class _Parts:
