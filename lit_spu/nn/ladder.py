@@ -41,10 +41,18 @@ class Ladder(nn.Module):
         self.kept, self.depth, self.radius, self.shared = tuple(kept), stream.depth, radius, shared
         self.dropout = dropout
         self.first = Projection(stream.width, width)
-        read = [(i, j) for i in kept for j in self.window(i) if 0 <= j < stream.depth]
-        names = dict.fromkeys(self.name(i, j) for i, j in read)
-        self.down = nn.ModuleDict({name: Projection(stream.width, width) for name in names})
-        self.fusion = fusion(stream, kept, 2 * radius + 1, width)
+        numbers: dict[tuple[int, str, int | None], int] = {}  # with dropout every rung has taps of its own
+
+        def number(i: int, j: int) -> int:
+            if not 0 <= j < stream.depth:
+                return -1
+            return numbers.setdefault((j, self.name(i, j), i if dropout else None), len(numbers))
+
+        windows = {i: [number(i, j) for j in self.window(i)] for i in kept}
+        self.blocks = {name: block for block, name, _ in numbers}
+        self.down = nn.ModuleDict({name: Projection(stream.width, width) for name in self.blocks})
+        self.taps = [name for _, name, _ in numbers]
+        self.fusion = fusion(stream, windows, width)
 
     def window(self, i: int) -> range:
         """The backbone's blocks that rung i reads."""
@@ -56,30 +64,25 @@ class Ladder(nn.Module):
 
     def forward(self, taps: Taps) -> Callable[[int, Tensor], Tensor]:
         """Project the taps down; gives the state that enters the n-th side block, from n and the state that comes."""
-        fuse: Fuse = self.fusion(taps.mask)
         # a mark costs tens of microseconds, of which a rung that reads kept taps has hundreds
         mark: Callable[[str], AbstractContextManager[Any]] = (
             record_function if torch.autograd._profiler_enabled() else nullcontext  # type: ignore[attr-defined]
         )
-        zero = taps.embeddings.new_zeros(()).expand(*taps.embeddings.shape[:2], self.first.out_features)
-        projected: dict[str, Tensor] = {}
+        zero = self.first.weight.new_zeros(()).expand(*taps.embeddings.shape[:2], self.first.out_features)
 
-        def tap(i: int, j: int) -> Tensor:
-            if not 0 <= j < self.depth:
-                return zero
-            name = self.name(i, j)
-            if name not in projected:
-                projected[name] = self.down[name](taps.blocks[j])
+        def left_out(tap: Tensor) -> Tensor:
             if self.training and self.dropout:
-                return projected[name] * F.dropout(zero.new_ones(len(zero), 1, 1), self.dropout)
-            return projected[name]
+                return tap * F.dropout(zero.new_ones(len(zero), 1, 1), self.dropout)
+            return tap
+
+        with mark("rungs"):
+            projected = {name: down(taps.blocks[self.blocks[name]]) for name, down in self.down.items()}
+            fuse: Fuse = self.fusion([*(left_out(projected[name]) for name in self.taps), zero], taps.mask)
 
         def enter(n: int, state: Tensor) -> Tensor:
             i = self.kept[n]
             with mark(f"rung {i}"):
-                if n == 0:
-                    state = self.first(taps.embeddings)
-                return fuse(i, state, [tap(i, j) for j in self.window(i)])
+                return fuse(i, self.first(taps.embeddings) if n == 0 else state)
 
         return enter
 
