@@ -1,4 +1,4 @@
-"""The blocks of a narrow T5, each one node of the graph.
+"""The blocks of a narrow T5, each one node of the graph, and what runs them.
 
 Where states are a few dozen numbers wide, half of a step's time goes to calling operators and to fetching what they
 left in memory, rather than to what they compute. Here a block makes its own backward pass: queries, keys and values are
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_spu.backbones import attention
 from lit_spu.backbones.cross_attention import apart, few, swapped, together, untouched, whole
@@ -25,15 +27,99 @@ def install(model: Any) -> None:
         for block in stack.block:
             if _plain(block):
                 block.forward = _Block(block)
+        stack.final_layer_norm.forward = partial(_norm, stack.final_layer_norm)
+        stack.forward = partial(_stack, stack)
 
 
 def _plain(block: Any) -> bool:
-    """Whether all parts of a block are of classes known here: not where a feed-forward is gated, or has a GELU."""
+    """Whether all parts of a block do what classes known here do: not where a feed-forward is gated, or has a GELU."""
     from transformers.models.t5 import modeling_t5 as t5
 
     known = {t5.T5LayerSelfAttention, t5.T5LayerCrossAttention, t5.T5Attention, t5.T5LayerNorm, nn.Embedding}
     known |= {t5.T5LayerFF, t5.T5DenseActDense, nn.ReLU, nn.Linear, nn.Dropout, nn.ModuleList}
-    return {type(part) for part in block.modules() if part is not block} <= known
+    return all(type(part) in known and untouched(part) for part in block.modules() if part is not block)
+
+
+def _stack(
+    stack: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A stack's forward pass: transformers' own takes as long around its blocks as for one of them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    states = encoder_hidden_states
+    more = any(value is not None for value in kwargs.values())
+    more |= stack.is_decoder and (attention_mask is not None or use_cache is not False)
+    here = inputs_embeds is not None and _computed_here(inputs_embeds) and attention.installed(stack)
+    if more or not here:
+        kwargs |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        return type(stack).forward(stack, input_ids, attention_mask, states, encoder_attention_mask, **kwargs)
+    sees, sees_states = map(_sees, (attention_mask, encoder_attention_mask))
+    hidden, bias, other_bias = stack.dropout(inputs_embeds), None, None
+    for block in stack.block:
+        hidden, bias, other_bias = block(hidden, sees, bias, states, sees_states, other_bias)
+    last = stack.dropout(stack.final_layer_norm(hidden))
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
+
+
+def _computed_here(state: Tensor) -> bool:
+    """Whether a state is: in single precision, in which a norm computes whatever its state is in."""
+    cpu = state.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return cpu and state.dtype is torch.float32
+
+
+def _sees(mask: Tensor | None) -> Tensor | None:
+    """The keys that a query sees, [batch, 1, 1, keys], from the mask [batch, keys]; None if it sees all."""
+    if mask is None or (not isinstance(mask, FakeTensor) and bool(mask.all())):
+        return None
+    return mask[:, None, None].bool()
+
+
+def _norm(norm: Any, hidden: Tensor) -> Tensor:
+    """A norm's forward pass."""
+    if not _computed_here(hidden):
+        plain: Tensor = type(norm).forward(norm, hidden)
+        return plain
+    normed: Tensor = _Norm.apply(hidden, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    return normed
+
+
+class _Norm(torch.autograd.Function):
+    """w ⊙ x/√(mean(x²) + ε)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        normed, inverse = _normed(x, epsilon)
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (normed, inverse, weight) = gradients, ctx.saved_tensors
+        of_weight = (grad * normed).flatten(0, -2).sum(0)
+        return _across(grad * weight, normed).mul_(inverse), of_weight, None
+
+
+def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x/√(mean(x²) + ε) and what x was multiplied with, [..., 1].
+
+    Numbers are factors of an operator where that can be: as an operand, each is a tensor to make and to convert.
+    """
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.addcmul(size.new_full((), epsilon), size, size, value=1 / x.shape[-1]).rsqrt_()
+    return x * inverse, inverse
+
+
+def _across(grad: Tensor, normed: Tensor) -> Tensor:
+    """The gradient of what is normed but for the factor, where that of the normed was."""
+    along = (grad * normed).sum(-1, keepdim=True)
+    return grad.addcmul_(normed, along, value=-1 / grad.shape[-1])
 
 
 class _Block:
@@ -45,9 +131,9 @@ class _Block:
         self.attend = _Parts(attend, attend.SelfAttention, *"qkvo")
         self.cross = [_Parts(layer, layer.EncDecAttention, *"qkvo") for layer in cross]
         self.widen = _Parts(widen, widen.DenseReluDense, "wi", "wo")
-        parts = [part for part in block.modules() if part is not block]
-        self.linears = [part for part in parts if isinstance(part, nn.Linear)]
-        self.made_of = [(part, tuple(part.children())) for part in parts]
+        self.parts = [part for part in block.modules() if part is not block]
+        self.linears = [part for part in self.parts if isinstance(part, nn.Linear)]
+        self.made_of = [(dict(own["_modules"]), own.get("forward")) for own in map(vars, self.parts)]
 
     def __call__(
         self,
@@ -63,7 +149,8 @@ class _Block:
         states, mask = encoder_hidden_states, encoder_attention_mask
         tokens = hidden.shape[1]
         cross = [(parts, states, mask) for parts in self.cross if states is not None]
-        fits = self._fits(hidden) and all(few(parts.inner, tokens, text.shape[1], mask) for parts, text, _ in cross)
+        fits = _computed_here(hidden) and (tokens == 1 or attention.narrow(self.attend.inner))
+        fits = fits and all(few(parts.inner, tokens, text.shape[1], mask) for parts, text, _ in cross)
         if kwargs.get("past_key_values") is not None or not (fits and self._untouched()):
             others = attention_mask, position_bias, states, mask, encoder_decoder_position_bias
             forward = type(self.block).forward
@@ -78,17 +165,12 @@ class _Block:
         out: Tensor = _Layers.apply([layer for layer, _ in layers], hidden, *weights)  # type: ignore[no-untyped-call]
         return out, position_bias, None
 
-    def _fits(self, hidden: Tensor) -> bool:
-        """Whether a state is computed here: in single precision, in which a norm computes whatever its state is in."""
-        cpu = hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        narrow = hidden.shape[1] == 1 or attention.narrow(self.attend.inner)
-        return cpu and narrow and hidden.dtype is torch.float32
-
     def _untouched(self) -> bool:
-        """Whether the parts are still those that transformers made, and nothing else runs there."""
-        if self.block.layer is not self.layers or not all(map(whole, self.linears)):
-            return False
-        return all(untouched(part) and tuple(vars(part)["_modules"].values()) == own for part, own in self.made_of)
+        """Whether the parts are still what they were when this was made, and nothing else runs there."""
+        each = list(map(vars, self.parts))
+        same = [(own["_modules"], own.get("forward")) for own in each] == self.made_of
+        hooked = any(own["_forward_hooks"] or own["_forward_pre_hooks"] for own in each)
+        return self.block.layer is self.layers and same and not hooked and all(map(whole, self.linears))
 
 
 class _Parts:
@@ -159,8 +241,7 @@ class _Layer:
     """x + dropout(O inner(E (w ⊙ x/√(mean(x²) + ε)))) of x [batch · tokens, width].
 
     Of its weights, w is the first, O stands behind those whose rows are E, and the others are `inner`'s. w goes into E:
-    E diag(w) is smaller than the states. Numbers are factors of an operator where that can be: as an operand, each is
-    a tensor to make and to convert.
+    E diag(w) is smaller than the states.
     """
 
     inner: _Inner
@@ -172,9 +253,7 @@ class _Layer:
     def forward(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The new state, and what to keep."""
         norm, entry, exit, others = self._parts(weights)
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = torch.addcmul(size.new_full((), self.epsilon), size, size, value=1 / norm.numel()).rsqrt_()
-        normed = x * inverse
+        normed, inverse = _normed(x, self.epsilon)
         written, left = self.inner.forward(normed @ (entry * norm).T, others)
         dropped = attention.dropping(x, self.dropout)
         out = torch.addmm(x, written, exit.T) if dropped is None else torch.addcmul(x, written @ exit.T, dropped)
@@ -195,8 +274,7 @@ class _Layer:
         of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
         of_normed = of_entered @ (entry * norm)
         del of_entered
-        along = (of_normed * normed).sum(-1, keepdim=True)
-        of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along, value=-1 / norm.numel()), inverse)
+        of_x = torch.addcmul(grad, _across(of_normed, normed), inverse)
         of_norm = (of_scaled * entry).sum(0)
         rows = [weight.shape[0] for weight in weights[1 : 1 + self.entries]]
         return of_x, [of_norm, *of_scaled.mul_(norm).split_with_sizes(rows), of_exit, *of_others]

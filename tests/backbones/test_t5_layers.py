@@ -265,6 +265,32 @@ def test_what_stands_at_a_module_runs(path: str, change: Callable[..., None], co
     assert nodes(ours).count("_LayersBackward") == 3
 
 
+@pytest.mark.parametrize("change", [hooked, replaced, exchanged])
+@pytest.mark.parametrize("path", ["encoder.final_layer_norm", "decoder.final_layer_norm", "decoder.dropout"])
+def test_what_stands_behind_the_blocks_runs(path: str, change: Callable[..., None]) -> None:
+    model, inputs = t5(), given(12, 1, padded=True)
+    other = copy.deepcopy(model)
+    t5_layers.install(other)
+    assert nodes(other(**inputs).last_hidden_state).count("_NormBackward") == 2
+    for each in (model, other):
+        change(each.get_submodule(path)) if change is not exchanged else exchanged(each, path)
+    for ours, plain in zip(answer(other, inputs), answer(model, inputs), strict=True):
+        torch.testing.assert_close(ours, plain, atol=2e-5, rtol=2e-5)
+
+
+def test_all_that_a_stack_can_be_asked_for_is_answered() -> None:
+    """A mask of the decoder's own, and each block's states."""
+    model, inputs = t5(), given(12, 2, padded=True)
+    masked = inputs | {"decoder_attention_mask": torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [1, 0]])}
+    questions = masked, inputs | {"output_hidden_states": True}, inputs | {"return_dict": False}
+    plain = [model(**question) for question in questions]
+    t5_layers.install(model)
+    for question, expected in zip(questions, plain, strict=True):
+        ours = model(**question)
+        assert type(ours) is type(expected)
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)  # all that they hold
+
+
 @pytest.mark.parametrize("how", ["double", "bfloat16", "autocast"])
 def test_another_precision_is_left_to_transformers(how: str) -> None:
     model, inputs = t5(), given(12, 2, padded=True)
