@@ -49,9 +49,9 @@ class Ladder(nn.Module):
             return numbers.setdefault((j, self.name(i, j), i if dropout else None), len(numbers))
 
         windows = {i: [number(i, j) for j in self.window(i)] for i in kept}
-        self.blocks = {name: block for block, name, _ in numbers}
+        self.blocks = {name: block for block, name, _ in numbers}  # what each projection reads
         self.down = nn.ModuleDict({name: Projection(stream.width, width) for name in self.blocks})
-        self.taps = [name for _, name, _ in numbers]
+        self.sources = [name for _, name, _ in numbers]  # the projection that each tap comes from
         self.fusion = fusion(stream, windows, width)
 
     def window(self, i: int) -> range:
@@ -77,7 +77,7 @@ class Ladder(nn.Module):
 
         with mark("rungs"):
             projected = {name: down(taps.blocks[self.blocks[name]]) for name, down in self.down.items()}
-            fuse: Fuse = self.fusion([*(left_out(projected[name]) for name in self.taps), zero], taps.mask)
+            fuse: Fuse = self.fusion([*(left_out(projected[name]) for name in self.sources), zero], taps.mask)
 
         def enter(n: int, state: Tensor) -> Tensor:
             i = self.kept[n]
