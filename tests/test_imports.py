@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"tasks"},
     "backbones": {"tasks", "fingerprint"},
     "data": {"tasks"},
-    "nn": {"backbones.base"},
+    "nn": {"backbones.base", "backbones.rms_norm"},
     "teacher": {"trained", "backbones", "tasks"},
     "policies": {"nn", "optim", "tasks", "teacher"},
     "callbacks": {"measure", "nn", "policies"},

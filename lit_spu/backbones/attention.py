@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAME = "narrow_heads"
 KEEPING = f"{NAME}_kept"
@@ -143,6 +144,7 @@ class _Keeping(torch.autograd.Function):
         return context
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, *left = ctx.saved_tensors
         given = gradients(grads[0].contiguous(), query, key, value, bias, ctx.mask, ctx.dropout, left)

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses import FakeTensor
+from torch.autograd.function import once_differentiable
 
 from lit_spu.backbones import attention
 from lit_spu.backbones.cross_attention import apart, few, swapped, together, untouched, whole
+from lit_spu.backbones.rms_norm import rms_norm
 
 
 def install(model: Any) -> None:
@@ -86,24 +88,7 @@ def _norm(norm: Any, hidden: Tensor) -> Tensor:
     if not _computed_here(hidden):
         plain: Tensor = type(norm).forward(norm, hidden)
         return plain
-    normed: Tensor = _Norm.apply(hidden, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
-    return normed
-
-
-class _Norm(torch.autograd.Function):
-    """w ⊙ x/√(mean(x²) + ε)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        normed, inverse = _normed(x, epsilon)
-        ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (normed, inverse, weight) = gradients, ctx.saved_tensors
-        of_weight = (grad * normed).flatten(0, -2).sum(0)
-        return _across(grad * weight, normed).mul_(inverse), of_weight, None
+    return rms_norm(hidden, norm.weight, norm.variance_epsilon)
 
 
 def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -302,6 +287,7 @@ class _Layers(torch.autograd.Function):
         return state.view_as(hidden)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rest = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # what a layer has kept can go as soon as that layer is done

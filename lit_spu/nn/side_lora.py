@@ -19,8 +19,8 @@ from torch.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_spu.backbones.base import Trunk, hooks, instead, tensor_of
+from lit_spu.backbones.rms_norm import rms_norm
 from lit_spu.nn.lora import LowRank
-from lit_spu.nn.rms_norm import rms_norm
 
 Forward = Callable[..., Any]
 

@@ -271,7 +271,7 @@ def test_what_stands_behind_the_blocks_runs(path: str, change: Callable[..., Non
     model, inputs = t5(), given(12, 1, padded=True)
     other = copy.deepcopy(model)
     t5_layers.install(other)
-    assert nodes(other(**inputs).last_hidden_state).count("_NormBackward") == 2
+    assert nodes(other(**inputs).last_hidden_state).count("_RMSNormBackward") == 2
     for each in (model, other):
         change(each.get_submodule(path)) if change is not exchanged else exchanged(each, path)
     for ours, plain in zip(answer(other, inputs), answer(model, inputs), strict=True):
@@ -313,6 +313,15 @@ def test_a_decoder_that_keeps_what_it_attended_to_is_left_to_transformers() -> N
     assert ours.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == 2
     torch.testing.assert_close(ours.last_hidden_state, plain.last_hidden_state, atol=2e-5, rtol=2e-5)
     assert nodes(ours.last_hidden_state).count("_LayersBackward") == 2  # the encoder's
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    model, inputs = t5(keep=True), given(12, 1, padded=False)
+    t5_layers.install(model)
+    out = model(**inputs).last_hidden_state
+    (first,) = torch.autograd.grad(out.square().sum(), inputs["inputs_embeds"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_a_copy_has_weights_of_its_own() -> None:
