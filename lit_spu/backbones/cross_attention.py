@@ -82,6 +82,10 @@ def whole(linear: nn.Module) -> bool:
 
 def untouched(module: nn.Module) -> bool:
     """Whether a module does what its class does, if by `by_few`, and nothing else runs there."""
+    return unhooked(module) and ("forward" not in vars(module) or answers_by_few(module))
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether nothing else runs where a module does."""
     own = vars(module)
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
-    return not hooked and ("forward" not in own or answers_by_few(module))
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"])

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lit_spu.backbones import attention
-from lit_spu.backbones.cross_attention import apart, few, swapped, together, untouched, whole
+from lit_spu.backbones.cross_attention import apart, few, swapped, together, unhooked, untouched, whole
 from lit_spu.backbones.rms_norm import rms_norm
 
 
@@ -91,22 +91,6 @@ def _norm(norm: Any, hidden: Tensor) -> Tensor:
     return rms_norm(hidden, norm.weight, norm.variance_epsilon)
 
 
-def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x/√(mean(x²) + ε) and what x was multiplied with, [..., 1].
-
-    Numbers are factors of an operator where that can be: as an operand, each is a tensor to make and to convert.
-    """
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse = torch.addcmul(size.new_full((), epsilon), size, size, value=1 / x.shape[-1]).rsqrt_()
-    return x * inverse, inverse
-
-
-def _across(grad: Tensor, normed: Tensor) -> Tensor:
-    """The gradient of what is normed but for the factor, where that of the normed was."""
-    along = (grad * normed).sum(-1, keepdim=True)
-    return grad.addcmul_(normed, along, value=-1 / grad.shape[-1])
-
-
 class _Block:
     """A block's forward pass. Its parts are at hand: to ask modules for theirs takes as long as to run them."""
 
@@ -118,7 +102,7 @@ class _Block:
         self.widen = _Parts(widen, widen.DenseReluDense, "wi", "wo")
         self.parts = [part for part in block.modules() if part is not block]
         self.linears = [part for part in self.parts if isinstance(part, nn.Linear)]
-        self.made_of = [(dict(own["_modules"]), own.get("forward")) for own in map(vars, self.parts)]
+        self.made_of = [(dict(own_parts), forward) for own_parts, forward in self._standing()]
 
     def __call__(
         self,
@@ -152,10 +136,12 @@ class _Block:
 
     def _untouched(self) -> bool:
         """Whether the parts are still what they were when this was made, and nothing else runs there."""
-        each = list(map(vars, self.parts))
-        same = [(own["_modules"], own.get("forward")) for own in each] == self.made_of
-        hooked = any(own["_forward_hooks"] or own["_forward_pre_hooks"] for own in each)
-        return self.block.layer is self.layers and same and not hooked and all(map(whole, self.linears))
+        same = self.block.layer is self.layers and self._standing() == self.made_of
+        return same and all(map(unhooked, self.parts)) and all(map(whole, self.linears))
+
+    def _standing(self) -> list[tuple[dict[str, Any], Any]]:
+        """Each part's own parts, and the forward pass that stands in place of its class's."""
+        return [(own["_modules"], own.get("forward")) for own in map(vars, self.parts)]
 
 
 class _Parts:
@@ -226,7 +212,8 @@ class _Layer:
     """x + dropout(O inner(E (w ⊙ x/√(mean(x²) + ε)))) of x [batch · tokens, width].
 
     Of its weights, w is the first, O stands behind those whose rows are E, and the others are `inner`'s. w goes into E:
-    E diag(w) is smaller than the states.
+    E diag(w) is smaller than the states. Numbers are factors of an operator where that can be: as an operand, each is
+    a tensor to make and to convert.
     """
 
     inner: _Inner
@@ -238,7 +225,9 @@ class _Layer:
     def forward(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The new state, and what to keep."""
         norm, entry, exit, others = self._parts(weights)
-        normed, inverse = _normed(x, self.epsilon)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = torch.addcmul(size.new_full((), self.epsilon), size, size, value=1 / norm.numel()).rsqrt_()
+        normed = x * inverse
         written, left = self.inner.forward(normed @ (entry * norm).T, others)
         dropped = attention.dropping(x, self.dropout)
         out = torch.addmm(x, written, exit.T) if dropped is None else torch.addcmul(x, written @ exit.T, dropped)
@@ -259,7 +248,8 @@ class _Layer:
         of_scaled = of_entered.T @ normed  # the gradient of E diag(w)
         of_normed = of_entered @ (entry * norm)
         del of_entered
-        of_x = torch.addcmul(grad, _across(of_normed, normed), inverse)
+        along = (of_normed * normed).sum(-1, keepdim=True)
+        of_x = torch.addcmul(grad, of_normed.addcmul_(normed, along, value=-1 / norm.numel()), inverse)
         of_norm = (of_scaled * entry).sum(0)
         rows = [weight.shape[0] for weight in weights[1 : 1 + self.entries]]
         return of_x, [of_norm, *of_scaled.mul_(norm).split_with_sizes(rows), of_exit, *of_others]

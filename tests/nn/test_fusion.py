@@ -77,9 +77,8 @@ def test_dynamic_gates_each_example_by_its_real_tokens() -> None:
     fusion = Dynamic(STREAM, THREE, WIDTH).double()
     state, taps = tensors(3)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    torch.testing.assert_close(
-        fusion([*taps, ZERO], mask)(0, state), 0.5 * state + 0.5 * sum(taps) / 3
-    )  # it starts as `gated`
+    out = fusion([*taps, ZERO], mask)(0, state)
+    torch.testing.assert_close(out, 0.5 * state + 0.5 * sum(taps) / 3)  # it starts as `gated`
     torch.nn.init.normal_(fusion.pooled, std=3.0)
     out = fusion([*taps, ZERO], mask)(0, state)
     for row, real in enumerate((3, 5)):
