@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.data import random_texts
 from benchmarks.methods import CONFIGS, FORWARD, FULL, forward_pass
-from lit_spu.backbones.cache import TapCache
+from lit_spu.backbones.cache import ActivationCache
 from lit_spu.measure import interleave
-from lit_spu.methods.base import Method, TapReader
+from lit_spu.methods.base import HiddenStateReader, Method
 from lit_spu.study.grid import build
 from lit_spu.study.steps import training_step
 from lit_spu.tasks import Task
@@ -25,11 +25,11 @@ def epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size
     batches = list(random_texts(texts, batch_size, vocabulary=16))
     calls: dict[str, Callable[[], None]] = {}
 
-    def add(name: str, method: Method, cache: Callable[[], TapCache] | None = None) -> None:
+    def add(name: str, method: Method, cache: Callable[[], ActivationCache] | None = None) -> None:
         step, _ = training_step(method, batches[0])
 
         def epoch() -> None:
-            if cache is not None and isinstance(method, TapReader):
+            if cache is not None and isinstance(method, HiddenStateReader):
                 method.kept = cache()
             for batch in batches:
                 step(batch)
@@ -51,8 +51,8 @@ def epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size
         add(FULL, full)
         add("lst", made("lst"))
         fresh, filled, filed = (made("lst") for _ in range(3))
-        in_memory, in_files = TapCache(filled.backbone), TapCache(filed.backbone, Path(folder), "bf16")
-        add("lst, cached: first epoch", fresh, lambda: TapCache(fresh.backbone))
+        in_memory, in_files = ActivationCache(filled.backbone), ActivationCache(filed.backbone, Path(folder), "bf16")
+        add("lst, cached: first epoch", fresh, lambda: ActivationCache(fresh.backbone))
         add("lst, cached: later epochs", filled, lambda: in_memory)
         add("lst, cached in files, bf16: later epochs", filed, lambda: in_files)
         seconds = interleave(calls, rounds)

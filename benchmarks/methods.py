@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_spu.backbones.cache import TapCache
+from lit_spu.backbones.cache import ActivationCache
 from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
-from lit_spu.methods.base import Method, TapReader
+from lit_spu.methods.base import HiddenStateReader, Method
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
 from lit_spu.study.grid import build, method_configs
@@ -49,17 +49,17 @@ class Cost:
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full, recomputed": (FULL, {"activation_checkpointing": True}),
+    "full, recomputed": (FULL, {"gradient_checkpointing": True}),
     **{f"kladder, k={k}": ("kladder", {"k": k}) for k in (2, 3, 4)},
     "kladder, k=4, cross-attention": ("kladder", {"k": 4, "fusion": "cross_attention"}),
-    "lst, kept": ("lst", {"activation_checkpointing": False}),
-    "lst, cached": ("lst", {"tap_cache": "memory"}),
-    "kladder, cached": ("kladder", {"tap_cache": "memory"}),
+    "lst, kept": ("lst", {"gradient_checkpointing": False}),
+    "lst, cached": ("lst", {"activation_cache": "memory"}),
+    "kladder, cached": ("kladder", {"activation_cache": "memory"}),
     "mezo, rademacher": ("mezo", {"noise": "rademacher"}),
     "mezo, table": ("mezo", {"noise": "table"}),
     "mezo, gaussian": ("mezo", {"noise": "gaussian"}),
     "mezo, gaussian, seen rows": ("mezo", {"noise": "gaussian", "rows": "seen"}),
-    "mezo_side, cached": ("mezo_side", {"tap_cache": "memory"}),
+    "mezo_side, cached": ("mezo_side", {"activation_cache": "memory"}),
 }
 """Rows beyond the configs' own: the config, and what is set otherwise."""
 
@@ -102,7 +102,7 @@ def under_peft(method: Method) -> Method:
 
     twin = build(CONFIGS / f"{FULL}.yaml", backbone=method.backbone.name, task=method.task.name)
     twin.backbone.freeze()
-    adapters = {twin.backbone.path(adapter.site): adapter for adapter in method.adapters}
+    adapters = {twin.backbone.path(adapter.target): adapter for adapter in method.adapters}
     pairs = [adapter for adapter in adapters.values() if isinstance(adapter, LowRank)]
     learns = {name for name, p in method.backbone.named_parameters() if p.requires_grad}
     config: peft.PeftConfig
@@ -152,7 +152,7 @@ def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
 
     @torch.no_grad()
     def forward() -> None:
-        backbone.head(backbone.read(backbone.stem.run(backbone.inputs(batch)), batch))
+        backbone.head(backbone.read(backbone.base_model.run(backbone.inputs(batch)), batch))
 
     return forward
 
@@ -188,8 +188,8 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     allocated: dict[str, float] = {}
     for name, method in found.items():
         method.to(device)
-        if isinstance(method, TapReader) and method.tap_cache:
-            method.kept = TapCache(method.backbone)
+        if isinstance(method, HiddenStateReader) and method.activation_cache:
+            method.kept = ActivationCache(method.backbone)
         optimizers: list[torch.optim.Optimizer]
         if name == f"{MEZO} (published)":
             calls[name], optimizers = four_passes(method, batch), []

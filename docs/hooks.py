@@ -11,13 +11,13 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from lit_spu import discovery
+from lit_spu import registry
 from lit_spu.methods.base import Method
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
     cls.__module__.rpartition(".")[2]: cls
-    for cls in discovery.classes("lit_spu.methods")
+    for cls in registry.classes("lit_spu.methods")
     if issubclass(cls, Method) and not inspect.isabstract(cls)
 }
 
@@ -44,7 +44,7 @@ def settings(cls: type[Method]) -> str:
     """A table of the constructor's arguments, those of the method first, then those that all share."""
     rows = [
         f"| `{name}` | `{parameter.default!r}` | {argument(base, name).replace('|', chr(92) + '|')} |"
-        for name, (base, parameter) in discovery.settings(cls).items()
+        for name, (base, parameter) in registry.settings(cls).items()
     ]
     return "\n".join(("| setting | default | |", "|---|---|---|", *rows))
 

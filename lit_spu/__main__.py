@@ -49,13 +49,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(f"lit-spu {__version__}")
     elif given[0] in COMMANDS:
-        from lit_spu import commands
+        from lit_spu.cli import commands
 
         commands.run(given)
     else:
-        from lit_spu import cli
+        from lit_spu.cli import fit
 
-        cli.run(given)
+        fit.run(given)
 
 
 if __name__ == "__main__":

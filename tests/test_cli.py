@@ -19,11 +19,11 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import lit_spu
-from lit_spu import runs
 from lit_spu.__main__ import main
+from lit_spu.callbacks.predictions import Predictions
+from lit_spu.checkpoints import run_dir
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.predictions import Predictions
 from lit_spu.tasks import TASKS
 
 CHECKOUT = Path(__file__).parents[1]
@@ -287,19 +287,19 @@ def test_debug_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("placeholder", ["{tsk}", "{}", "{task"])
 def test_a_wrong_placeholder_is_named(placeholder: str) -> None:
     with pytest.raises(UserError, match="--run_dir"):
-        runs.directory(f"runs/{placeholder}", task="sst2", method="KLadder", seed=1)
+        run_dir.directory(f"runs/{placeholder}", task="sst2", method="KLadder", seed=1)
 
 
 def test_a_run_directory_is_never_used_twice(tmp_path: Path) -> None:
     names: dict[str, Any] = {"task": "rte", "method": "KLadder", "seed": 3}
     pattern = str(tmp_path / "{task}/{method}/{seed}/{time}")
-    first = runs.directory(pattern, **names)
+    first = run_dir.directory(pattern, **names)
     assert first.parent == tmp_path / "rte" / "KLadder" / "3"
-    assert runs.directory(pattern, **names) != first
+    assert run_dir.directory(pattern, **names) != first
     first.mkdir(parents=True)
     (first / "config.yaml").touch()
     with pytest.raises(UserError, match="holds a run already"):
-        runs.directory(str(first), **names)
+        run_dir.directory(str(first), **names)
 
 
 # -- the run directory -------------------------------------------------------------------------------------------------
@@ -557,7 +557,7 @@ def test_the_servers_form_spells_labels_as_the_official_files_do(
     task: str, prediction: float, line: str, tmp_path: Path
 ) -> None:
     description = TASKS[task]
-    scores = [0.0] * description.scores
+    scores = [0.0] * description.num_logits
     row = dict.fromkeys(description.fields, "text")
     files = [tmp_path / "out.tsv", tmp_path / "out.jsonl"]
     Predictions(files)._write("", [row, row], {1: (prediction, scores)}, description)

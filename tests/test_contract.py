@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lit_spu import discovery
+from lit_spu import registry
 from lit_spu.methods.base import Method
 from tests.conftest import encode
 from tests.ddp import run_both
@@ -18,7 +18,7 @@ from tests.runs import METHODS, fit, made
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [
-    cls for cls in discovery.classes("lit_spu.methods") if issubclass(cls, Method) and not inspect.isabstract(cls)
+    cls for cls in registry.classes("lit_spu.methods") if issubclass(cls, Method) and not inspect.isabstract(cls)
 ]
 FAMILIES = ("bert", "t5", "gpt2")
 

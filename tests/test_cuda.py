@@ -40,7 +40,7 @@ def learnt(method: Method, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["bert", "t5", "llama"])
 @pytest.mark.parametrize("config", METHODS)
 def test_a_step_is_that_of_the_cpu(tiny: Callable[[str], str], config: str, family: str) -> None:
-    settings = {"noise": "table", "epsilon": 1e-2, "tap_dropout": 0.0}  # the noise that is the same everywhere
+    settings = {"noise": "table", "epsilon": 1e-2, "hidden_state_dropout": 0.0}  # the noise that is the same everywhere
     found = []
     for device in (torch.device("cpu"), CUDA):
         method = made(config, tiny(family), **settings).to(device)

@@ -1,4 +1,4 @@
-"""The site: that it can be built, and what it takes from the code."""
+"""The target: that it can be built, and what it takes from the code."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_every_setting_of_every_method_is_explained(hooks: ModuleType) -> None:
 
 
 def test_a_methods_own_default_is_shown(hooks: ModuleType) -> None:
-    assert "| `activation_checkpointing` | `True` |" in hooks.settings(hooks.METHODS["side_lora"])
-    assert "| `activation_checkpointing` | `False` |" in hooks.settings(hooks.METHODS["full"])
+    assert "| `gradient_checkpointing` | `True` |" in hooks.settings(hooks.METHODS["side_lora"])
+    assert "| `gradient_checkpointing` | `False` |" in hooks.settings(hooks.METHODS["full"])
 
 
 @pytest.mark.slow
 def test_the_site_is_built(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--target-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "share_projections" in (tmp_path / "methods" / "kladder" / "index.html").read_text()

@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lit_spu import doctor
 from lit_spu.__main__ import main
+from lit_spu.cli import doctor
 
 DECLARED = [
     "torch>=2.8",

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import lit_spu
-from lit_spu import export, trained
 from lit_spu.__main__ import main
 from lit_spu.backbones import Backbone, load_backbone
+from lit_spu.checkpoints import trained_weights
 from lit_spu.errors import UserError
+from lit_spu.export import writers
 from lit_spu.methods.base import Method
 from lit_spu.methods.bitfit import BitFit
 from lit_spu.methods.full import FullFineTuning
@@ -50,7 +51,7 @@ def answers(answering: Method | Backbone, batch: dict[str, Tensor]) -> Tensor:
 
 MADE: dict[str, Callable[..., Method]] = {
     "lora": lambda **kw: LoRA(norms=True, **kw),
-    "siva": lambda **kw: LoRA(start="svd", rank=3, **kw),
+    "siva": lambda **kw: LoRA(init="svd", rank=3, **kw),
     "ia3": IA3,
 }
 
@@ -63,7 +64,7 @@ def test_peft_answers_the_same_and_back(tiny: Tiny, tmp_path: Path, family: str,
     method = disturbed(MADE[kind](backbone=tiny(family)))
     batch = encode(method.backbone)
     expected = answers(method, batch)
-    export.peft(method, tmp_path / "out")
+    writers.peft(method, tmp_path / "out")
     plain = load_backbone(tiny(family), method.task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft on its own settings
@@ -112,19 +113,19 @@ def test_a_folder_that_peft_wrote_is_a_start(tiny: Tiny, tmp_path: Path, stable:
         ({"roles": ("query", "value")}, "for those of the roles query, key, value, output, up, down"),
         ({"norms": False}, "trained encoder.layer.0"),
         ({"task": "trec"}, "Give the task and the settings of that run"),
-        ({"start": "svd"}, "give one of them"),
+        ({"init": "svd"}, "give one of them"),
         ({"adapter": "nowhere"}, "nowhere is no adapter folder"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
-    export.peft(disturbed(LoRA(norms=True, backbone=tiny("bert"))), tmp_path / "out")
+    writers.peft(disturbed(LoRA(norms=True, backbone=tiny("bert"))), tmp_path / "out")
     given = {"norms": True, "adapter": str(tmp_path / "out"), "backbone": tiny("bert"), **settings}
     with pytest.raises(UserError, match=re.escape(says).replace(r"trained\ encoder", r"trained\ \S*encoder")):
         LoRA(**given)
 
 
 def test_another_kind_of_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    export.peft(disturbed(IA3(backbone=tiny("bert"))), tmp_path / "out")
+    writers.peft(disturbed(IA3(backbone=tiny("bert"))), tmp_path / "out")
     with pytest.raises(UserError, match="holds IA3, where LORA is asked for"):
         LoRA(adapter=str(tmp_path / "out"), backbone=tiny("bert"))
 
@@ -139,9 +140,9 @@ def test_transformers_loads_what_was_merged(
     expected = answers(method, batch)
     if make is HeadOnly and family == "gpt2":  # the rows of the label words learn apart from the tied vocabulary
         with pytest.raises(UserError, match="HeadOnly trained weights that GPT2LMHeadModel does not have"):
-            export.merged(method, tmp_path / "out")
+            writers.merged(method, tmp_path / "out")
         return
-    export.merged(method, tmp_path / "out")
+    writers.merged(method, tmp_path / "out")
     torch.manual_seed(5)  # a head that is not loaded would be another one
     again = load_backbone(str(tmp_path / "out"), method.task)
     torch.testing.assert_close(answers(again, batch), expected, atol=2e-6, rtol=1e-5)
@@ -151,7 +152,7 @@ def test_transformers_loads_what_was_merged(
 
 def test_biases_that_the_model_has_not_are_not_merged_in_silence(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="BitFit trained weights that T5ForConditionalGeneration does not have"):
-        export.merged(BitFit(backbone=tiny("t5")), tmp_path / "out")
+        writers.merged(BitFit(backbone=tiny("t5")), tmp_path / "out")
 
 
 EVERY: tuple[Callable[..., Method], ...] = (LoRA, IA3, BitFit, HeadOnly, SideLoRA, KLadder)
@@ -164,9 +165,9 @@ def test_the_trained_weights_alone_come_back_to_the_bit(
 ) -> None:
     own = {"reduction": 2} if make is KLadder else {}
     method = disturbed(make(backbone=tiny(family), **own))
-    export.weights(method, tmp_path / "out")
+    writers.weights(method, tmp_path / "out")
     learned = sum(p.nbytes for p in method.parameters() if p.requires_grad)
-    assert (tmp_path / "out" / trained.WEIGHTS).stat().st_size < learned + 20_000
+    assert (tmp_path / "out" / trained_weights.WEIGHTS).stat().st_size < learned + 20_000
     again = lit_spu.load(tmp_path / "out")
     batch = encode(method.backbone)
     assert type(again) is type(method)
@@ -181,20 +182,22 @@ def test_weights_of_another_backbone_and_nonsense_are_refused(
     folder = tmp_path / "out"
     method = IA3(backbone=tiny("bert"))
     method.backbone.fingerprint = "0" * 16
-    export.weights(method, folder)
+    writers.weights(method, folder)
     with pytest.raises(UserError, match=rf"trained on the backbone '{tiny('bert')}' \(fingerprint 0000000000000000\)"):
         lit_spu.load(folder)
     method = IA3(backbone=tiny("bert"))
-    export.weights(method, folder)
-    tensors = load_file(folder / trained.WEIGHTS)
-    description = {"lit_spu": json.dumps({**trained.read(folder / trained.WEIGHTS), "state_dict": None})}
-    save_file({**tensors, "nonsense": torch.zeros(1)}, folder / trained.WEIGHTS, description)
+    writers.weights(method, folder)
+    tensors = load_file(folder / trained_weights.WEIGHTS)
+    description = {
+        "lit_spu": json.dumps({**trained_weights.read(folder / trained_weights.WEIGHTS), "state_dict": None})
+    }
+    save_file({**tensors, "nonsense": torch.zeros(1)}, folder / trained_weights.WEIGHTS, description)
     with pytest.raises(UserError, match="1 of the weights do not match"):
         lit_spu.load(folder)
-    save_file(tensors, folder / trained.WEIGHTS)
+    save_file(tensors, folder / trained_weights.WEIGHTS)
     with pytest.raises(UserError, match="was not written by lit-spu export"):
         lit_spu.load(folder)
-    (folder / trained.WEIGHTS).write_bytes(b"nothing")
+    (folder / trained_weights.WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(UserError, match="was not written by lit-spu export"):
         lit_spu.load(folder)
 
@@ -203,14 +206,14 @@ def test_weights_of_another_backbone_and_nonsense_are_refused(
 def test_what_peft_has_no_form_for_is_refused(tiny: Tiny, tmp_path: Path, make: Callable[..., Method]) -> None:
     own = {"reduction": 2} if make is KLadder else {}
     with pytest.raises(UserError, match=f"{make.__name__} has no form there"):
-        export.peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
+        writers.peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
 
 
 def test_what_was_trained_outside_of_the_model_does_not_get_lost(tiny: Tiny, tmp_path: Path) -> None:
     method = LoRA(backbone=tiny("t5"))
     method.backbone.untie_head()
     with pytest.raises(UserError, match="label words were trained by themselves"):
-        export.peft(method, tmp_path / "out")
+        writers.peft(method, tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # a run of two steps
@@ -255,7 +258,7 @@ def test_methods_loaded_together_hold_their_backbone_once(tiny: Tiny, tmp_path: 
         "ladder": KLadder(backbone=tiny("bert"), reduction=2),
     }
     for name, method in made.items():
-        export.weights(disturbed(method), tmp_path / name)
+        writers.weights(disturbed(method), tmp_path / name)
     expected = {name: answers(method, encode(method.backbone)) for name, method in made.items()}
     together = lit_spu.load_together({name: tmp_path / name for name in made})
     frozen = {p.data_ptr() for m in together.values() for p in m.backbone.parameters() if not p.requires_grad}
@@ -270,6 +273,6 @@ def test_methods_loaded_together_hold_their_backbone_once(tiny: Tiny, tmp_path: 
 
 def test_methods_of_different_backbones_are_not_loaded_together(tiny: Tiny, tmp_path: Path) -> None:
     for family in ("bert", "roberta"):
-        export.weights(IA3(backbone=tiny(family)), tmp_path / family)
+        writers.weights(IA3(backbone=tiny(family)), tmp_path / family)
     with pytest.raises(UserError, match=r"'roberta' .* which is not the same backbone"):
         lit_spu.load_together({family: tmp_path / family for family in ("bert", "roberta")})

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_spu.data.sample import corpus, generate
+from lit_spu.data.synthetic import corpus, generate
 from lit_spu.data.text import render
 from lit_spu.tasks import TASKS
 from tools import pretrain_mini

@@ -44,7 +44,7 @@ def test_the_probe_sees_heavy_imports() -> None:
 
 
 def test_the_quick_help_lists_the_real_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    from lit_spu.cli import SpuCLI
+    from lit_spu.cli.fit import SpuCLI
 
     assert set(SpuCLI.subcommands()) == set(SUBCOMMANDS)
     main(["--help"])
@@ -58,13 +58,13 @@ def test_the_quick_help_lists_the_real_subcommands(capsys: pytest.CaptureFixture
 
 
 def test_the_help_of_fit_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    from lit_spu import discovery
+    from lit_spu import registry
     from lit_spu.methods.base import Method
 
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = "".join(capsys.readouterr().out.split())
-    methods = [cls for cls in discovery.classes("lit_spu.methods") if issubclass(cls, Method)]
+    methods = [cls for cls in registry.classes("lit_spu.methods") if issubclass(cls, Method)]
     assert len(methods) > 1
     for cls in methods:
         assert inspect.isabstract(cls) or cls.__name__ in text

@@ -53,7 +53,7 @@ def test_a_task_of_ones_own_has_sane_defaults(tmp_path: Path) -> None:
     assert scored.metrics == ("pearson", "spearman")
     assert scored.label_words == ("low", "high")
     assert scored.labels == ()
-    assert scored.scores == 1
+    assert scored.num_logits == 1
 
 
 def test_numbers_may_be_labels(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_spu.data.sample import corpus
+from lit_spu.data.synthetic import corpus
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
 

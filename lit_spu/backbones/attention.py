@@ -70,7 +70,7 @@ def _attention(
     """What transformers calls: the context [batch, queries, heads, width] of [batch, heads, queries or keys, width]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if key.shape[1] > query.shape[1]:  # `Trunk.run_at`: all tokens' keys, taken for the heads of one
+    if key.shape[1] > query.shape[1]:  # `TransformerStacks.run_at`: all tokens' keys, taken for the heads of one
         key, value = (given.reshape(len(given), -1, *query.shape[1::2]).transpose(1, 2) for given in (key, value))
     fits = query.shape[-1] <= NARROW and query.shape[1] == key.shape[1]  # queries may share keys
     if query.device.type != "cpu" or not fits or (query.shape[2] == 1 and key.shape[2] > SHORT):

@@ -1,7 +1,7 @@
 """What a method may ask of a pretrained model, and no more.
 
-A `Trunk` runs the stacks of an unmodified Hugging Face model and lets a caller read each block's output or step in
-front of a block. A `Backbone` is a trunk with a head that gives `scores [batch, labels]` whatever the family. A side
+A `TransformerStacks` runs the stacks of an unmodified Hugging Face model and lets a caller read each block's output or
+step in front of a block. A `Backbone` is a trunk with a head that gives `scores [batch, labels]` whatever the family. A side
 network is a trunk too: the same architecture, narrower.
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_spu.backbones import attention
+from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.errors import UserError
-from lit_spu.fingerprint import fingerprint
 from lit_spu.tasks import Encoding, Format, Task
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ Enter = Callable[[int, int, Tensor], Tensor]
 STEPS: Mapping[str, Step] = {"first": lambda hidden: hidden[:, 0], "gelu": F.gelu, "relu": F.relu}
 
 
-class Site(NamedTuple):
+class TargetLinear(NamedTuple):
     """A linear of a block, or a part of a fused one: the outputs of its `slot`, of as many as `slots` equal ones.
 
-    What is put at a site is no part of the model, whose modules keep their names.
+    What is put at a target is no part of the model, whose modules keep their names.
     """
 
     path: str  # in the base model
@@ -94,7 +94,7 @@ class Stream(NamedTuple):
     attends_to: int | None
 
 
-class Taps(NamedTuple):
+class HiddenStates(NamedTuple):
     """What one stream computed: the first block's input and each block's output, [batch, tokens, width] each."""
 
     embeddings: Tensor
@@ -127,7 +127,7 @@ class Family:
     feed_forward: str = ""
     crosses: str = ""  # the module of a block by which its stream attends to the one below
     # the linears of a block by what they do, as patterns; `c_attn:1/3` is the second third of a fused one's outputs
-    sites: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
+    target_linears: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Placeholder(nn.Module):
@@ -138,7 +138,7 @@ class Placeholder(nn.Module):
         return next((a for a in given if a.dim() == 3 and a.is_floating_point()), torch.zeros(()))
 
 
-class Trunk:
+class TransformerStacks:
     """The stacks of a Hugging Face base model, run as they are."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -147,7 +147,9 @@ class Trunk:
         self.stacks = [list(model.get_submodule(path).children()) for path in family.stacks]
         last = len(self.stacks) - 1
         # by path: other libraries put modules of their own there
-        self._readers = [site.path for site in self.sites_of(last, len(self.stacks[last]) - 1, "key", "value")]
+        self._readers = [
+            target.path for target in self.block_target_linears(last, len(self.stacks[last]) - 1, "key", "value")
+        ]
         self._tapped = 0
         self.narrow: Callable[[Tensor], Tensor] | None = None
         """While `run_at` goes on: remembers all of what enters the last block, and gives it at the one position."""
@@ -183,41 +185,41 @@ class Trunk:
         """The modules in front of the blocks."""
         return [self.model.get_submodule(path) for path in self.family.embeddings if has(self.model, path)]
 
-    def sites(self, *roles: Role) -> list[Site]:
+    def target_linears(self, *roles: Role) -> list[TargetLinear]:
         """The linears of all blocks that play one of these roles, from the embeddings up, block by block.
 
         Raises:
             UserError: if the family has no linear for one of the roles.
         """
         found = [
-            site
+            target
             for stream, stack in enumerate(self.stacks)
             for number in range(len(stack))
-            for site in self.sites_of(stream, number, *roles)
+            for target in self.block_target_linears(stream, number, *roles)
         ]
-        if missing := set(roles) - {site.role for site in found}:
+        if missing := set(roles) - {target.role for target in found}:
             raise UserError(
                 f"The blocks of {self.model.config.model_type} have no linear for {', '.join(sorted(missing))}:"
-                " see `sites` of its Family in lit_spu/backbones/families.py."
+                " see `target_linears` of its Family in lit_spu/backbones/families.py."
             )
         return found
 
-    def sites_of(self, stream: int, number: int, *roles: Role) -> list[Site]:
+    def block_target_linears(self, stream: int, number: int, *roles: Role) -> list[TargetLinear]:
         """The linears of one block that play one of these roles, role by role."""
         block, path = self.stacks[stream][number], f"{self.family.stacks[stream]}.{number}"
         linears = {name: part for name, part in block.named_modules() if not list(part.children())}
         return [
-            Site(f"{path}.{name}", linear, role, slot, slots)
+            TargetLinear(f"{path}.{name}", linear, role, slot, slots)
             for role in roles
-            for pattern, slot, slots in map(_parts, self.family.sites.get(role, ()))
+            for pattern, slot, slots in map(_parts, self.family.target_linears.get(role, ()))
             for name, linear in linears.items()
             if fnmatchcase(name, pattern)
         ]
 
     @property
-    def all_sites(self) -> list[Site]:
+    def all_target_linears(self) -> list[TargetLinear]:
         """The linears of all blocks, whatever they do."""
-        return self.sites(*self.family.sites)
+        return self.target_linears(*self.family.target_linears)
 
     @property
     def norms(self) -> list[nn.Module]:
@@ -290,14 +292,14 @@ class Trunk:
             last = self.model.get_submodule(path)(last) if has(self.model, path) else last
         return last
 
-    def taps(self, inputs: Batch) -> tuple[Taps, ...]:
+    def taps(self, inputs: Batch) -> tuple[HiddenStates, ...]:
         """Run, and give what every block of every stream computed."""
         with self.tapped(inputs) as taps:
             self.run(inputs)
         return taps()
 
     @contextmanager
-    def tapped(self, inputs: Batch) -> Iterator[Callable[[], tuple[Taps, ...]]]:
+    def tapped(self, inputs: Batch) -> Iterator[Callable[[], tuple[HiddenStates, ...]]]:
         """Gives what every block of every stream has computed, once something runs the trunk on these inputs."""
         first: list[Tensor] = []
         outputs: list[list[Tensor]] = [[] for _ in self.stacks]
@@ -307,9 +309,9 @@ class Trunk:
                 first.append(state)
             return state
 
-        def taps() -> tuple[Taps, ...]:
+        def taps() -> tuple[HiddenStates, ...]:
             masks = [inputs.get("attention_mask"), *[None] * (len(first) - 1)]
-            return tuple(Taps(*tap) for tap in zip(first, map(tuple, outputs), masks, strict=True))
+            return tuple(HiddenStates(*tap) for tap in zip(first, map(tuple, outputs), masks, strict=True))
 
         with (
             self.entered(enter),
@@ -339,7 +341,7 @@ class Trunk:
         ):
             yield
 
-    def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> Trunk:
+    def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> TransformerStacks:
         """A new trunk of this architecture at 1/`reduction` of the width, with the `keep` blocks of each stream only.
 
         It has no embeddings: `inputs_like` gives it something to run on, and the caller puts the state in front of the
@@ -405,7 +407,7 @@ class Backbone(nn.Module, ABC):
         model: The Hugging Face model, unmodified and with its own parameter names.
         encoding: How the data module is to write examples for it.
         name: The name or folder that it was loaded from.
-        knows_answers: Whether its head was trained before, and not made anew for the task.
+        head_is_pretrained: Whether its head was trained before, and not made anew for the task.
     """
 
     words: Tensor
@@ -413,7 +415,7 @@ class Backbone(nn.Module, ABC):
     causal: ClassVar[bool]  # whether the last stream sees only what came before
     pairs: ClassVar[int] = 1  # a head's width is a multiple of this
     whole_words: ClassVar[bool] = False  # whether a label word must be one token
-    trunk_class: ClassVar[type[Trunk]] = Trunk
+    stacks_class: ClassVar[type[TransformerStacks]] = TransformerStacks
 
     def __init__(self, model: nn.Module, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
         super().__init__()
@@ -421,24 +423,24 @@ class Backbone(nn.Module, ABC):
         self.task = task
         self.encoding = encoding
         self.name = name
-        self.answers_by: Head = head
-        self.knows_answers = False
-        self.stem = self.trunk_class(base_of(model), family)
+        self.head_type: Head = head
+        self.head_is_pretrained = False
+        self.base_model = self.stacks_class(base_of(model), family)
         if not self.causal:
-            attention.install(self.stem.model)
+            attention.install(self.base_model.model)
         self.classifies = head == "classifier" and bool(family.classifier)
         self.steps = [STEPS.get(path) or model.get_submodule(path) for path in self.head_path]
         self.rows: nn.Parameter | None = None
         self.row_bias: nn.Parameter | None = None
         if not self.classifies:
             self.register_buffer("words", torch.tensor(self.word_ids(head)), persistent=False)
-        self.fingerprint = fingerprint(nn.ModuleList([*self.stem.embeddings, *self.blocks]).named_parameters())
+        self.fingerprint = fingerprint(nn.ModuleList([*self.base_model.embeddings, *self.blocks]).named_parameters())
         self.train()
 
     @property
     def head_path(self) -> tuple[str, ...]:
         """What the head does one after the other: modules of the model, and functions in `STEPS`."""
-        family = self.stem.family
+        family = self.base_model.family
         return family.classifier if self.classifies else family.vocabulary[:-1]
 
     @classmethod
@@ -463,26 +465,26 @@ class Backbone(nn.Module, ABC):
     @property
     def streams(self) -> tuple[Stream, ...]:
         """One entry a stack of blocks."""
-        return self.stem.streams
+        return self.base_model.streams
 
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks, from the embeddings up."""
-        return self.stem.blocks
+        return self.base_model.blocks
 
-    def sites(self, *roles: Role) -> list[Site]:
+    def target_linears(self, *roles: Role) -> list[TargetLinear]:
         """The linears of all blocks that play one of these roles, from the embeddings up."""
-        return self.stem.sites(*roles)
+        return self.base_model.target_linears(*roles)
 
-    def path(self, site: Site) -> str:
-        """A site's path in the whole model."""
-        above = "" if self.stem.model is self.model else f"{self.model.base_model_prefix}."
-        return above + site.path
+    def path(self, target: TargetLinear) -> str:
+        """A target's path in the whole model."""
+        above = "" if self.base_model.model is self.model else f"{self.model.base_model_prefix}."
+        return above + target.path
 
     @property
     def norms(self) -> list[nn.Module]:
         """The blocks' normalisation layers."""
-        return self.stem.norms
+        return self.base_model.norms
 
     def student(self, reduction: int, keep: Sequence[Sequence[int]]) -> Self:
         """A whole new model of this architecture, 1/`reduction` as wide, with the `keep` blocks of each stream only.
@@ -492,25 +494,25 @@ class Backbone(nn.Module, ABC):
         Raises:
             UserError: if the widths do not divide by `reduction`.
         """
-        model = type(self.model)(self.stem.narrowed(reduction, keep))
-        return type(self)(model, self.stem.family, self.task, self.answers_by, self.encoding, self.name)
+        model = type(self.model)(self.base_model.narrowed(reduction, keep))
+        return type(self)(model, self.base_model.family, self.task, self.head_type, self.encoding, self.name)
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores [batch, labels]."""
-        return self.head(self.read(self.stem.run_at(self.inputs(batch), self.position(batch)), batch))
+        return self.head(self.read(self.base_model.run_at(self.inputs(batch), self.position(batch)), batch))
 
-    def trunk(self, batch: Batch) -> tuple[Taps, ...]:
+    def trunk(self, batch: Batch) -> tuple[HiddenStates, ...]:
         """What every block computed, per stream."""
-        return self.stem.taps(self.inputs(batch))
+        return self.base_model.taps(self.inputs(batch))
 
-    def scores(self, taps: Sequence[Taps], batch: Batch) -> Tensor:
+    def scores(self, taps: Sequence[HiddenStates], batch: Batch) -> Tensor:
         """Scores [batch, labels] from what every block computed."""
-        return self.head(self.read(self.stem.finish(taps[-1].blocks[-1]), batch))
+        return self.head(self.read(self.base_model.finish(taps[-1].blocks[-1]), batch))
 
     def read(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The one state [batch, any width] that the head reads of the last stream's [batch, tokens, any width].
 
-        Where there is one token alone, as behind `Trunk.run_at`, that is the one.
+        Where there is one token alone, as behind `TransformerStacks.run_at`, that is the one.
         """
         state = (hidden if hidden.shape[1] == 1 else at(hidden, self.position(batch)))[:, 0]
         return at_least_fp32(state)  # as heads are, where the blocks are not
@@ -559,10 +561,10 @@ class Backbone(nn.Module, ABC):
             self._quantise()
         if precision == "bf16":
             head = set(self.head_modules.parameters())
-            for parameter in self.stem.model.parameters():
+            for parameter in self.base_model.model.parameters():
                 if parameter not in head:
                     parameter.data = parameter.data.bfloat16()
-            for module in self.stem.model.modules():  # a BERT runs its pooler by itself, too
+            for module in self.base_model.model.modules():  # a BERT runs its pooler by itself, too
                 if module in self.steps:
                     _in_fp32(module)
 
@@ -571,13 +573,13 @@ class Backbone(nn.Module, ABC):
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
             raise UserError("model.backbone_precision=int8 needs torchao: pip install 'lit-spu[int8]'.") from error
-        linears = {site.linear for site in self.stem.all_sites}
+        linears = {target.linear for target in self.base_model.all_target_linears}
         if any(not isinstance(linear, nn.Linear) for linear in linears):
             raise UserError(
                 f"model.backbone_precision=int8: torchao quantises nn.Linear only, which a"
-                f" {self.stem.model.config.model_type} does not have. Use bf16."
+                f" {self.base_model.model.config.model_type} does not have. Use bf16."
             )
-        quantize_(self.stem.model, Int8WeightOnlyConfig(), filter_fn=lambda module, _: module in linears)
+        quantize_(self.base_model.model, Int8WeightOnlyConfig(), filter_fn=lambda module, _: module in linears)
 
     def unfreeze(self, module: nn.Module) -> None:
         """Train a module of a frozen backbone after all, in fp32."""
@@ -606,9 +608,9 @@ class Backbone(nn.Module, ABC):
         """Training mode where something learns; what is frozen stays in evaluation mode, without dropout."""
         super().train(False)
         self.training = self.model.training = mode
-        if mode and any(p.requires_grad for p in self.stem.model.parameters()):
-            self.stem.model.train()
-            for part in (*self.stem.embeddings, *self.blocks):
+        if mode and any(p.requires_grad for p in self.base_model.model.parameters()):
+            self.base_model.model.train()
+            for part in (*self.base_model.embeddings, *self.blocks):
                 part.train(any(p.requires_grad for p in part.parameters()))
         self.head_modules.train(mode and self.head_learns)
         return self
@@ -626,7 +628,7 @@ class Backbone(nn.Module, ABC):
     @property
     def width(self) -> int:
         """Width of the hidden states that the head reads."""
-        return self.stem.output_width
+        return self.base_model.output_width
 
     # -- label words ------------------------------------------------------------------------------------------------
 
@@ -634,7 +636,7 @@ class Backbone(nn.Module, ABC):
         """The label words' rows of the vocabulary's linear, in fp32 at least: weight [labels, width], bias [labels]."""
         if self.rows is not None:
             return self.rows, self.row_bias
-        linear = self.model.get_submodule(self.stem.family.vocabulary[-1])
+        linear = self.model.get_submodule(self.base_model.family.vocabulary[-1])
         bias = None if linear.bias is None else at_least_fp32(linear.bias[self.words])
         return at_least_fp32(linear.weight[self.words]), bias
 
@@ -663,7 +665,7 @@ class Backbone(nn.Module, ABC):
             f"The label words of {self.task.name} cannot answer in {self.name}, where each must be a known token of its"
             f" own{'' if self.whole_words else ', or start with one'}: {'; '.join(spelled)}."
             " Give other label_words in the task's YAML file"
-            f"{', or use --model.head=classifier' if self.stem.family.classifier else ''}."
+            f"{', or use --model.head=classifier' if self.base_model.family.classifier else ''}."
         )
 
 

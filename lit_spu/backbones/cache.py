@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lit_spu.backbones.base import Backbone, Batch, Precision, Taps
+from lit_spu.backbones.base import Backbone, Batch, HiddenStates, Precision
 from lit_spu.errors import UserError
 
 Record = np.ndarray[Any, np.dtype[np.uint8]]
@@ -140,7 +140,7 @@ class Plan:
     nbytes: int
 
 
-class TapCache:
+class ActivationCache:
     """`Backbone.trunk` that computes no text twice.
 
     Args:
@@ -154,10 +154,10 @@ class TapCache:
         self.backbone = backbone
         self.stored = _STORED[precision]
         self.shapes = [(stream.depth + 1, stream.width) for stream in backbone.streams]
-        self.dtype = next(backbone.stem.embeddings[0].parameters()).dtype
+        self.dtype = next(backbone.base_model.embeddings[0].parameters()).dtype
         self.store: Store = InMemory() if folder is None else InFiles(folder / f"{_digest(backbone)}-{precision}")
 
-    def __call__(self, batch: Batch) -> tuple[Taps, ...]:
+    def __call__(self, batch: Batch) -> tuple[HiddenStates, ...]:
         """What every block computed, per stream; zeros where a text is padded."""
         inputs = self.backbone.inputs(batch)
         tokens = self._tokens(inputs)
@@ -198,10 +198,10 @@ class TapCache:
                 if kind.itemsize < size
             ]
             raise UserError(
-                f"model.tap_cache: what the backbone computes for {plan.new:,} texts takes {need / _MIB:,.0f} MiB, and"
-                f" {self.store} has room for {free / _MIB:,.0f}. Give"
+                f"model.activation_cache: what the backbone computes for {plan.new:,} texts takes"
+                f" {need / _MIB:,.0f} MiB, and {self.store} has room for {free / _MIB:,.0f}. Give"
                 f" {', '.join([*less, 'another folder', 'fewer texts (--data.limit_train)'])} or"
-                " --model.tap_cache=null."
+                " --model.activation_cache=null."
             )
         return plan
 
@@ -218,12 +218,12 @@ class TapCache:
         if (mask := inputs.get("attention_mask")) is not None:
             if bool((mask[:, 1:] > mask[:, :-1]).any()):
                 raise UserError(
-                    "model.tap_cache wants texts that are padded on the right: set it to null for these data."
+                    "model.activation_cache wants texts that are padded on the right: set it to null for these data."
                 )
             counts[0] = mask.sum(1).cpu()
         return counts
 
-    def _keep(self, taps: Sequence[Taps], tokens: Sequence[Tensor], rows: Mapping[bytes, int]) -> None:
+    def _keep(self, taps: Sequence[HiddenStates], tokens: Sequence[Tensor], rows: Mapping[bytes, int]) -> None:
         parts: dict[bytes, list[Record]] = {key: [] for key in rows}
         for tap, counts in zip(taps, tokens, strict=True):
             numbers = torch.stack([tap.embeddings, *tap.blocks])
@@ -242,13 +242,13 @@ class TapCache:
             self.store.add({key: np.concatenate(part) for key, part in parts.items()})
         except OSError as error:
             raise UserError(
-                f"model.tap_cache: {self.store} cannot be written ({error}). Give another folder, or"
-                " --model.tap_cache=null."
+                f"model.activation_cache: {self.store} cannot be written ({error}). Give another folder, or"
+                " --model.activation_cache=null."
             ) from error
 
     def _read(
         self, records: Sequence[Record], tokens: Sequence[Tensor], inputs: Mapping[str, Tensor]
-    ) -> tuple[Taps, ...]:
+    ) -> tuple[HiddenStates, ...]:
         left = list(records)
 
         def take(row: int, like: Any, *shape: int) -> Any:
@@ -272,7 +272,7 @@ class TapCache:
                 numbers if scales is None else (block * scale for block, scale in zip(numbers, scales, strict=True))
             )
             first, *others = (state.to(inputs["input_ids"].device, self.dtype) for state in states)
-            taps.append(Taps(first, tuple(others), None if stream else inputs.get("attention_mask")))
+            taps.append(HiddenStates(first, tuple(others), None if stream else inputs.get("attention_mask")))
         return tuple(taps)
 
 
@@ -288,7 +288,7 @@ def _keys(inputs: Mapping[str, Tensor], tokens: Tensor) -> list[bytes]:
 
 def _digest(backbone: Backbone) -> str:
     """All that decides what a frozen backbone computes for a text: weights to the last bit, settings, and what runs."""
-    model, digest = backbone.stem.model, sha256()
+    model, digest = backbone.base_model.model, sha256()
     config = {
         name: value
         for name, value in model.config.to_diff_dict().items()

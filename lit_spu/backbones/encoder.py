@@ -32,7 +32,7 @@ class Encoder(Backbone):
     @cached_property
     def accepted(self) -> list[str]:
         """What of a batch the model reads; not all know token types."""
-        known = inspect.signature(self.stem.model.forward).parameters
+        known = inspect.signature(self.base_model.model.forward).parameters
         return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
 
     def answer(self, batch: Batch) -> Tensor:

@@ -29,7 +29,7 @@ _BERT = Family(
     vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
     unused=("pooler",),
     feed_forward="intermediate",
-    sites={
+    target_linears={
         "query": ("attention.self.query",),
         "key": ("attention.self.key",),
         "value": ("attention.self.value",),
@@ -47,7 +47,7 @@ _LLAMA = Family(
     after=("norm",),
     vocabulary=("lm_head",),
     feed_forward="mlp",
-    sites={
+    target_linears={
         "query": ("self_attn.q_proj",),
         "key": ("self_attn.k_proj",),
         "value": ("self_attn.v_proj",),
@@ -68,7 +68,7 @@ FAMILIES: Mapping[str, Family] = {
         classifier=("first", "pre_classifier", "relu", "dropout", "classifier"),
         vocabulary=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
         feed_forward="ffn",
-        sites={
+        target_linears={
             "query": ("attention.q_lin",),
             "key": ("attention.k_lin",),
             "value": ("attention.v_lin",),
@@ -96,8 +96,8 @@ FAMILIES: Mapping[str, Family] = {
         widths=("hidden_size", "intermediate_size", "pooler_hidden_size"),
         classifier=("pooler", "dropout", "classifier"),
         unused=(),
-        sites={
-            **_BERT.sites,
+        target_linears={
+            **_BERT.target_linears,
             "query": ("attention.self.query_proj",),
             "key": ("attention.self.key_proj",),
             "value": ("attention.self.value_proj",),
@@ -113,7 +113,7 @@ FAMILIES: Mapping[str, Family] = {
         after=("decoder.final_layer_norm", "decoder.dropout"),
         vocabulary=("lm_head",),
         crosses="layer.1.EncDecAttention",
-        sites={
+        target_linears={
             "query": ("layer.?.*Attention.q",),
             "key": ("layer.?.*Attention.k",),
             "value": ("layer.?.*Attention.v",),
@@ -131,7 +131,7 @@ FAMILIES: Mapping[str, Family] = {
         after=("ln_f",),
         vocabulary=("lm_head",),
         feed_forward="mlp",
-        sites={
+        target_linears={
             "query": ("attn.c_attn:0/3",),
             "key": ("attn.c_attn:1/3",),
             "value": ("attn.c_attn:2/3",),
@@ -148,7 +148,7 @@ FAMILIES: Mapping[str, Family] = {
         output="word_embed_proj_dim",
         after=("decoder.final_layer_norm", "decoder.project_out"),
         vocabulary=("lm_head",),
-        sites={
+        target_linears={
             "query": ("self_attn.q_proj",),
             "key": ("self_attn.k_proj",),
             "value": ("self_attn.v_proj",),
@@ -178,7 +178,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     if family is None:
         raise UserError(
             f"model.backbone: {name!r} is of the family {config.model_type!r}, which has no Family record. Give it one"
-            " in lit_spu/backbones/families.py (block lists, embeddings, widths, head and sites), as for"
+            " in lit_spu/backbones/families.py (block lists, embeddings, widths, head and target linears), as for"
             f" {', '.join(FAMILIES)}."
         )
     if tokenizer.pad_token is None:
@@ -188,7 +188,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     room = positions and positions - family.reserved
     model, knows = load_model(source, name, family, task, head, local)
     backbone = family.shape(model, family, task, head, Encoding(tokenizer, form, mask, room), name)
-    backbone.knows_answers = knows
+    backbone.head_is_pretrained = knows
     return backbone
 
 
@@ -223,7 +223,7 @@ def load_model(source: str, name: str, family: Family, task: Task, head: Head, l
     classifies = head == "classifier" and bool(family.classifier)
     kind = "SequenceClassification" if classifies else family.shape.language_model
     auto = getattr(transformers, f"AutoModelFor{kind}")
-    options: dict[str, Any] = {"num_labels": task.scores} if classifies else {}
+    options: dict[str, Any] = {"num_labels": task.num_logits} if classifies else {}
     if isinstance(torch.empty(0), FakeTensor):
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, **options)
         config.use_cache = False

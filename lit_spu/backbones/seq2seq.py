@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_spu.backbones import t5_layers
-from lit_spu.backbones.base import Backbone, Batch, Head, Taps, Trunk, instead
+from lit_spu.backbones.base import Backbone, Batch, Head, HiddenStates, TransformerStacks, instead
 from lit_spu.backbones.cross_attention import answers_by_few, by_few
 from lit_spu.tasks import Format
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 SENTINEL = "<extra_id_0>"  # the blank of span corruption, in a text and in front of what fills it
 
 
-class Seq2SeqTrunk(Trunk):
+class Seq2SeqStacks(TransformerStacks):
     """Two streams; the second attends to the first, without its keys and values where its own tokens are few."""
 
-    def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> Trunk:
+    def shrunk(self, reduction: int, keep: Sequence[Sequence[int]]) -> TransformerStacks:
         trunk = super().shrunk(reduction, keep)
         for block in trunk.stacks[-1]:  # here for good, for nobody else runs it
             attention = block.get_submodule(trunk.family.crosses)
@@ -36,7 +36,7 @@ class Seq2SeqTrunk(Trunk):
         with self._by_few():
             return super().run_at(inputs, position)
 
-    def taps(self, inputs: Batch) -> tuple[Taps, ...]:
+    def taps(self, inputs: Batch) -> tuple[HiddenStates, ...]:
         with self._by_few():
             return super().taps(inputs)
 
@@ -72,7 +72,7 @@ class Seq2Seq(Backbone):
 
     language_model = "Seq2SeqLM"
     causal = True
-    trunk_class = Seq2SeqTrunk
+    stacks_class = Seq2SeqStacks
     prefix: Tensor
 
     @classmethod

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from lit_spu.callbacks.policies import Policy
 from lit_spu.errors import UserError
 from lit_spu.nn.bypass import bypassed
-from lit_spu.policies import Policy
 
 
 class SelectiveUpdate(Callback):
@@ -26,7 +26,7 @@ class SelectiveUpdate(Callback):
     Compare each policy with `Random` at its rate, and with plain training for as many backward passes.
 
     Args:
-        policy: Who chooses, with its settings: a class of `lit_spu.policies`.
+        policy: Who chooses, with its settings: a class of `lit_spu.callbacks.policies`.
         otherwise: What a step is that is not whole: nothing, or an update of the biases alone.
         depth: The biases are those of the blocks from this one up (0 is the lowest) and of the head: below, nothing is
             stored for the backward pass.
@@ -96,7 +96,7 @@ class SelectiveUpdate(Callback):
         whole = self.policy.chooses(number, batch)
         loss: Tensor | None = None
         if whole or self.otherwise == "biases":
-            blocks = pl_module.backbone.stem.stacks[0]  # a decoder's lead the gradient to the encoder
+            blocks = pl_module.backbone.base_model.stacks[0]  # a decoder's lead the gradient to the encoder
             around = self.policy.passes(number, len(blocks))
             for passed in around:
                 self._partial.enter_context(bypassed(blocks[passed]))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_spu.data.sample import generate
+from lit_spu.data.synthetic import generate
 from lit_spu.errors import UserError
 from lit_spu.tasks import Files, Split, Task
 
@@ -64,7 +64,7 @@ def few_shot(task: Task, rows: Sequence[Row], shots: int, seed: int) -> dict[str
     by_label: dict[int, list[int]] = {}
     for i in Random(seed).sample(range(len(rows)), len(rows)):
         by_label.setdefault(0 if task.regression else rows[i]["label"], []).append(i)
-    for label in range(task.scores):
+    for label in range(task.num_logits):
         if (found := len(by_label.get(label, ()))) < 2 * shots:
             name = "" if task.regression else f" labelled {task.labels[label]!r}"
             raise UserError(

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.profiler import record_function
 
-from lit_spu.backbones import Batch, Head, Precision, Taps, load_backbone
-from lit_spu.backbones.cache import TapCache
+from lit_spu.backbones import Batch, Head, HiddenStates, Precision, load_backbone
+from lit_spu.backbones.cache import ActivationCache
 from lit_spu.errors import UserError
-from lit_spu.metrics import task_metrics
 from lit_spu.nn.adapter import Adapter
 from lit_spu.optim import schedules
 from lit_spu.tasks import Encoding, load_task
+from lit_spu.tasks.metrics import task_metrics
 
 
 class Method(LightningModule, ABC):
@@ -38,7 +38,7 @@ class Method(LightningModule, ABC):
         optimizer: AdamW, or Adafactor with its step scaled by each weight's size.
         weight_decay: Decoupled weight decay of the matrices; biases and norms have none.
         warmup: Share of all steps over which the learning rate rises, before it falls to zero linearly.
-        activation_checkpointing: Recompute the blocks that train in the backward pass rather than store what they keep.
+        gradient_checkpointing: Recompute the blocks that train in the backward pass rather than store what they keep.
 
     Raises:
         UserError: if the backbone or the task cannot be had, or do not fit each other.
@@ -56,15 +56,15 @@ class Method(LightningModule, ABC):
         optimizer: Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
-        activation_checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.warmup, self.optimizer = lr, weight_decay, warmup, optimizer
         self.task = load_task(task)
         self.backbone = load_backbone(backbone, self.task, head)
-        if activation_checkpointing:
-            self.backbone.stem.recompute()
+        if gradient_checkpointing:
+            self.backbone.base_model.recompute()
         self.metrics: dict[str, Any] = {}
         self.total_steps: int | None = None
         self.seed = 0
@@ -219,11 +219,11 @@ class Method(LightningModule, ABC):
 
         What learns at a block's linears is among its own. The head, and what stands beside the backbone, is not there.
         """
-        stem, adapters = self.backbone.stem, self.adapters
+        stem, adapters = self.backbone.base_model, self.adapters
         found = [[parameter for part in stem.embeddings for parameter in part.parameters()]]
         for block in stem.blocks:
             inside = set(block.modules())
-            at = (adapter for adapter in adapters if adapter.site.linear in inside)
+            at = (adapter for adapter in adapters if adapter.target.linear in inside)
             found.append([*block.parameters(), *(parameter for one in at for parameter in one.parameters())])
         return found
 
@@ -317,12 +317,12 @@ class FrozenBackbone(Method):
         self.backbone.freeze(backbone_precision)
 
 
-class TapReader(FrozenBackbone):
+class HiddenStateReader(FrozenBackbone):
     """A way to fine-tune that reads what the blocks of the frozen backbone put out.
 
     Args:
-        tap_cache: Run the backbone once for each text, and keep what its blocks put out while training: in `memory`, or
-            in files in this folder, which all runs share. A step on texts that are kept takes about a tenth of a
+        activation_cache: Run the backbone once for each text, and keep what its blocks put out while training: in
+            `memory`, or in files in this folder, which all runs share. A step on texts that are kept takes about a tenth of a
             forward pass. How much it takes is told before anything is kept.
         cache_precision: What it is kept in: as it is, or in a half or a quarter of that.
 
@@ -331,15 +331,15 @@ class TapReader(FrozenBackbone):
     """
 
     @abstractmethod
-    def __init__(self, tap_cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
+    def __init__(self, activation_cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.tap_cache, self.cache_precision = tap_cache, cache_precision
-        self.kept: Callable[[Batch], tuple[Taps, ...]] | None = None
+        self.activation_cache, self.cache_precision = activation_cache, cache_precision
+        self.kept: Callable[[Batch], tuple[HiddenStates, ...]] | None = None
 
     def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
         """Begin a new training run; `examples` draws so many of the training examples, each in a batch of its own."""
 
-    def taps(self, batch: Batch) -> tuple[Taps, ...]:
+    def taps(self, batch: Batch) -> tuple[HiddenStates, ...]:
         """What every block of the backbone computed, per stream."""
         with torch.no_grad(), record_function("backbone"):
             return self.kept(batch) if self.kept else self.backbone.trunk(batch)
@@ -348,11 +348,11 @@ class TapReader(FrozenBackbone):
         super().on_fit_start()
         if not self.trainer.ckpt_path:
             self.prepare(self._examples)
-        if self.tap_cache is None:
+        if self.activation_cache is None:
             return
-        folder = None if self.tap_cache == "memory" else Path(self.tap_cache)
+        folder = None if self.activation_cache == "memory" else Path(self.activation_cache)
         with self.trainer.precision_plugin.forward_context():  # which decides what the backbone computes, too
-            self.kept = cache = TapCache(self.backbone, folder, self.cache_precision)
+            self.kept = cache = ActivationCache(self.backbone, folder, self.cache_precision)
         texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
         if texts is None:
             rank_zero_info(f"Cache in {cache.store}: how much it will take, these data do not tell.")
@@ -367,7 +367,7 @@ class TapReader(FrozenBackbone):
         draw = getattr(getattr(self.trainer, "datamodule", None), "draw", None)
         if draw is None:
             raise UserError(
-                "model.start=fisher draws examples from lit_spu's GLUE data: train on these, or use magnitude."
+                "model.init=fisher draws examples from lit_spu's GLUE data: train on these, or use magnitude."
             )
         yield from map(self.trainer.strategy.batch_to_device, draw(count))
 

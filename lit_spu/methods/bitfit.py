@@ -19,7 +19,7 @@ class BitFit(Method):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.backbone.freeze()
-        for part in (*self.backbone.stem.embeddings, *self.backbone.blocks):
+        for part in (*self.backbone.base_model.embeddings, *self.backbone.blocks):
             for module in part.modules():
                 if isinstance(module, nn.Linear) and module.bias is None:
                     module.bias = nn.Parameter(torch.zeros(module.out_features))

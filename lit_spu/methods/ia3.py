@@ -10,7 +10,7 @@ from lit_spu.backbones import Role
 from lit_spu.errors import UserError
 from lit_spu.methods.base import FrozenBackbone
 from lit_spu.nn import peft_format
-from lit_spu.nn.adapter import by_site
+from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.ia3 import Scale
 
 
@@ -40,8 +40,8 @@ class IA3(FrozenBackbone):
                 f"model.outputs={list(outputs)}, model.inputs={list(inputs)}: give each role to one of them, and at"
                 " least one role."
             )
-        sites = self.backbone.sites(*outputs, *inputs)
-        self.scales = by_site(Scale(site, inputs=site.role in inputs).attach() for site in sites)
+        targets = self.backbone.target_linears(*outputs, *inputs)
+        self.scales = adapter_dict(Scale(target, inputs=target.role in inputs).attach() for target in targets)
         if adapter:
             peft_format.read(self.backbone, self.adapters, Path(adapter))
             self.hparams["adapter"] = None  # a checkpoint holds what was trained; the folder may be gone

@@ -22,7 +22,7 @@ class KLadder(LadderSideTuning):
         k: Radius of the windows; 0 reads one block, as LST does.
         fusion: How a window's taps join the side state: LST's gate on their learned mean, their plain sum, a gate of
             each example's own, attention of each token over its own taps, or over all tokens of all of them.
-        tap_dropout: Share of the taps that are left out in training, each whole, for each example by itself.
+        hidden_state_dropout: Share of the taps that are left out in training, each whole, for each example by itself.
         share_projections: One down-projection a block for all windows, instead of one for every slot of every rung.
     """
 
@@ -30,14 +30,14 @@ class KLadder(LadderSideTuning):
         self,
         k: int = 1,
         fusion: Literal["gated", "additive", "dynamic", "attention", "cross_attention"] = "gated",
-        tap_dropout: float = 0.0,
+        hidden_state_dropout: float = 0.0,
         share_projections: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if k < 0:
             raise UserError(f"model.k={k} is the radius of the windows: give 0 (LST) or more.")
-        if not 0 <= tap_dropout < 1:
-            raise UserError(f"model.tap_dropout={tap_dropout}: give a share from 0 to less than 1.")
+        if not 0 <= hidden_state_dropout < 1:
+            raise UserError(f"model.hidden_state_dropout={hidden_state_dropout}: give a share from 0 to less than 1.")
         how = getattr(fusions, fusion.title().replace("_", ""))
-        self.side.climb(partial(Ladder, fusion=how, radius=k, shared=share_projections, dropout=tap_dropout))
+        self.side.climb(partial(Ladder, fusion=how, radius=k, shared=share_projections, dropout=hidden_state_dropout))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lit_spu.backbones import Role, Site
+from lit_spu.backbones import Role, TargetLinear
 from lit_spu.errors import UserError
 from lit_spu.methods.base import FrozenBackbone
 from lit_spu.nn import peft_format
-from lit_spu.nn.adapter import by_site
+from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.lora import LowRank
 
 
@@ -25,7 +25,7 @@ class LoRA(FrozenBackbone):
         norms: Train the blocks' normalisation layers as well.
         rank_stabilised: Scale by α/√r, so that the size of a step does not fall with the rank
             (https://arxiv.org/abs/2312.03732).
-        start: B = 0, or SiVA's: B·A are the top singular vectors of W, and the rest of W is frozen. Either way the
+        init: B = 0, or SiVA's: B·A are the top singular vectors of W, and the rest of W is frozen. Either way the
             backbone's answers are what they were at the start.
         adapter: A folder of the peft library's to start from, with the same rank, scale and linears.
 
@@ -41,24 +41,24 @@ class LoRA(FrozenBackbone):
         roles: Sequence[Role] = get_args(Role),
         norms: bool = False,
         rank_stabilised: bool = False,
-        start: Literal["zero", "svd"] = "zero",
+        init: Literal["zero", "svd"] = "zero",
         adapter: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        sites = self.backbone.sites(*roles)
+        targets = self.backbone.target_linears(*roles)
 
-        def pair(site: Site) -> LowRank:
-            made = LowRank(site, rank, alpha, dropout, rank_stabilised).attach()
-            if start == "svd":
+        def pair(target: TargetLinear) -> LowRank:
+            made = LowRank(target, rank, alpha, dropout, rank_stabilised).attach()
+            if init == "svd":
                 made.take_top()
             return made
 
-        self.pairs = by_site(map(pair, sites))
+        self.pairs = adapter_dict(map(pair, targets))
         for norm in self.backbone.norms if norms else ():
             self.backbone.unfreeze(norm)
-        if adapter and start == "svd":
-            raise UserError(f"model.adapter={adapter} gives a start, and model.start=svd another: give one of them.")
+        if adapter and init == "svd":
+            raise UserError(f"model.adapter={adapter} gives a start, and model.init=svd another: give one of them.")
         if adapter:
             peft_format.read(self.backbone, self.adapters, Path(adapter))
             self.hparams["adapter"] = None  # a checkpoint holds what was trained; the folder may be gone

@@ -17,8 +17,8 @@ from torch import Tensor
 from lit_spu.backbones import Batch
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
+from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
-from lit_spu.teacher import Teacher
 
 NOTHING = 1e-6
 """A distance below is none: what rounding leaves of it may be less than 0, or divided by as much."""

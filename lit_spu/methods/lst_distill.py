@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from lit_spu.backbones import Batch, Taps
+from lit_spu.backbones import Batch, HiddenStates
 from lit_spu.errors import UserError
-from lit_spu.methods.base import TapReader
+from lit_spu.methods.base import HiddenStateReader
 from lit_spu.nn import distances, pruning
 from lit_spu.nn.ladder import kept_blocks
 
 
-class LSTDistillation(TapReader):
+class LSTDistillation(HiddenStateReader):
     """Train a narrow student by the task, and by what its frozen teacher computes and answers.
 
     loss = task + λ·mean_i dist(s_i, D_i h_i) + μ·T²·KL(scores), with s_i and h_i the outputs of the student's and the
@@ -32,10 +32,10 @@ class LSTDistillation(TapReader):
     Args:
         reduction: The backbone's width over the student's (r).
         drop_layers: Blocks of the teacher for which the student has none, in every stack; 0 is the lowest.
-        start: The student's weights: the teacher's, of which the greatest 1/r of each width is kept, or random. D then
+        init: The student's weights: the teacher's, of which the greatest 1/r of each width is kept, or random. D then
             picks the coordinates that are kept, or is random, too.
-        states_weight: λ.
-        scores_weight: μ. The teacher must know the task: a prompt, or a fine-tuned classifier as `backbone`.
+        hidden_states_weight: λ.
+        logits_weight: μ. The teacher must know the task: a prompt, or a fine-tuned classifier as `backbone`.
         temperature: T.
         distance: Of states: the squared error over the teacher's variance, the cosine, or how the relations of the
             tokens to each other diverge, which needs no D.
@@ -50,32 +50,39 @@ class LSTDistillation(TapReader):
         self,
         reduction: int = 4,
         drop_layers: Sequence[int] = (),
-        start: Literal["magnitude", "random"] = "magnitude",
-        states_weight: float = 1.0,
-        scores_weight: float = 0.0,
+        init: Literal["magnitude", "random"] = "magnitude",
+        hidden_states_weight: float = 1.0,
+        logits_weight: float = 0.0,
         temperature: float = 2.0,
         distance: Literal["mse", "cosine", "relation"] = "mse",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.backbone.requires_grad_(False)
-        if start == "magnitude" and kwargs.get("backbone_precision") == "int8":
-            raise UserError("model.start=magnitude cannot prune weights in int8: use bf16 or fp32, or start=random.")
-        if scores_weight and not self.backbone.knows_answers:
+        if init == "magnitude" and kwargs.get("backbone_precision") == "int8":
+            raise UserError("model.init=magnitude cannot prune weights in int8: use bf16 or fp32, or init=random.")
+        if logits_weight and not self.backbone.head_is_pretrained:
             raise UserError(
-                f"model.scores_weight={scores_weight}: the classification head of {self.backbone.name} is new, and its"
+                f"model.logits_weight={logits_weight}: the classification head of {self.backbone.name} is new, and its"
                 " scores are random. Give a fine-tuned model as --model.backbone (lit-spu export --format merged writes"
-                " one), --model.head=prompt, or --model.scores_weight=0."
+                " one), --model.head=prompt, or --model.logits_weight=0."
             )
-        self.states_weight, self.scores_weight, self.temperature = states_weight, scores_weight, temperature
+        self.hidden_states_weight, self.logits_weight, self.temperature = (
+            hidden_states_weight,
+            logits_weight,
+            temperature,
+        )
         self.distance = getattr(distances, distance)
         self.kept_blocks = kept_blocks(self.backbone.streams, drop_layers)
         self.student = self.backbone.student(reduction, self.kept_blocks)
         # D is the same whenever the method is made again: no checkpoint needs to hold it
         width, narrow = self.backbone.streams[0].width, self.student.streams[0].width
-        if start == "magnitude":
-            kept = pruning.start(
-                self.student.stem, self.backbone.stem, self.kept_blocks, pruning.magnitude(self.backbone.stem)
+        if init == "magnitude":
+            kept = pruning.init_from_pruned(
+                self.student.base_model,
+                self.backbone.base_model,
+                self.kept_blocks,
+                pruning.magnitude(self.backbone.base_model),
             )
             down = F.one_hot(kept, width).float()
         else:
@@ -88,21 +95,21 @@ class LSTDistillation(TapReader):
         return scores
 
     def loss(self, batch: Batch) -> Tensor:
-        with self.student.stem.tapped(self.student.inputs(batch)) as own:
+        with self.student.base_model.tapped(self.student.inputs(batch)) as own:
             scores = self(batch)
         loss = self.student.loss(scores, batch)
-        if self.states_weight or self.scores_weight:
+        if self.hidden_states_weight or self.logits_weight:
             taught = self.taps(batch)
-        if self.states_weight:
-            loss = loss + self.states_weight * torch.stack([*self._distances(own(), taught)]).mean()
-        if self.scores_weight:
+        if self.hidden_states_weight:
+            loss = loss + self.hidden_states_weight * torch.stack([*self._distances(own(), taught)]).mean()
+        if self.logits_weight:
             with torch.no_grad():
                 answers = self.backbone.scores(taught, batch)
             apart = F.mse_loss if self.task.regression else partial(distances.divergence, temperature=self.temperature)
-            loss = loss + self.scores_weight * apart(scores, answers)
+            loss = loss + self.logits_weight * apart(scores, answers)
         return loss
 
-    def _distances(self, student: Sequence[Taps], teacher: Sequence[Taps]) -> Iterator[Tensor]:
+    def _distances(self, student: Sequence[HiddenStates], teacher: Sequence[HiddenStates]) -> Iterator[Tensor]:
         """Of each of the student's blocks from the teacher's block that it stands for."""
         for own, taught, kept in zip(student, teacher, self.kept_blocks, strict=True):
             for state, i in zip(own.blocks, kept, strict=True):

@@ -41,10 +41,10 @@ class MeZOLST(ZerothOrder, KLadder):
         super().__init__(**kwargs)
         if not 0 < backbone_share < 1:
             raise UserError(f"model.backbone_share={backbone_share}: give a share between 0 and 1.")
-        if self.tap_cache or self.trajectory or kwargs.get("backbone_precision") == "int8":
+        if self.activation_cache or self.trajectory or kwargs.get("backbone_precision") == "int8":
             raise UserError(
-                "MeZOLST changes its backbone, and its ladder by gradients: leave out model.tap_cache, model.trajectory"
-                " and int8."
+                "MeZOLST changes its backbone, and its ladder by gradients: leave out model.activation_cache,"
+                " model.trajectory and int8."
             )
         self.order, self.backbone_share, self.side_lr = order, backbone_share, side_lr
         self.backbone.requires_grad_(True)

@@ -1,7 +1,7 @@
 """MeZO over a side network (https://arxiv.org/abs/2305.17333, https://arxiv.org/abs/2206.06522).
 
 What a side network reads of the frozen backbone does not depend on its own weights: one pass of the backbone serves all
-evaluations of a step, so that many directions cost little, and with a tap_cache none is needed.
+evaluations of a step, so that many directions cost little, and with a activation_cache none is needed.
 """
 
 from __future__ import annotations

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_spu import discovery
+from lit_spu import registry
 from lit_spu.backbones import Batch
 from lit_spu.errors import UserError, did_you_mean
-from lit_spu.methods.base import TapReader
+from lit_spu.methods.base import HiddenStateReader
 
-OWN = ("lr", "weight_decay", "activation_checkpointing")
+OWN = ("lr", "weight_decay", "gradient_checkpointing")
 """Of the settings that all methods have, those that each sibling may have for itself."""
 
 
-class SharedTrunk(TapReader):
+class SharedTrunk(HiddenStateReader):
     """Train siblings that read one backbone, each as it would train alone.
 
     It answers by the sibling that was best at the last validation, whose score is logged as `val/<metric>`; those of
@@ -50,7 +50,7 @@ class SharedTrunk(TapReader):
         self.backbone.requires_grad_(False)
         if not siblings:
             raise UserError("model.siblings: give one at least, by a name: {low: {lr: 1e-3}, high: {lr: 3e-3}}.")
-        common = {**kwargs, "tap_cache": None, **(settings or {})}
+        common = {**kwargs, "activation_cache": None, **(settings or {})}
         made = {name: _made(side, name, common, own) for name, own in siblings.items()}
         for sibling in made.values():
             sibling.backbone.share(self.backbone)
@@ -79,7 +79,7 @@ class SharedTrunk(TapReader):
         super().on_train_batch_start(batch, batch_idx)
         self.draws = {name: self.batch_seed(self.seed if seed is None else seed) for name, seed in self.seeds.items()}
 
-    def _reading(self, batch: Batch) -> Iterator[tuple[str, TapReader]]:
+    def _reading(self, batch: Batch) -> Iterator[tuple[str, HiddenStateReader]]:
         """One sibling after the other, while it reads what the backbone computed for all."""
         taps = self.taps(batch)
         for name, sibling in self.siblings.items():
@@ -126,19 +126,21 @@ class SharedTrunk(TapReader):
         self.best = checkpoint["best_sibling"]
 
 
-def _made(side: str, name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> TapReader:
+def _made(side: str, name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> HiddenStateReader:
     """A sibling as it would be made alone, under its own seed or the run's."""
-    classes = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods") if issubclass(cls, TapReader)}
+    classes = {cls.__name__: cls for cls in registry.classes("lit_spu.methods") if issubclass(cls, HiddenStateReader)}
     if side not in classes:
         raise UserError(f"model.side={side} reads no frozen backbone. {did_you_mean(side, classes)}")
     cls: Any = classes[side]
-    if shared := [setting for setting in discovery.settings(TapReader) if setting in own and setting not in OWN]:
+    if shared := [setting for setting in registry.settings(HiddenStateReader) if setting in own and setting not in OWN]:
         raise UserError(f"model.siblings.{name}: {', '.join(shared)} must be the same for all: set it for the model.")
-    known = {*discovery.settings(cls), "seed"}
+    known = {*registry.settings(cls), "seed"}
     for setting in own:
         if setting not in known:
             raise UserError(f"model.siblings.{name}: {side} has no {setting!r}. {did_you_mean(setting, known)}")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(own.get("seed", torch.initial_seed()))
-        made: TapReader = cls(**{**common, **{setting: value for setting, value in own.items() if setting != "seed"}})
+        made: HiddenStateReader = cls(
+            **{**common, **{setting: value for setting, value in own.items() if setting != "seed"}}
+        )
     return made

@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from lit_spu.backbones import Batch, Role
 from lit_spu.errors import UserError
 from lit_spu.methods.base import FrozenBackbone
-from lit_spu.nn.adapter import by_site
+from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.lora import LowRank
 from lit_spu.nn.side_lora import SideStream
 
@@ -31,7 +31,7 @@ class SideLoRA(FrozenBackbone):
         roles: The linears that get a pair, by what they do in a block; the others put out W x_b + b.
         reentry: As many of the last blocks take the side state through their frozen weights, as LoRA does: more
             exact, for the time and memory of their backward pass. With all of them it is LoRA.
-        activation_checkpointing: Recompute in the backward pass what the side's norms and non-linearities put out,
+        gradient_checkpointing: Recompute in the backward pass what the side's norms and non-linearities put out,
             which costs a few per cent of a step. Off, a step takes up to a half more memory.
 
     Raises:
@@ -45,7 +45,7 @@ class SideLoRA(FrozenBackbone):
         dropout: float = 0.0,
         roles: Sequence[Role] = get_args(Role),
         reentry: int = 0,
-        activation_checkpointing: bool = True,
+        gradient_checkpointing: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -54,11 +54,11 @@ class SideLoRA(FrozenBackbone):
             raise UserError(
                 f"model.reentry={reentry}: the backbone's last stack has {depth} blocks; give 0 to {depth}."
             )
-        pairs = [LowRank(site, rank, alpha, dropout) for site in self.backbone.sites(*roles)]
-        self.pairs = by_site(pairs)
-        self.stream = SideStream(self.backbone.stem, pairs, reentry, recompute=activation_checkpointing)
+        pairs = [LowRank(target, rank, alpha, dropout) for target in self.backbone.target_linears(*roles)]
+        self.pairs = adapter_dict(pairs)
+        self.stream = SideStream(self.backbone.base_model, pairs, reentry, recompute=gradient_checkpointing)
 
     def forward(self, batch: Batch) -> Tensor:
         with record_function("backbone"), self.stream.beside():
-            hidden = self.backbone.stem.run_at(self.backbone.inputs(batch), self.backbone.position(batch))
+            hidden = self.backbone.base_model.run_at(self.backbone.inputs(batch), self.backbone.position(batch))
         return self.backbone.head(self.backbone.read(hidden, batch))

@@ -17,15 +17,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lit_spu import runs, trained
 from lit_spu.backbones import Batch, Head
+from lit_spu.checkpoints import run_dir, trained_weights
+from lit_spu.checkpoints.fingerprint import checksum, fingerprint
 from lit_spu.errors import UserError, did_you_mean
-from lit_spu.fingerprint import checksum, fingerprint
 from lit_spu.methods.base import Method
-from lit_spu.metrics import task_metrics
 from lit_spu.optim.mezo import MeZO, NoiseName, Rows
 from lit_spu.optim.perturbation import key_of
 from lit_spu.optim.trajectory import Recorder, Trajectory
+from lit_spu.tasks.metrics import task_metrics
 
 
 class ZerothOrder(Method):
@@ -197,7 +197,7 @@ class ZerothOrder(Method):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.weights and stage in ("fit", "replay"):
-            trained.restore(self, runs.checkpoint(self.weights, "best"))
+            trained_weights.restore(self, run_dir.checkpoint(self.weights, "best"))
             self.total_steps = None  # these were the other run's
         if stage == "fit":
             self.check_trainer({"precision": self.trainer.precision, "strategy": type(self.trainer.strategy).__name__})

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lit_spu.backbones.base import Site
+from lit_spu.backbones.base import TargetLinear
 from lit_spu.errors import UserError
 
 
 class Adapter(nn.Module, ABC):
-    """Something small that learns at a site. It is put on by a hook, so that the model stays as it is."""
+    """Something small that learns at a target. It is put on by a hook, so that the model stays as it is."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, target: TargetLinear) -> None:
         super().__init__()
-        self.site = site
+        self.target = target
         self.merged_from: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -32,8 +32,8 @@ class Adapter(nn.Module, ABC):
 
     def writable(self) -> None:
         """Raises UserError if the linear's weight cannot hold anything else."""
-        if is_traceable_wrapper_subclass(self.site.linear.weight.data):
-            raise UserError(f"{self.site.path} is held in int8, which cannot be changed: use fp32 or bf16.")
+        if is_traceable_wrapper_subclass(self.target.linear.weight.data):
+            raise UserError(f"{self.target.path} is held in int8, which cannot be changed: use fp32 or bf16.")
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -44,9 +44,9 @@ class Adapter(nn.Module, ABC):
         """
         self.writable()
         if not self.merged:
-            weight, bias = self.site.weight, self.site.bias
+            weight, bias = self.target.weight, self.target.bias
             self.merged_from = weight.clone(), None if bias is None else bias.clone()
-            for parameter in self.site.linear.parameters(recurse=False):
+            for parameter in self.target.linear.parameters(recurse=False):
                 parameter.data = parameter.data.clone()  # other methods may hold the same weights
             self._put(*self.written(weight, bias))
 
@@ -58,12 +58,12 @@ class Adapter(nn.Module, ABC):
             self.merged_from = None
 
     def _put(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.site.weight.copy_(weight)
-        if bias is not None and self.site.bias is not None:
-            self.site.bias.copy_(bias)
+        self.target.weight.copy_(weight)
+        if bias is not None and self.target.bias is not None:
+            self.target.bias.copy_(bias)
 
 
-def by_site(adapters: Iterable[Adapter]) -> nn.ModuleDict:
-    """The adapters by the paths of their sites."""
+def adapter_dict(adapters: Iterable[Adapter]) -> nn.ModuleDict:
+    """The adapters by the paths of their targets."""
     # a module's name has no dots in it
-    return nn.ModuleDict({str(adapter.site).replace(".", "/"): adapter for adapter in adapters})
+    return nn.ModuleDict({str(adapter.target).replace(".", "/"): adapter for adapter in adapters})

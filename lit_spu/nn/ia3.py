@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_spu.backbones.base import Site
+from lit_spu.backbones.base import TargetLinear
 from lit_spu.nn.adapter import Adapter
 
 
@@ -13,22 +13,22 @@ class Scale(Adapter):
     """Multiplies what a linear puts out, or what it reads, by a learned vector.
 
     Args:
-        site: Where.
+        target: Where.
         inputs: Whether what it reads is scaled. Behind a non-linearity that is not the same as scaling what came
             before: a ReLU lets a negative scale through only here.
     """
 
-    def __init__(self, site: Site, inputs: bool = False) -> None:
-        super().__init__(site)
+    def __init__(self, target: TargetLinear, inputs: bool = False) -> None:
+        super().__init__(target)
         self.inputs = inputs
-        self.scale = nn.Parameter(torch.ones(site.weight.shape[1 if inputs else 0]))
+        self.scale = nn.Parameter(torch.ones(target.weight.shape[1 if inputs else 0]))
 
     def attach(self) -> Scale:
         """Scale from now on."""
         if self.inputs:
-            self.site.linear.register_forward_pre_hook(self._before)
+            self.target.linear.register_forward_pre_hook(self._before)
         else:
-            self.site.linear.register_forward_hook(self._behind)
+            self.target.linear.register_forward_hook(self._behind)
         return self
 
     def _before(self, linear: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -38,11 +38,11 @@ class Scale(Adapter):
         if self.merged:
             return out
         scale = self.scale.to(out.dtype)
-        if self.site.slots == 1:
+        if self.target.slots == 1:
             return out * scale
         whole = scale.new_ones(out.shape[-1])  # of a fused linear, the other parts pass as they are
         width = len(scale)
-        return out * torch.cat([whole[: self.site.slot * width], scale, whole[(self.site.slot + 1) * width :]])
+        return out * torch.cat([whole[: self.target.slot * width], scale, whole[(self.target.slot + 1) * width :]])
 
     def written(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.inputs:

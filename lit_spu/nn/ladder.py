@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from lit_spu.backbones.base import Backbone, Batch, Stream, Taps
+from lit_spu.backbones.base import Backbone, Batch, HiddenStates, Stream
 from lit_spu.errors import UserError
 from lit_spu.nn.fusion import Fuse, Fusion, Gate
 
@@ -62,7 +62,7 @@ class Ladder(nn.Module):
         """The name of the down-projection with which rung i reads block j."""
         return str(j) if self.shared else f"{i}<{j}"
 
-    def forward(self, taps: Taps) -> Callable[[int, Tensor], Tensor]:
+    def forward(self, taps: HiddenStates) -> Callable[[int, Tensor], Tensor]:
         """Project the taps down; gives the state that enters the n-th side block, from n and the state that comes."""
         # a mark costs tens of microseconds, of which a rung that reads kept taps has hundreds
         mark: Callable[[str], AbstractContextManager[Any]] = (
@@ -134,7 +134,7 @@ class SideNetwork(nn.Module):
         super().__init__()
         self.streams = backbone.streams
         self.kept = kept_blocks(self.streams, drop_layers)
-        self.trunk = backbone.stem.shrunk(reduction, self.kept)
+        self.trunk = backbone.base_model.shrunk(reduction, self.kept)
         self.model = self.trunk.model
         self.climb(Ladder)
         self.up = Projection(self.trunk.output_width, backbone.width)
@@ -146,7 +146,7 @@ class SideNetwork(nn.Module):
             ladder(stream, kept, width) for stream, kept in zip(self.streams, self.kept, strict=True)
         )
 
-    def forward(self, taps: Sequence[Taps], inputs: Batch, position: Tensor) -> Tensor:
+    def forward(self, taps: Sequence[HiddenStates], inputs: Batch, position: Tensor) -> Tensor:
         """The hidden state [batch, 1, side width] at one `position` [batch]; a head reads it through `up`."""
         enters = [ladder(tap) for ladder, tap in zip(self.ladders, taps, strict=True)]
         with self.trunk.entered(lambda stream, n, state: enters[stream](n, state)):

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_spu.backbones.base import Site
+from lit_spu.backbones.base import TargetLinear
 from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
 
 
 class LowRank(Adapter):
-    """y = Wx + s·B(A x) at a site, with A [rank, inputs] random and B [outputs, rank] zero at the start.
+    """y = Wx + s·B(A x) at a target, with A [rank, inputs] random and B [outputs, rank] zero at the start.
 
     Args:
-        site: Where.
+        target: Where.
         rank: r, the number of A's rows and of B's columns.
         alpha: α, for a scale s of α/r.
         dropout: Share of the inputs that A does not see in training.
@@ -29,12 +29,12 @@ class LowRank(Adapter):
     """
 
     def __init__(
-        self, site: Site, rank: int, alpha: float, dropout: float = 0.0, rank_stabilised: bool = False
+        self, target: TargetLinear, rank: int, alpha: float, dropout: float = 0.0, rank_stabilised: bool = False
     ) -> None:
-        super().__init__(site)
-        outputs, inputs = site.weight.shape
+        super().__init__(target)
+        outputs, inputs = target.weight.shape
         if not 1 <= rank <= min(outputs, inputs):
-            raise UserError(f"model.rank={rank}: {site.path} allows 1 to {min(outputs, inputs)}.")
+            raise UserError(f"model.rank={rank}: {target.path} allows 1 to {min(outputs, inputs)}.")
         self.a = nn.Parameter(torch.empty(rank, inputs))
         self.b = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
@@ -44,7 +44,7 @@ class LowRank(Adapter):
 
     def attach(self) -> LowRank:
         """Add it to what the linear puts out, from now on."""
-        self.site.linear.register_forward_hook(self._hook)
+        self.target.linear.register_forward_hook(self._hook)
         return self
 
     def _hook(self, linear: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class LowRank(Adapter):
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """Add s·B(A x) to `out` [..., the linear's outputs] in place, from `x` [..., inputs]; gives `out`."""
         low = F.linear(self.dropout(x), self.a.to(x.dtype))
-        part = self.site.outputs(out)
+        part = self.target.outputs(out)
         added: Tensor = AddLowRank.apply(part, low.to(out.dtype), self.b.to(out.dtype), self.scale)  # type: ignore[no-untyped-call]
         return added if part is out else out
 
@@ -75,7 +75,7 @@ class LowRank(Adapter):
             UserError: if the weight is quantised.
         """
         self.writable()
-        weight, rank = self.site.weight, len(self.a)
+        weight, rank = self.target.weight, len(self.a)
         tall = weight.shape[0] > weight.shape[1]
         wide = (weight.T if tall else weight).to(self.a.dtype)
         # the smaller Gram matrix's: a quarter of the time of the whole decomposition

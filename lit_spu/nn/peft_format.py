@@ -38,7 +38,7 @@ def write(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None
 
     by_path: dict[str, list[Adapter]] = defaultdict(list)
     for adapter in adapters:
-        by_path[backbone.path(adapter.site)].append(adapter)
+        by_path[backbone.path(adapter.target)].append(adapter)
     if not adapters or len({type(adapter) for adapter in adapters}) > 1:
         raise UserError("Only low-rank pairs or (IA)3 vectors go into a peft folder: use another --format.")
     lora = isinstance(adapters[0], LowRank)
@@ -53,7 +53,7 @@ def write(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None
         "base_model_name_or_path": backbone.name,
         "target_modules": list(by_path),
         "modules_to_save": sorted(beside) or None,
-        "fan_in_fan_out": adapters[0].site.transposed,
+        "fan_in_fan_out": adapters[0].target.transposed,
         "inference_mode": True,
     }
     tensors |= trained
@@ -70,8 +70,8 @@ def _pairs(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[s
         rows, columns = [], []
         for pair in pairs:
             for a, b in ((pair.a, pair.b), *([] if pair.taken is None else [(pair.taken[0], -pair.taken[1])])):
-                column = b.new_zeros(len(b) * pair.site.slots, b.shape[1])
-                column[pair.site.slot * len(b) :][: len(b)] = b.detach()
+                column = b.new_zeros(len(b) * pair.target.slots, b.shape[1])
+                column[pair.target.slot * len(b) :][: len(b)] = b.detach()
                 rows.append(a)
                 columns.append(column)
         tensors |= {f"{path}.lora_A.weight": torch.cat(rows), f"{path}.lora_B.weight": torch.cat(columns, 1)}
@@ -93,10 +93,10 @@ def _pairs(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[s
 def _vectors(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, inner = {}, []
     for path, scales in by_path.items():
-        site, inputs = scales[0].site, scales[0].inputs
-        vector = scales[0].scale.new_ones(len(scales[0].scale) * site.slots)
+        target, inputs = scales[0].target, scales[0].inputs
+        vector = scales[0].scale.new_ones(len(scales[0].scale) * target.slots)
         for scale in scales:
-            vector[scale.site.slot * len(scale.scale) :][: len(scale.scale)] = scale.scale.detach()
+            vector[scale.target.slot * len(scale.scale) :][: len(scale.scale)] = scale.scale.detach()
         tensors[f"{path}.ia3_l"] = vector.unsqueeze(0 if inputs else 1)
         inner += [path] if inputs else []
     return {"peft_type": "IA3", "feedforward_modules": inner}, tensors
@@ -120,8 +120,8 @@ def read(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
     if config.get("peft_type") != kind:
         raise UserError(f"model.adapter: {folder} holds {config.get('peft_type')}, where {kind} is asked for.")
     theirs = {PART.sub("", name) for name in tensors if PART.search(name)}
-    if theirs != {backbone.path(adapter.site) for adapter in adapters}:
-        here = {backbone.path(site): site.role for site in backbone.stem.all_sites}
+    if theirs != {backbone.path(adapter.target) for adapter in adapters}:
+        here = {backbone.path(target): target.role for target in backbone.base_model.all_target_linears}
         roles = ", ".join(dict.fromkeys(role for path, role in here.items() if path in theirs))
         raise UserError(
             f"model.adapter: {folder} is for other linears than these settings: for"
@@ -129,10 +129,10 @@ def read(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
         )
     for adapter in adapters:
         if isinstance(adapter, LowRank):
-            _start_pair(adapter, backbone.path(adapter.site), config, tensors)
+            _start_pair(adapter, backbone.path(adapter.target), config, tensors)
         elif isinstance(adapter, Scale):
-            vector = tensors[f"{backbone.path(adapter.site)}.ia3_l"].flatten()
-            adapter.scale.copy_(adapter.site.outputs(vector) if not adapter.inputs else vector)
+            vector = tensors[f"{backbone.path(adapter.target)}.ia3_l"].flatten()
+            adapter.scale.copy_(adapter.target.outputs(vector) if not adapter.inputs else vector)
     own = dict(backbone.model.named_parameters())
     for name, tensor in tensors.items():
         if PART.search(name):
@@ -147,12 +147,12 @@ def read(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
 
 def _start_pair(pair: LowRank, path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     a, whole = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
-    b = whole.chunk(pair.site.slots)[pair.site.slot]
+    b = whole.chunk(pair.target.slots)[pair.target.slot]
     rank = len(a)
     alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if rank == len(pair.a) * pair.site.slots and rank != len(pair.a):  # the parts of a fused linear, in blocks
-        block = slice(pair.site.slot * len(pair.a), (pair.site.slot + 1) * len(pair.a))
+    if rank == len(pair.a) * pair.target.slots and rank != len(pair.a):  # the parts of a fused linear, in blocks
+        block = slice(pair.target.slot * len(pair.a), (pair.target.slot + 1) * len(pair.a))
         a, b = a[block], b[:, block]
     if a.shape != pair.a.shape or not math.isclose(scale, pair.scale):
         raise UserError(

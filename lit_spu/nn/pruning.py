@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_spu.backbones.base import Backbone, Batch, Site, Trunk, norms_of
+from lit_spu.backbones.base import Backbone, Batch, TargetLinear, TransformerStacks, norms_of
 from lit_spu.errors import UserError
 
 Scores = Mapping[str, Tensor]
@@ -20,7 +20,7 @@ Scores = Mapping[str, Tensor]
 Order = Literal["residual", "published"]
 
 
-def magnitude(trunk: Trunk) -> Scores:
+def magnitude(trunk: TransformerStacks) -> Scores:
     """The absolute values of the weights."""
     return {name: p.detach().float().abs() for name, p in trunk.model.named_parameters()}
 
@@ -29,7 +29,7 @@ def fisher(backbone: Backbone, examples: Iterable[Batch]) -> Scores:
     """The empirical Fisher information: the squared gradients of the task's loss, summed over single examples."""
     learnt = [p.requires_grad for p in backbone.parameters()]
     backbone.requires_grad_(True)
-    parameters = dict(backbone.stem.model.named_parameters())
+    parameters = dict(backbone.base_model.model.named_parameters())
     scores = {name: torch.zeros_like(p) for name, p in parameters.items()}
     try:
         for example in examples:
@@ -45,13 +45,17 @@ def fisher(backbone: Backbone, examples: Iterable[Batch]) -> Scores:
 
 
 @torch.no_grad()
-def start(
-    side: Trunk, backbone: Trunk, kept: Sequence[Sequence[int]], scores: Scores, order: Order = "residual"
+def init_from_pruned(
+    side: TransformerStacks,
+    backbone: TransformerStacks,
+    kept: Sequence[Sequence[int]],
+    scores: Scores,
+    order: Order = "residual",
 ) -> Tensor:
     """Start every weight of `side` from the backbone's, whose blocks `kept` (of each stream) it has narrower.
 
     Args:
-        side: Made by `Trunk.shrunk`, or the trunk of a `Backbone.student`.
+        side: Made by `TransformerStacks.shrunk`, or the trunk of a `Backbone.student`.
         backbone: What it was made from.
         kept: For each stream, the backbone's block of each of its blocks.
         scores: The importance of the backbone's weights.
@@ -76,11 +80,11 @@ def top(scores: Tensor, count: int) -> Tensor:
 class _Pruning:
     """One start, from the embeddings up."""
 
-    def __init__(self, side: Trunk, backbone: Trunk, scores: Scores, order: Order) -> None:
+    def __init__(self, side: TransformerStacks, backbone: TransformerStacks, scores: Scores, order: Order) -> None:
         self.side, self.backbone, self.scores, self.order = side, backbone, scores, order
         self.narrow = side.model.config.hidden_size
         self.pre_norm = bool(backbone.family.after)  # a norm behind the last block means one in front of each part
-        self.inner = {site.role: len(site.weight) for site in side.sites_of(0, 0, "query", "up")}
+        self.inner = {target.role: len(target.weight) for target in side.block_target_linears(0, 0, "query", "up")}
 
     def __call__(self, kept: Sequence[Sequence[int]]) -> Tensor:
         first = current = self._residual()
@@ -93,14 +97,14 @@ class _Pruning:
         self._outside(first, ends)
         return first
 
-    def _score(self, site: Site) -> Tensor:
-        return site.part(self.scores[f"{site.path}.weight"]).double()
+    def _score(self, target: TargetLinear) -> Tensor:
+        return target.part(self.scores[f"{target.path}.weight"]).double()
 
     def _residual(self) -> Tensor:
         """The coordinates of the residual stream that matter: by what writes into it, or by the embeddings alone."""
         written = self._columns(self.backbone.model.config.hidden_size)
         if self.order == "residual" or not written:
-            written += [self._score(site).sum(1) for site in self.backbone.sites("output", "down")]
+            written += [self._score(target).sum(1) for target in self.backbone.target_linears("output", "down")]
         return top(torch.stack(written).sum(0), self.narrow)
 
     def _columns(self, width: int) -> list[Tensor]:
@@ -114,9 +118,11 @@ class _Pruning:
 
     def _block(self, stream: int, number: int, place: int | None, current: Tensor) -> Tensor:
         """Start the side block at that place, if it has one; gives the coordinates that the next block reads."""
-        linears: list[tuple[Site, Tensor, Tensor]] = []  # with the rows and the columns that are kept
+        linears: list[tuple[TargetLinear, Tensor, Tensor]] = []  # with the rows and the columns that are kept
         seen = []  # by each norm
-        attention = (self.backbone.sites_of(stream, number, role) for role in ("query", "key", "value", "output"))
+        attention = (
+            self.backbone.block_target_linears(stream, number, role) for role in ("query", "key", "value", "output")
+        )
         for query, key, value, output in zip(*attention, strict=True):
             queries, keys = self._heads(query, key, value, current)
             written = self._written(output, queries, current)
@@ -124,7 +130,7 @@ class _Pruning:
             linears += [(query, queries, current), (key, keys, current), (value, keys, current)]
             linears += [(output, written, queries)]
             current = written
-        ups, (down,) = (self.backbone.sites_of(stream, number, role) for role in ("up", "down"))
+        ups, (down,) = (self.backbone.block_target_linears(stream, number, role) for role in ("up", "down"))
         inner = top(torch.stack([self._score(up)[:, current].sum(1) for up in ups]).sum(0), self.inner["up"])
         written = self._written(down, inner, current)
         seen.append(current if self.pre_norm else written)
@@ -133,10 +139,12 @@ class _Pruning:
             self._start(stream, number, place, linears, seen)
         return written
 
-    def _heads(self, query: Site, key: Site, value: Site, current: Tensor) -> tuple[Tensor, Tensor]:
+    def _heads(
+        self, query: TargetLinear, key: TargetLinear, value: TargetLinear, current: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The rows of the queries, and those of keys and values, by the product of all three summed over columns."""
         # in logarithms: products of three Fisher scores would be too small for any format
-        of_query, of_key, of_value = (self._score(site)[:, current].log() for site in (query, key, value))
+        of_query, of_key, of_value = (self._score(target)[:, current].log() for target in (query, key, value))
         count = self.inner["query"]
         if self.order == "published":
             if of_query.shape != of_key.shape:
@@ -158,22 +166,24 @@ class _Pruning:
         starts = width * torch.arange(heads, device=kept.device).unsqueeze(1)
         return (starts + kept.repeat_interleave(heads // groups, 0)).flatten(), (starts[:groups] + kept).flatten()
 
-    def _written(self, site: Site, columns: Tensor, current: Tensor) -> Tensor:
+    def _written(self, target: TargetLinear, columns: Tensor, current: Tensor) -> Tensor:
         if self.order == "residual":
             return current
-        return top(self._score(site)[:, columns].sum(1), self.narrow)
+        return top(self._score(target)[:, columns].sum(1), self.narrow)
 
     def _start(
         self,
         stream: int,
         number: int,
         place: int,
-        linears: Iterable[tuple[Site, Tensor, Tensor]],
+        linears: Iterable[tuple[TargetLinear, Tensor, Tensor]],
         seen: Sequence[Tensor],
     ) -> None:
-        roles, side = self.backbone.family.sites, self.side.stacks[stream][place]
+        roles, side = self.backbone.family.target_linears, self.side.stacks[stream][place]
         both = zip(
-            self.backbone.sites_of(stream, number, *roles), self.side.sites_of(stream, place, *roles), strict=True
+            self.backbone.block_target_linears(stream, number, *roles),
+            self.side.block_target_linears(stream, place, *roles),
+            strict=True,
         )
         ours = {str(theirs): own for theirs, own in both}
         for theirs, rows, columns in linears:
@@ -215,8 +225,8 @@ class _Pruning:
         columns = self._columns(was)
         if not columns:
             raise UserError(
-                f"model.start: how {name} of a {self.backbone.model.config.model_type} narrows from {was} to {now} is"
-                " not known. Use --model.start=random."
+                f"model.init: how {name} of a {self.backbone.model.config.model_type} narrows from {was} to {now} is"
+                " not known. Use --model.init=random."
             )
         return top(torch.stack(columns).sum(0), now)
 

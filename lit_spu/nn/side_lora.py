@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lit_spu.backbones.base import Trunk, hooks, instead, tensor_of
+from lit_spu.backbones.base import TransformerStacks, hooks, instead, tensor_of
 from lit_spu.backbones.rms_norm import rms_norm
 from lit_spu.nn.lora import LowRank
 
@@ -37,19 +37,21 @@ class SideStream:
             the pairs behind them.
     """
 
-    def __init__(self, trunk: Trunk, pairs: Iterable[LowRank], reentry: int = 0, recompute: bool = True) -> None:
+    def __init__(
+        self, trunk: TransformerStacks, pairs: Iterable[LowRank], reentry: int = 0, recompute: bool = True
+    ) -> None:
         self.trunk = trunk
         self.recompute = recompute
         self.twice = [*trunk.stacks[:-1], trunk.stacks[-1][: len(trunk.stacks[-1]) - reentry]]
         self.once = trunk.stacks[-1][len(self.twice[-1]) :]
-        self.linears = {site.linear for site in trunk.all_sites}
+        self.linears = {target.linear for target in trunk.all_target_linears}
         entered = {part for block in self.once for part in block.modules()}
         self.pairs: dict[nn.Module, list[LowRank]] = defaultdict(list)
         for pair in pairs:
-            if pair.site.linear in entered:
+            if pair.target.linear in entered:
                 pair.attach()
             else:
-                self.pairs[pair.site.linear].append(pair)
+                self.pairs[pair.target.linear].append(pair)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

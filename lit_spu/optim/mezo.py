@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
-from lit_spu.fingerprint import fingerprint
+from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.optim.perturbation import Gaussian, LowRank, Noise, Perturbed, Rademacher, Table, key_of
 
 NoiseName = Literal["gaussian", "rademacher", "table", "low_rank"]

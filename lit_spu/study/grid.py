@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lit_spu import discovery
+from lit_spu import registry
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
 
@@ -143,7 +143,7 @@ def short(name: str) -> str:
 
 def _learning_rate(flags: Sequence[str]) -> float:
     """The learning rate that these flags set."""
-    rate = discovery.settings(Method)["lr"][1].default
+    rate = registry.settings(Method)["lr"][1].default
     for name, _, value in (flag.partition("=") for flag in flags):
         if name == "--config":
             rate = _model(Path(value)).get("init_args", {}).get("lr", rate)
@@ -175,11 +175,11 @@ def build(config: Path, **settings: Any) -> Method:
     """The method of a config file, with other settings where it has such."""
     model = _model(config)
     module, _, name = str(model["class_path"]).rpartition(".")
-    classes = {cls.__name__: cls for cls in discovery.classes("lit_spu.methods")}
+    classes = {cls.__name__: cls for cls in registry.classes("lit_spu.methods")}
     cls = getattr(import_module(module), name) if module else classes.get(name)
     if cls is None:
         raise UserError(f"{config}: there is no method {name!r}. {did_you_mean(name, classes)}")
-    own = {key: value for key, value in settings.items() if key in discovery.settings(cls)}
+    own = {key: value for key, value in settings.items() if key in registry.settings(cls)}
     method: Method = cls(**model.get("init_args", {}) | own)
     return method
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure import MIB
-from lit_spu.metrics import task_metrics
 from lit_spu.study.compare import TEST, Outcome
 from lit_spu.study.grid import ZERO_SHOT
 from lit_spu.tasks import Task, load_task
+from lit_spu.tasks.metrics import task_metrics
 
 Record = dict[str, Any]
 T = TypeVar("T")

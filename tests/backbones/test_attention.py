@@ -129,7 +129,7 @@ def test_a_side_network_of_any_family_answers_as_with_torchs_attention(
         monkeypatch.setattr(attention, "SHORT", 32)
     backbone = load_backbone(tiny(family), TASKS["sst2"], "prompt").double()
     torch.manual_seed(0)
-    trunk: Any = backbone.stem.shrunk(2, [list(range(stream.depth)) for stream in backbone.streams])
+    trunk: Any = backbone.base_model.shrunk(2, [list(range(stream.depth)) for stream in backbone.streams])
     trunk.model.double()
     if keep:
         trunk.keep_maps()
@@ -164,11 +164,11 @@ def test_one_position_alone_is_that_of_all(tiny: Callable[[str], str], family: s
     backbone = teacher.student(2, [range(4)] * len(teacher.streams)).double().eval()
     batch = encode(backbone)  # of texts of several lengths
     widths: list[int] = []
-    blocks = backbone.stem.stacks[-1]
+    blocks = backbone.base_model.stacks[-1]
     hook = blocks[-1].register_forward_hook(lambda _block, _args, out: widths.append(tensor_of(out).shape[1]))
     inputs, position = backbone.inputs(batch), backbone.position(batch)
     found = []
-    for hidden in (backbone.stem.run(inputs), backbone.stem.run_at(inputs, position)):
+    for hidden in (backbone.base_model.run(inputs), backbone.base_model.run_at(inputs, position)):
         scores = backbone.head(backbone.read(hidden, batch))
         gradients = torch.autograd.grad(scores.square().sum(), list(backbone.parameters()), allow_unused=True)
         found.append([scores, *gradients])
@@ -176,6 +176,6 @@ def test_one_position_alone_is_that_of_all(tiny: Callable[[str], str], family: s
     assert len(set(position.tolist())) > 1 or head == "classifier" or family.startswith("t5")
     for one, whole in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(one, whole, atol=1e-12, rtol=1e-9)
-    alone = backbone.stem.family.shape is Encoder and family != "deberta-v2"
+    alone = backbone.base_model.family.shape is Encoder and family != "deberta-v2"
     assert widths[1] == (1 if alone else widths[0])
     assert not any(module._forward_pre_hooks for module in blocks[-1].modules())

@@ -72,10 +72,10 @@ def test_taps_are_the_hidden_states_and_the_head_can_be_run_apart(tiny: Tiny, fa
     assert [len(tap.blocks) for tap in taps] == [stream.depth for stream in backbone.streams]
     config = backbone.model.config
     if not config.is_encoder_decoder and family != "deberta-v2":
-        plain = backbone.stem.model(**backbone.inputs(batch), output_hidden_states=True)
+        plain = backbone.base_model.model(**backbone.inputs(batch), output_hidden_states=True)
         for ours, theirs in zip((taps[0].embeddings, *taps[0].blocks[:-1]), plain.hidden_states, strict=False):
             assert torch.equal(ours, theirs)
-    hidden = backbone.stem.run(backbone.inputs(batch))
+    hidden = backbone.base_model.run(backbone.inputs(batch))
     scores = backbone.head(backbone.read(hidden, batch))
     torch.testing.assert_close(scores, backbone(batch), atol=1e-12, rtol=0)
     # a few tokens attend without keys and values in both
@@ -156,7 +156,7 @@ def test_an_untied_head_starts_equal_and_leaves_the_embeddings_alone(tiny: Tiny,
     backbone.loss(backbone(batch), batch).backward()
     assert backbone.rows is not None
     assert backbone.rows.grad is not None
-    assert all(p.grad is None for p in backbone.stem.model.parameters())
+    assert all(p.grad is None for p in backbone.base_model.model.parameters())
 
 
 def test_a_fingerprint_tells_weights_apart(tiny: Tiny) -> None:

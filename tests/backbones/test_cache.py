@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_spu.backbones import Backbone, Batch, Taps, load_backbone
-from lit_spu.backbones.cache import InFiles, InMemory, TapCache
+from lit_spu.backbones import Backbone, Batch, HiddenStates, load_backbone
+from lit_spu.backbones.cache import ActivationCache, InFiles, InMemory
 from lit_spu.errors import UserError
 from lit_spu.tasks import load_task
 from tests.conftest import FAMILIES, SENTENCES, encode
@@ -25,14 +25,14 @@ def frozen(folder: str) -> Backbone:
     return backbone.eval()
 
 
-def states(taps: tuple[Taps, ...], batch: Batch) -> Iterator[Tensor]:
+def states(taps: tuple[HiddenStates, ...], batch: Batch) -> Iterator[Tensor]:
     """All tokens of all taps that are real: the decoder's are, as none of its is padded."""
     for number, tap in enumerate(taps):
         for state in (tap.embeddings, *tap.blocks):
             yield state if number else state[batch["attention_mask"].bool()]
 
 
-def same(found: tuple[Taps, ...], wanted: tuple[Taps, ...], batch: Batch) -> bool:
+def same(found: tuple[HiddenStates, ...], wanted: tuple[HiddenStates, ...], batch: Batch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(states(found, batch), states(wanted, batch), strict=True))
 
 
@@ -49,7 +49,7 @@ def test_it_gives_what_the_backbone_computed_and_then_runs_it_no_more(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, files: bool
 ) -> None:
     backbone = frozen(tiny(family))
-    cache = TapCache(backbone, tmp_path if files else None)
+    cache = ActivationCache(backbone, tmp_path if files else None)
     batch = encode(backbone)
     with torch.no_grad():
         wanted = backbone.trunk(batch)
@@ -73,9 +73,9 @@ def test_half_and_quarter_of_the_bytes_are_as_exact_as_their_formats(tiny: Tiny)
     batch = encode(backbone)
     with torch.no_grad():
         exact = list(states(backbone.trunk(batch), batch))
-        for kept, state in zip(states(TapCache(backbone, precision="bf16")(batch), batch), exact, strict=True):
+        for kept, state in zip(states(ActivationCache(backbone, precision="bf16")(batch), batch), exact, strict=True):
             assert torch.equal(kept, state.bfloat16().float())
-        for kept, state in zip(states(TapCache(backbone, precision="int8")(batch), batch), exact, strict=True):
+        for kept, state in zip(states(ActivationCache(backbone, precision="int8")(batch), batch), exact, strict=True):
             step = state.abs().amax(-1, keepdim=True) / 127
             assert bool(((kept - state).abs() <= 0.5001 * step).all())
             assert not torch.equal(kept, state)
@@ -86,14 +86,14 @@ def test_a_backbone_in_bf16_is_given_back_in_bf16(tiny: Tiny) -> None:
     backbone.freeze("bf16")
     batch = encode(backbone)
     with torch.no_grad():
-        wanted, found = backbone.trunk(batch), TapCache(backbone, precision="bf16")(batch)
+        wanted, found = backbone.trunk(batch), ActivationCache(backbone, precision="bf16")(batch)
     assert found[0].blocks[0].dtype is torch.bfloat16
     assert same(found, wanted, batch)
 
 
 def test_runs_share_a_folder_while_they_write(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbones = [frozen(tiny("bert")) for _ in range(2)]
-    one, other = (TapCache(backbone, tmp_path) for backbone in backbones)
+    one, other = (ActivationCache(backbone, tmp_path) for backbone in backbones)
     batches = [encode(backbones[0], texts) for texts in (SENTENCES[:2], SENTENCES[2:], ("bright story",))]
     with torch.no_grad():
         one(batches[0])
@@ -112,10 +112,10 @@ def test_what_a_killed_run_left_half_written_is_computed_again(tiny: Tiny, tmp_p
     backbone = frozen(tiny("bert"))
     batch = encode(backbone)
     with torch.no_grad():
-        wanted = TapCache(backbone, tmp_path)(batch)
+        wanted = ActivationCache(backbone, tmp_path)(batch)
         (file,) = tmp_path.glob(f"*/*.{damage}")
         file.write_bytes(file.read_bytes()[:-5])
-        again = TapCache(backbone, tmp_path)
+        again = ActivationCache(backbone, tmp_path)
         kept = again.plan([batch])
         found = again(batch)
     assert (kept.texts, kept.new) == (4, 1)
@@ -125,19 +125,19 @@ def test_what_a_killed_run_left_half_written_is_computed_again(tiny: Tiny, tmp_p
 def test_another_backbone_finds_nothing(tiny: Tiny, tmp_path: Path) -> None:
     backbone = frozen(tiny("bert"))
     batch = encode(backbone)
-    TapCache(backbone, tmp_path)(batch)
-    assert TapCache(backbone, tmp_path).plan([batch]).new == 0
-    assert TapCache(backbone, tmp_path, "int8").plan([batch]).new == 4
+    ActivationCache(backbone, tmp_path)(batch)
+    assert ActivationCache(backbone, tmp_path).plan([batch]).new == 0
+    assert ActivationCache(backbone, tmp_path, "int8").plan([batch]).new == 4
     weight = backbone.blocks[2].get_parameter("output.dense.weight")
     with torch.no_grad():
         weight.view(torch.int32)[3, 5] ^= 1  # one bit
-    assert TapCache(backbone, tmp_path).plan([batch]).new == 4
+    assert ActivationCache(backbone, tmp_path).plan([batch]).new == 4
     with torch.no_grad():
         weight.view(torch.int32)[3, 5] ^= 1
     with torch.autocast("cpu", torch.bfloat16):
-        assert TapCache(backbone, tmp_path).plan([batch]).new == 4
-    backbone.stem.model.config.layer_norm_eps *= 2
-    assert TapCache(backbone, tmp_path).plan([batch]).new == 4
+        assert ActivationCache(backbone, tmp_path).plan([batch]).new == 4
+    backbone.base_model.model.config.layer_norm_eps *= 2
+    assert ActivationCache(backbone, tmp_path).plan([batch]).new == 4
 
 
 def test_the_head_of_a_task_is_not_part_of_what_is_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_head_of_a_task_is_not_part_of_what_is_kept(tiny: Tiny, tmp_path: Pa
         torch.manual_seed(seed)
         backbone = load_backbone(tiny("bert"), load_task(task))
         backbone.freeze()
-        store = TapCache(backbone, tmp_path).store
+        store = ActivationCache(backbone, tmp_path).store
         assert isinstance(store, InFiles)
         folders.add(store.folder)
     assert len(folders) == 1
@@ -157,7 +157,7 @@ def test_the_head_of_a_task_is_not_part_of_what_is_kept(tiny: Tiny, tmp_path: Pa
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_the_plan_is_what_is_written(tiny: Tiny, tmp_path: Path, family: str, precision: Any) -> None:
     backbone = frozen(tiny(family))
-    cache = TapCache(backbone, tmp_path, precision)
+    cache = ActivationCache(backbone, tmp_path, precision)
     batch = encode(backbone, (*SENTENCES, SENTENCES[0]))  # one comes twice
     plan = cache.plan([batch, batch])
     cache(batch)
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: type
 ) -> None:
     backbone = frozen(tiny("bert"))
-    cache = TapCache(backbone, tmp_path if store is InFiles else None)
+    cache = ActivationCache(backbone, tmp_path if store is InFiles else None)
     batch = encode(backbone)
     need = cache.plan([batch]).nbytes
     monkeypatch.setattr(store, "free", lambda self: 2 * need)
@@ -193,11 +193,11 @@ def test_texts_that_are_padded_on_the_left_are_refused(tiny: Tiny) -> None:
     backbone = frozen(tiny("bert"))
     batch = {name: tensor.flip(-1) if tensor.ndim == 2 else tensor for name, tensor in encode(backbone).items()}
     with pytest.raises(UserError, match="padded on the right"):
-        TapCache(backbone)(batch)
+        ActivationCache(backbone)(batch)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tiny: Tiny, tmp_path: Path) -> None:
     backbone = frozen(tiny("bert"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        TapCache(backbone, tmp_path / "file")(encode(backbone))
+        ActivationCache(backbone, tmp_path / "file")(encode(backbone))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_spu.backbones import load_backbone
 from lit_spu.backbones.cross_attention import by_few
-from lit_spu.backbones.seq2seq import Seq2SeqTrunk
+from lit_spu.backbones.seq2seq import Seq2SeqStacks
 from lit_spu.tasks import TASKS
 from tests.conftest import encode
 
@@ -121,8 +121,8 @@ def test_a_t5_answers_so_unless_its_blocks_run_again(tiny: Callable[[str], str],
     backbone = load_backbone(tiny("t5"), TASKS["sst2"], "prompt").double()
     batch = encode(backbone)
     inputs, position = backbone.inputs(batch), backbone.position(batch)
-    trunk = backbone.stem
-    assert isinstance(trunk, Seq2SeqTrunk)
+    trunk = backbone.base_model
+    assert isinstance(trunk, Seq2SeqStacks)
     plain = work(lambda: trunk.run(inputs))
     if recompute:
         trunk.recompute()

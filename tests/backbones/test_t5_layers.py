@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_spu.backbones import attention, t5_layers
 from lit_spu.backbones.families import FAMILIES
-from lit_spu.backbones.seq2seq import Seq2SeqTrunk
+from lit_spu.backbones.seq2seq import Seq2SeqStacks
 from lit_spu.measure.saved import SavedForBackward
 
 WIDTH, HEADS, ALL_HEADS = 20, 2, 16
@@ -339,7 +339,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
 
 def test_a_side_network_runs_all_its_blocks_this_way() -> None:
     """Its decoder too, in which another forward stands for good."""
-    trunk = Seq2SeqTrunk(t5(), FAMILIES["t5"]).shrunk(2, ([0, 1], [0, 1]))
+    trunk = Seq2SeqStacks(t5(), FAMILIES["t5"]).shrunk(2, ([0, 1], [0, 1]))
     texts = {
         "input_ids": torch.zeros(5, 12, dtype=torch.long),
         "decoder_input_ids": torch.zeros(5, 1, dtype=torch.long),

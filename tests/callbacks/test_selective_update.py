@@ -12,15 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_spu import discovery
+from lit_spu import registry
 from lit_spu.__main__ import main
 from lit_spu.callbacks.latency import Latency
-from lit_spu.callbacks.selective_update import SelectiveUpdate
-from lit_spu.errors import UserError
-from lit_spu.measure.saved import SavedForBackward
-from lit_spu.methods.base import Method
-from lit_spu.nn.bypass import bypassed
-from lit_spu.policies import (
+from lit_spu.callbacks.policies import (
     Always,
     DropBackward,
     GradNorm,
@@ -31,6 +26,11 @@ from lit_spu.policies import (
     Random,
     TeacherDistance,
 )
+from lit_spu.callbacks.selective_update import SelectiveUpdate
+from lit_spu.errors import UserError
+from lit_spu.measure.saved import SavedForBackward
+from lit_spu.methods.base import Method
+from lit_spu.nn.bypass import bypassed
 from tests import runs
 from tests.conftest import encode
 from tests.runs import StopBehind, same, weights
@@ -162,7 +162,7 @@ def test_less_is_stored(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", ["full", "lora"])
 def test_blocks_learn_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
     method, watch = made(config, tiny(family)), Watch()
-    depth = len(method.backbone.stem.stacks[0])
+    depth = len(method.backbone.base_model.stacks[0])
     names = {id(p): name for name, p in method.named_parameters()}
     stages = [{names[id(p)] for p in stage if p.requires_grad} for stage in method.stages[1 : depth + 1]]
     shared = set.union(*stages) - {n for s in stages for n in s if sum(n in other for other in stages) == 1}
@@ -180,7 +180,7 @@ def test_blocks_learn_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: s
 def test_recomputing_changes_nothing(
     tiny: Tiny, tmp_path: Path, config: str, family: str, policy: Policy, settings: dict[str, Any]
 ) -> None:
-    kept, recomputed = (made(config, tiny(family), activation_checkpointing=on) for on in (False, True))
+    kept, recomputed = (made(config, tiny(family), gradient_checkpointing=on) for on in (False, True))
     for method in (kept, recomputed):
         fit(method, tmp_path, SelectiveUpdate(policy, **settings))
     for one, other in zip(weights(kept), weights(recomputed), strict=True):
@@ -338,7 +338,7 @@ def test_settings_that_cannot_be_are_refused(wrong: Callable[[], object], said: 
 
 
 def test_a_policy_is_one_by_being_there() -> None:
-    found = {cls.__name__ for cls in discovery.classes("lit_spu.policies") if issubclass(cls, Policy)}
+    found = {cls.__name__ for cls in registry.classes("lit_spu.callbacks.policies") if issubclass(cls, Policy)}
     assert found >= {
         "Always",
         "Never",

@@ -14,7 +14,7 @@ Tiny = Callable[[str], str]
 
 
 def trained(method: BitFit) -> dict[str, int]:
-    parts = [*method.backbone.stem.embeddings, *method.backbone.blocks]
+    parts = [*method.backbone.base_model.embeddings, *method.backbone.blocks]
     inside = {id(p) for part in parts for p in part.parameters()}
     return {n: p.numel() for n, p in method.named_parameters() if p.requires_grad and id(p) in inside}
 
@@ -33,7 +33,7 @@ def test_linears_without_a_bias_get_one_that_changes_nothing_yet(tiny: Tiny) -> 
     )
     batch = encode(plain)
     with torch.no_grad():  # biases at keys and values have them made
-        scores = plain.head(plain.read(plain.stem.run(plain.inputs(batch)), batch))
+        scores = plain.head(plain.read(plain.base_model.run(plain.inputs(batch)), batch))
         assert torch.equal(method(batch), scores)
     encoder, decoder = 4 * (4 * 32 + 64 + 32), 4 * (8 * 32 + 64 + 32)
     assert sum(trained(method).values()) == encoder + decoder

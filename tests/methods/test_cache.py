@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_spu.backbones.cache import InFiles
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.methods.base import TapReader
+from lit_spu.methods.base import HiddenStateReader
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.ladder import LadderSideTuning
 from tests.ddp import run
@@ -34,7 +34,7 @@ class Watch(Callback):
         self.ran: list[int] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TapReader)
+        assert isinstance(pl_module, HiddenStateReader)
         pl_module.backbone.blocks[0].register_forward_hook(lambda *_: self._count())
 
     def _count(self) -> None:
@@ -50,7 +50,7 @@ class Watch(Callback):
         self.ran.append(0)
 
 
-METHODS: dict[str, Callable[..., TapReader]] = {
+METHODS: dict[str, Callable[..., HiddenStateReader]] = {
     "lst": LadderSideTuning,
     "windows": lambda **kwargs: KLadder(k=1, fusion="dynamic", **kwargs),
     "attention": lambda **kwargs: KLadder(k=2, fusion="attention", **kwargs),
@@ -67,7 +67,7 @@ def test_the_losses_are_equal_to_the_bit(
     losses = []
     for cache in (None, "memory", str(tmp_path / "taps"), str(tmp_path / "taps")):
         torch.manual_seed(0)
-        method = METHODS[kind](backbone=backbone, reduction=4, lr=1e-2, tap_cache=cache)
+        method = METHODS[kind](backbone=backbone, reduction=4, lr=1e-2, activation_cache=cache)
         watch = Watch()
         fit(method, data(same_batches=True, **WIDE), watch, max_epochs=3)
         losses.append(watch.losses)
@@ -87,14 +87,14 @@ def test_other_batches_change_the_last_bits_alone(data: Callable[..., GLUE], fit
     for cache in (None, "memory"):
         torch.manual_seed(0)
         watch = Watch()
-        fit(LadderSideTuning(reduction=4, tap_cache=cache), data(**WIDE), watch, max_epochs=3)
+        fit(LadderSideTuning(reduction=4, activation_cache=cache), data(**WIDE), watch, max_epochs=3)
         losses.append(torch.tensor(watch.losses))
     assert torch.equal(losses[0][:5], losses[1][:5])  # the first epoch's were computed
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
 
 
 def test_after_the_run_and_without_a_trainer_nothing_is_kept(data: Callable[..., GLUE], fit: Run) -> None:
-    method = LadderSideTuning(reduction=4, tap_cache="memory")
+    method = LadderSideTuning(reduction=4, activation_cache="memory")
     assert method.kept is None
     fit(method, data(**WIDE))
     assert method.kept is None
@@ -104,8 +104,8 @@ def test_what_has_no_room_is_refused_before_training(
     data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_spu.backbones.cache.InMemory.free", lambda self: 1000)
-    method = LadderSideTuning(reduction=4, tap_cache="memory")
-    with pytest.raises(UserError, match=r"model.tap_cache: what the backbone computes for \d+ texts takes"):
+    method = LadderSideTuning(reduction=4, activation_cache="memory")
+    with pytest.raises(UserError, match=r"model.activation_cache: what the backbone computes for \d+ texts takes"):
         fit(method, data(**WIDE))
 
 
@@ -116,7 +116,7 @@ def test_the_size_is_told_before(
     for new in ("60", "0"):
         caplog.clear()
         with caplog.at_level("INFO"):
-            fit(LadderSideTuning(reduction=4, tap_cache=folder), data(**WIDE))
+            fit(LadderSideTuning(reduction=4, activation_cache=folder), data(**WIDE))
         assert f"60 texts, {new} of them new" in caplog.text
 
 
@@ -125,7 +125,7 @@ def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
     """Each trains in later epochs on what the other kept, and all comes out as without a cache."""
     plain = run(LST, "mini-bert", tmp_path, 2)
     taps = tmp_path / "taps"
-    kept = run(LST, "mini-bert", tmp_path, 2, tap_cache=str(taps))
+    kept = run(LST, "mini-bert", tmp_path, 2, activation_cache=str(taps))
     for name, tensor in plain["weights"].items():
         torch.testing.assert_close(kept["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
     assert kept["metrics"]["val/loss"] == pytest.approx(plain["metrics"]["val/loss"], abs=1e-5)
@@ -134,6 +134,6 @@ def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
     texts = [{key for key, *_ in np.fromfile(path, InFiles._LINE).tolist()} for path in indices]
     assert all(texts)
     assert len(set.union(*texts)) == 61
-    again = run(LST, "mini-bert", tmp_path, 2, tap_cache=str(taps))
+    again = run(LST, "mini-bert", tmp_path, 2, activation_cache=str(taps))
     assert sorted(taps.glob("*/*.index")) == indices  # nothing new
     assert all(torch.equal(again["weights"][name], tensor) for name, tensor in kept["weights"].items())

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_spu import discovery
+from lit_spu import registry
 from lit_spu.errors import UserError
 from lit_spu.methods.base import FrozenBackbone
 from lit_spu.methods.lora import LoRA
@@ -21,14 +21,14 @@ from tests.conftest import FAMILIES, encode
 Tiny = Callable[[str], str]
 METHODS = [  # MeZOLST moves its backbone
     cls
-    for cls in discovery.classes("lit_spu.methods")
+    for cls in registry.classes("lit_spu.methods")
     if issubclass(cls, FrozenBackbone) and not inspect.isabstract(cls) and cls is not MeZOLST
 ]
 
 
 def made(cls: type[FrozenBackbone], folder: str, precision: Any) -> Any:
-    own: dict[str, Any] = {"reduction": 2} if "reduction" in discovery.settings(cls) else {}
-    if "siblings" in discovery.settings(cls):
+    own: dict[str, Any] = {"reduction": 2} if "reduction" in registry.settings(cls) else {}
+    if "siblings" in registry.settings(cls):
         own = {"siblings": {"one": {}, "other": {}}, "settings": {"reduction": 2}}
     torch.manual_seed(0)
     method = cls(backbone=folder, backbone_precision=precision, **own)
@@ -53,7 +53,7 @@ def test_bf16_learns_what_fp32_does(tiny: Tiny, family: str, cls: type[FrozenBac
         gradients[precision] = torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None])
     assert F.cosine_similarity(gradients["fp32"], gradients["bf16"], dim=0) > 0.99
     head = {id(p) for p in method.backbone.head_modules.parameters()}  # which a student's teacher does not learn
-    frozen = [p for p in method.backbone.stem.model.parameters() if id(p) not in head]
+    frozen = [p for p in method.backbone.base_model.model.parameters() if id(p) not in head]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
 
 

@@ -41,7 +41,7 @@ def test_recomputed_blocks_give_the_same_gradients(tiny: Callable[[str], str]) -
     gradients, saved = [], []
     for recompute in (False, True):
         torch.manual_seed(3)
-        method = FullFineTuning(backbone=tiny("bert"), activation_checkpointing=recompute).train()
+        method = FullFineTuning(backbone=tiny("bert"), gradient_checkpointing=recompute).train()
         batch = encode(method.backbone)
         with SavedForBackward(method.parameters()) as counter:
             loss = method.loss(batch)

@@ -28,7 +28,11 @@ def test_it_starts_as_the_backbone_to_the_bit(tiny: Tiny, family: str) -> None:
     batch = encode(plain)
     with torch.no_grad():
         # vectors at keys and values have them made, also for a T5's decoder
-        made = plain.stem.run if family.startswith("t5") else partial(plain.stem.run_at, position=plain.position(batch))
+        made = (
+            plain.base_model.run
+            if family.startswith("t5")
+            else partial(plain.base_model.run_at, position=plain.position(batch))
+        )
         scores = plain.head(plain.read(made(plain.inputs(batch)), batch))
         assert torch.equal(method(batch), scores)
 
@@ -38,7 +42,7 @@ def test_the_feed_forward_of_t5_is_not_missed(tiny: Tiny) -> None:
     for family in ("t5", "t5-gated"):
         inner = [a for a in IA3(backbone=tiny(family)).adapters if isinstance(a, Scale) and a.inputs]
         assert len(inner) == 8
-        assert all(a.site.path.endswith("DenseReluDense.wo") and len(a.scale) == 64 for a in inner)
+        assert all(a.target.path.endswith("DenseReluDense.wo") and len(a.scale) == 64 for a in inner)
 
 
 @pytest.mark.parametrize("settings", [{"outputs": (), "inputs": ()}, {"outputs": ("key", "down"), "inputs": ("down",)}])

@@ -76,8 +76,8 @@ def test_every_fusion_can_be_chosen() -> None:
 def test_impossible_windows_are_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"model\.k=-1"):
         KLadder(k=-1, backbone=tiny("bert"))
-    with pytest.raises(UserError, match=r"model\.tap_dropout=1"):
-        KLadder(tap_dropout=1.0, backbone=tiny("bert"))
+    with pytest.raises(UserError, match=r"model\.hidden_state_dropout=1"):
+        KLadder(hidden_state_dropout=1.0, backbone=tiny("bert"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,7 +94,7 @@ def test_cross_attention_leaves_the_backbone_alone_and_padding_out(tiny: Tiny, f
 
 
 def test_taps_are_left_out_whole(tiny: Tiny) -> None:
-    method = KLadder(k=1, tap_dropout=0.25, fusion="additive", backbone=tiny("bert"), reduction=2)
+    method = KLadder(k=1, hidden_state_dropout=0.25, fusion="additive", backbone=tiny("bert"), reduction=2)
     ladder, (taps,) = method.side.ladders[0], method.backbone.trunk(encode(method.backbone))
     state = torch.zeros(4, taps.embeddings.shape[1], 16)
     read = [ladder.down[str(j)](taps.blocks[j]) for j in range(4)]  # type: ignore[index,operator]

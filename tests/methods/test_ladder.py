@@ -22,7 +22,7 @@ from tests.conftest import FAMILIES, encode
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], str], family: str) -> None:
     """Of the backbone only its taps are kept, as inputs of the down-projections: none has a history."""
-    method = LadderSideTuning(backbone=tiny(family), reduction=2, activation_checkpointing=False).train()
+    method = LadderSideTuning(backbone=tiny(family), reduction=2, gradient_checkpointing=False).train()
     batch = encode(method.backbone)
     with SavedForBackward(method.parameters()) as whole:
         loss = method.loss(batch)
@@ -46,7 +46,7 @@ def test_recomputing_the_feed_forwards_changes_memory_alone(tiny: Callable[[str]
     folder = tiny(family)
     for recompute in (False, True):
         torch.manual_seed(0)
-        method = LadderSideTuning(backbone=folder, reduction=2, activation_checkpointing=recompute).train()
+        method = LadderSideTuning(backbone=folder, reduction=2, gradient_checkpointing=recompute).train()
         batch = encode(method.backbone)
         with SavedForBackward(method.parameters()) as counter:
             loss = method.loss(batch)
@@ -81,9 +81,9 @@ def test_it_starts_as_the_pruned_backbone_once(
 ) -> None:
     """By magnitude when it is made, by Fisher information when training begins, and not when it goes on."""
     small = data(limit_train=64, limit_validation=20)
-    made = LadderSideTuning(start="magnitude", reduction=4)
+    made = LadderSideTuning(init="magnitude", reduction=4)
     assert all(torch.equal(*pair) for pair in zip(sides(made), sides(pruned(made, "magnitude")), strict=True))
-    method = LadderSideTuning(start="fisher", fisher_examples=8, reduction=4, lr=0.0)
+    method = LadderSideTuning(init="fisher", fisher_examples=8, reduction=4, lr=0.0)
     random = sides(method)
     trainer = fit(method, small)
     started = sides(method)
@@ -92,7 +92,7 @@ def test_it_starts_as_the_pruned_backbone_once(
     head = {id(p) for p in method.backbone.head_modules.parameters()}
     assert all(p.grad is None and not p.requires_grad for p in method.backbone.parameters() if id(p) not in head)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = LadderSideTuning(start="fisher", fisher_examples=8, reduction=4, lr=0.0)
+    again = LadderSideTuning(init="fisher", fisher_examples=8, reduction=4, lr=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_spu.nn.pruning.fisher", None)  # which would fail
         fit(again, small, ckpt_path=tmp_path / "x.ckpt")
@@ -103,26 +103,26 @@ def pruned(method: LadderSideTuning, how: str, data: GLUE | None = None) -> Ladd
     """Another of its kind, started by hand."""
     other = LadderSideTuning(reduction=4)
     other.backbone.load_state_dict(method.backbone.state_dict())
-    trunk = other.backbone.eval().stem
+    trunk = other.backbone.eval().base_model
     scores = pruning.magnitude(trunk) if how == "magnitude" else pruning.fisher(other.backbone, data.draw(8))  # type: ignore[union-attr]
-    pruning.start(other.side.trunk, trunk, other.side.kept, scores)
+    pruning.init_from_pruned(other.side.trunk, trunk, other.side.kept, scores)
     return other
 
 
 def test_without_our_data_fisher_is_refused(fit: Callable[..., Trainer], data: Callable[..., GLUE]) -> None:
-    method = LadderSideTuning(start="fisher", reduction=4)
+    method = LadderSideTuning(init="fisher", reduction=4)
     module = data()
     monkeypatched: Any = module
     monkeypatched.draw = None
-    with pytest.raises(UserError, match=r"model.start=fisher draws examples"):
+    with pytest.raises(UserError, match=r"model.init=fisher draws examples"):
         fit(method, module)
 
 
 def test_settings_that_exclude_each_other_are_refused(tiny: Callable[[str], str]) -> None:
-    with pytest.raises(UserError, match=r"model.start=magnitude prunes weights in fp32"):
-        LadderSideTuning(backbone=tiny("bert"), reduction=2, start="magnitude", backbone_precision="bf16")
+    with pytest.raises(UserError, match=r"model.init=magnitude prunes weights in fp32"):
+        LadderSideTuning(backbone=tiny("bert"), reduction=2, init="magnitude", backbone_precision="bf16")
     with pytest.raises(UserError, match=r"model.backbone_dropout"):
-        LadderSideTuning(backbone=tiny("bert"), reduction=2, backbone_dropout=True, tap_cache="memory")
+        LadderSideTuning(backbone=tiny("bert"), reduction=2, backbone_dropout=True, activation_cache="memory")
 
 
 def test_the_backbones_dropout_is_off_unless_it_is_asked_for(tiny: Callable[[str], str]) -> None:

@@ -19,7 +19,7 @@ def test_gradients_reach_the_last_blocks_only(tiny: Callable[[str], str], family
     method.loss(encode(method.backbone)).backward()
     got = [any(p.grad is not None for p in block.parameters()) for block in method.backbone.blocks]
     assert got == [False] * (len(got) - 2) + [True] * 2
-    assert all(p.grad is None for part in method.backbone.stem.embeddings for p in part.parameters())
+    assert all(p.grad is None for part in method.backbone.base_model.embeddings for p in part.parameters())
 
 
 def test_memory_follows_the_number_of_layers(tiny: Callable[[str], str]) -> None:

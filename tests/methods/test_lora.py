@@ -57,7 +57,7 @@ def test_the_slides_table_is_exact(distilbert: str, config: str) -> None:
 def test_it_starts_as_the_backbone(tiny: Tiny, family: str, start: Any) -> None:
     folder = tiny(family)
     torch.manual_seed(0)
-    method = LoRA(start=start, backbone=folder).eval().double()
+    method = LoRA(init=start, backbone=folder).eval().double()
     torch.manual_seed(0)  # for the same new head
     plain = load_backbone(folder, method.task).eval().double()
     batch = encode(plain)
@@ -118,7 +118,7 @@ def peft_twin(method: Method, folder: str) -> tuple[Backbone, list[tuple[nn.Para
     peft = pytest.importorskip("peft")
     plain = load_backbone(folder, method.task).eval()
     plain.load_state_dict(method.backbone.state_dict())
-    adapters = {plain.path(adapter.site): adapter for adapter in method.adapters}
+    adapters = {plain.path(adapter.target): adapter for adapter in method.adapters}
     if isinstance(method, LoRA):
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(adapters))
     else:

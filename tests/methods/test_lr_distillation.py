@@ -20,8 +20,8 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.lr_distillation import LRDistillation
+from lit_spu.methods.teacher import Teacher
 from lit_spu.tasks import load_task
-from lit_spu.teacher import Teacher
 from tests.runs import StopBehind, same, weights
 
 Run = Callable[..., Trainer]
@@ -114,9 +114,9 @@ def test_at_the_teacher_nothing_moves_and_backward_passes_may_be_left_out(
     backbone = tmp_path / "trained"
     start = FullFineTuning(backbone=tiny("bert"))
     fit(start, data(), max_epochs=1)
-    from lit_spu import export
+    from lit_spu.export import writers
 
-    export.model_folder(start, start.backbone, backbone)
+    writers.model_folder(start, start.backbone, backbone)
     for skip, count in ((0.0, 8), (1e-3, 0)):
         method = made(str(backbone), teacher=str(backbone), skip_below=skip, weight_decay=0.1)
         before, latency = weights(method), Latency(warmup=0)
@@ -186,14 +186,14 @@ def test_batches_of_a_step_share_their_mean_factor(data: Data, fit: Run, tiny: T
 
 
 def test_a_teacher_may_be_a_run_a_checkpoint_or_an_export(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
-    from lit_spu import export
+    from lit_spu.export import writers
 
     method = FullFineTuning(backbone=tiny("bert"))
     trainer = fit(method, data(), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    export.model_folder(method, method.backbone, tmp_path / "merged")
+    writers.model_folder(method, method.backbone, tmp_path / "merged")
     method.setup("export")
-    export.weights(method, tmp_path / "weights")
+    writers.weights(method, tmp_path / "weights")
     module = data()
     module.encoding = method.encoding
     sources = ("run", "run/checkpoints/last.ckpt", "merged", "weights")

@@ -14,8 +14,8 @@ from lit_spu.__main__ import main
 from lit_spu.backbones import load_backbone
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
+from lit_spu.export.student import score
 from lit_spu.methods.lst_distill import LSTDistillation
-from lit_spu.separate import score
 from tests.conftest import FAMILIES, encode
 
 Tiny = Callable[[str], str]
@@ -26,7 +26,7 @@ Run = Callable[..., Trainer]
 @pytest.mark.parametrize("distance", ["mse", "cosine", "relation"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_it(tiny: Tiny, family: str, distance: Any) -> None:
     settings = {"backbone": tiny(family), "reduction": 1, "head": "prompt", "distance": distance}
-    method = LSTDistillation(states_weight=3.0, scores_weight=2.0, **settings).double().eval()
+    method = LSTDistillation(hidden_states_weight=3.0, logits_weight=2.0, **settings).double().eval()
     method.student.load_state_dict(method.backbone.state_dict())
     method.down.copy_(torch.eye(*method.down.shape))
     batch = encode(method.backbone)
@@ -40,7 +40,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_it(tiny: Tiny, fa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_teacher_learns_nothing_and_the_student_all(tiny: Tiny, family: str) -> None:
-    method = LSTDistillation(backbone=tiny(family), reduction=2, drop_layers=[1], head="prompt", scores_weight=1.0)
+    method = LSTDistillation(backbone=tiny(family), reduction=2, drop_layers=[1], head="prompt", logits_weight=1.0)
     method.train().loss(encode(method.backbone)).backward()
     assert all(p.grad is None and not p.requires_grad for p in method.backbone.parameters())
     vocabulary = [*dict.fromkeys((*method.student.head_modules.parameters(), *method.student.parameters()))]
@@ -56,7 +56,7 @@ def test_the_student_answers_without_its_teacher(tiny: Tiny, family: str, monkey
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the teacher ran")
 
-    monkeypatch.setattr(method.backbone.stem.model, "forward", forbidden)
+    monkeypatch.setattr(method.backbone.base_model.model, "forward", forbidden)
     for block in method.backbone.blocks:
         block.register_forward_pre_hook(forbidden)
     torch.testing.assert_close(method(batch), method.student(batch), atol=0, rtol=0)
@@ -77,24 +77,24 @@ def test_each_block_of_the_student_follows_its_own_of_the_teacher(tiny: Tiny) ->
 
 
 def test_a_new_head_has_nothing_to_teach(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"model.scores_weight=1.0: the classification head .* is new"):
-        LSTDistillation(backbone=tiny("bert"), reduction=2, scores_weight=1.0)
-    LSTDistillation(backbone=tiny("t5"), reduction=2, scores_weight=1.0)  # answers by words that it knows
+    with pytest.raises(UserError, match=r"model.logits_weight=1.0: the classification head .* is new"):
+        LSTDistillation(backbone=tiny("bert"), reduction=2, logits_weight=1.0)
+    LSTDistillation(backbone=tiny("t5"), reduction=2, logits_weight=1.0)  # answers by words that it knows
 
 
 def test_two_methods_made_alike_have_the_same_targets(tiny: Tiny) -> None:
     """A checkpoint does not hold what is fixed, so it must come out the same again, whatever the seed."""
     for start in ("magnitude", "random"):
         torch.manual_seed(1)
-        one = LSTDistillation(backbone=tiny("bert"), reduction=2, start=start)
+        one = LSTDistillation(backbone=tiny("bert"), reduction=2, init=start)
         torch.manual_seed(2)
-        assert torch.equal(one.down, LSTDistillation(backbone=tiny("bert"), reduction=2, start=start).down)
+        assert torch.equal(one.down, LSTDistillation(backbone=tiny("bert"), reduction=2, init=start).down)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pruned_student_begins_where_its_targets_do(tiny: Tiny, family: str) -> None:
     """Its embeddings are the teacher's at the places that D picks."""
-    method = LSTDistillation(backbone=tiny(family), reduction=2, start="magnitude").eval()
+    method = LSTDistillation(backbone=tiny(family), reduction=2, init="magnitude").eval()
     assert bool((method.down.sum(1) == 1).all())
     words = method.backbone.model.get_input_embeddings().weight
     narrow = method.student.model.get_input_embeddings().weight
@@ -104,7 +104,7 @@ def test_a_pruned_student_begins_where_its_targets_do(tiny: Tiny, family: str) -
 
 def test_a_regression_is_taught_its_numbers(tiny: Tiny) -> None:
     method = LSTDistillation(
-        backbone=tiny("bert"), task="stsb", reduction=2, head="prompt", states_weight=0.0, scores_weight=2.0
+        backbone=tiny("bert"), task="stsb", reduction=2, head="prompt", hidden_states_weight=0.0, logits_weight=2.0
     ).eval()
     batch = encode(method.backbone)
     own, taught = method.student(batch), method.backbone(batch)
@@ -136,7 +136,7 @@ def test_separated_it_is_a_model_of_its_own(tmp_path: Path, capsys: pytest.Captu
     with torch.no_grad():
         torch.testing.assert_close(plain(**inputs).logits, method(batches[0]), atol=1e-6, rtol=0)
     again = load_backbone(str(tmp_path / "student"), method.task)
-    assert again.knows_answers
+    assert again.head_is_pretrained
     found = f"{score(again.eval(), batches):.4f}"
     assert found in shown
     assert f"on validation: {found}" in (tmp_path / "student" / "README.md").read_text()

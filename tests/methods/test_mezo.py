@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lit_spu
 from lit_spu.__main__ import main
+from lit_spu.checkpoints.fingerprint import checksum
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.fingerprint import checksum
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.mezo import MeZO
 from lit_spu.optim.mezo import MeZO as Optimizer

@@ -89,7 +89,7 @@ def test_nothing_of_the_backbone_is_kept_for_the_backward_pass() -> None:
     ("wrong", "said"),
     [
         ({"backbone_share": 1.0}, r"model\.backbone_share=1.0: give a share between 0 and 1"),
-        ({"tap_cache": "memory"}, r"leave out model\.tap_cache"),
+        ({"activation_cache": "memory"}, r"leave out model\.activation_cache"),
         ({"trajectory": "there"}, r"leave out .* model\.trajectory"),
     ],
 )

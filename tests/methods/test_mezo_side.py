@@ -38,7 +38,7 @@ def test_one_pass_of_the_backbone_serves_all_directions(monkeypatch: pytest.Monk
 
 
 def test_with_a_cache_none_does(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, runs = MeZOSide(reduction=4, tap_cache="memory", lr=1e-3, directions=4), []
+    method, runs = MeZOSide(reduction=4, activation_cache="memory", lr=1e-3, directions=4), []
     trunk = method.backbone.trunk
     monkeypatch.setattr(method.backbone, "trunk", lambda given: runs.append(1) or trunk(given))  # type: ignore[func-returns-value]
     fit(method, data(), limit_val_batches=0, num_sanity_val_steps=0, max_epochs=3)

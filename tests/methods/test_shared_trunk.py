@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.methods.base import TapReader
+from lit_spu.methods.base import HiddenStateReader
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.lst_distill import LSTDistillation
@@ -28,14 +28,14 @@ SIBLINGS: dict[str, dict[str, Any]] = {
 SMALL = {"limit_train": 40, "limit_validation": 20}
 
 
-def sides(method: TapReader) -> dict[str, torch.Tensor]:
+def sides(method: HiddenStateReader) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in method.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("cls", [LadderSideTuning, KLadder, LSTDistillation])
 @pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 0.5}], ids=["", "clipped"])
 def test_each_becomes_what_it_becomes_alone(
-    data: Callable[..., GLUE], fit: Run, cls: type[TapReader], settings: dict[str, Any]
+    data: Callable[..., GLUE], fit: Run, cls: type[HiddenStateReader], settings: dict[str, Any]
 ) -> None:
     """To the bit, with the dropout of the mini model's side networks and clipping by their own norms."""
     seed_everything(3, verbose=False)

@@ -63,21 +63,24 @@ def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
     plain = load_backbone(tiny(family), side.task).eval().double()
     plain.load_state_dict(side.backbone.state_dict())
     batch = encode(plain)
-    sites = {id(site.linear): site.path for site in side.backbone.sites(*plain.stem.family.sites)}
+    targets = {
+        id(target.linear): target.path
+        for target in side.backbone.target_linears(*plain.base_model.family.target_linears)
+    }
     pairs: dict[str, list[Any]] = {}
     for adapter in side.adapters:
-        pairs.setdefault(adapter.site.path, []).append(adapter)
-    entered = {id(m) for block in side.backbone.stem.stacks[-1][4 - reentry :] for m in block.modules()}
-    out_of: dict[str, list[Tensor]] = {path: [] for path in sites.values()}
-    for path, linear in ((p, plain.stem.model.get_submodule(p)) for p in out_of):
+        pairs.setdefault(adapter.target.path, []).append(adapter)
+    entered = {id(m) for block in side.backbone.base_model.stacks[-1][4 - reentry :] for m in block.modules()}
+    out_of: dict[str, list[Tensor]] = {path: [] for path in targets.values()}
+    for path, linear in ((p, plain.base_model.model.get_submodule(p)) for p in out_of):
         linear.register_forward_hook(lambda _m, _i, out, path=path: out_of[path].append(out.clone()))
 
     def check(linear: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-        path, x = sites[id(linear)], args[0]
+        path, x = targets[id(linear)], args[0]
         wanted = linear_of(linear, x) if id(linear) in entered else out_of[path].pop(0)
         for pair in pairs[path]:
-            width = wanted.shape[-1] // pair.site.slots
-            wanted[..., pair.site.slot * width :][..., :width] += pair.scale * x @ pair.a.T @ pair.b.T
+            width = wanted.shape[-1] // pair.target.slots
+            wanted[..., pair.target.slot * width :][..., :width] += pair.scale * x @ pair.a.T @ pair.b.T
         torch.testing.assert_close(out, wanted, atol=1e-12, rtol=0)
         seen[path] += 1
 
@@ -85,7 +88,7 @@ def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
     with torch.no_grad():
         plain(batch)
         for path in out_of:
-            linear = side.backbone.stem.model.get_submodule(path)
+            linear = side.backbone.base_model.model.get_submodule(path)
             linear.register_forward_hook(lambda m, i, out: check(m, i, out) if is_side(m) else None)
 
         def is_side(module: nn.Module) -> bool:
@@ -102,7 +105,7 @@ def test_the_last_block_at_one_position_is_the_whole_one_there(
     tiny: Tiny, family: str, head: Any, reentry: int
 ) -> None:
     side = disturbed(twin(tiny(family), SideLoRA, reentry=reentry, head=head))
-    batch, stem = encode(side.backbone), side.backbone.stem
+    batch, stem = encode(side.backbone), side.backbone.base_model
     with side.stream.beside():
         whole = side.backbone.head(side.backbone.read(stem.run(side.backbone.inputs(batch)), batch))
     widths: list[int] = []
@@ -122,15 +125,15 @@ def test_the_side_of_a_decoder_attends_to_the_side_of_the_encoder(tiny: Tiny, re
     side = disturbed(twin(tiny("t5"), SideLoRA, reentry=reentry))
     plain = load_backbone(tiny("t5"), side.task).eval().double()
     batch, read, left = encode(plain), [], []
-    model = side.backbone.stem.model
+    model = side.backbone.base_model.model
     model.encoder.register_forward_hook(lambda _m, _i, out: left.append(out.last_hidden_state))
-    for site in side.backbone.sites("key"):
-        if "EncDecAttention" in site.path:
-            site.linear.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
+    for target in side.backbone.target_linears("key"):
+        if "EncDecAttention" in target.path:
+            target.linear.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
     with torch.no_grad():
         side(batch)
         inputs = plain.inputs(batch)
-        expected = plain.stem.model.encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+        expected = plain.base_model.model.encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
     backbones, sides = left[0].chunk(2)
     torch.testing.assert_close(backbones, expected, atol=1e-12, rtol=0)
     assert not torch.allclose(sides, backbones, atol=1e-3)
@@ -148,7 +151,9 @@ def test_no_gradient_enters_the_backbone(tiny: Tiny, family: str) -> None:
     """Its linears are never asked for one: each runs once, without gradient, and the side's weights all get theirs."""
     method = disturbed(SideLoRA(backbone=tiny(family)).train())
     calls: Counter[bool] = Counter()
-    linears = {site.linear for site in method.backbone.sites(*method.backbone.stem.family.sites)}
+    linears = {
+        target.linear for target in method.backbone.target_linears(*method.backbone.base_model.family.target_linears)
+    }
     for linear in linears:
         forward = linear.forward
 
@@ -169,7 +174,7 @@ def test_no_gradient_enters_the_backbone(tiny: Tiny, family: str) -> None:
 def test_recomputing_changes_memory_alone(tiny: Tiny, family: str) -> None:
     losses, gradients, peaks = [], [], []
     for on in (False, True):
-        method = disturbed(twin(tiny(family), SideLoRA, activation_checkpointing=on)).train()
+        method = disturbed(twin(tiny(family), SideLoRA, gradient_checkpointing=on)).train()
         batch = encode(method.backbone)
         with LiveBytes(method) as live:
             loss = method.loss(batch)

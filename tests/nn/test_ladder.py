@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_spu.backbones import Taps, load_backbone
-from lit_spu.backbones.base import Trunk
+from lit_spu.backbones import HiddenStates, load_backbone
+from lit_spu.backbones.base import TransformerStacks
 from lit_spu.backbones.families import FAMILIES as RECORDS
 from lit_spu.errors import UserError
 from lit_spu.nn.fusion import Gated
@@ -36,7 +36,7 @@ def build(folder: str, reduction: int = 2, drop: Sequence[int] = (), **ladder: A
     return backbone, side.double().eval()
 
 
-def scores(backbone: Any, side: Any, batch: dict[str, Tensor], taps: Sequence[Taps] | None = None) -> Tensor:
+def scores(backbone: Any, side: Any, batch: dict[str, Tensor], taps: Sequence[HiddenStates] | None = None) -> Tensor:
     with torch.no_grad():
         taps = taps or backbone.trunk(batch)
     hidden = side(taps, backbone.inputs(batch), backbone.position(batch))
@@ -81,8 +81,8 @@ def test_trainable_counts_are_the_published_ones(
 def stand_in(model: Any) -> Any:
     """As much of a backbone as a side network reads of it, without weights."""
     record = RECORDS[model.config.model_type]
-    stem = record.shape.trunk_class(model, record)
-    return SimpleNamespace(stem=stem, streams=stem.streams, width=stem.output_width)
+    stem = record.shape.stacks_class(model, record)
+    return SimpleNamespace(base_model=stem, streams=stem.streams, width=stem.output_width)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +90,7 @@ def test_a_copy_at_full_width_is_the_backbone(tiny: Tiny, family: str) -> None:
     """r = 1, g ≡ 1, an identity at the entrance and at the exit, copied blocks: the scores are the backbone's."""
     backbone, side = build(tiny(family), reduction=1)
     plain = load_backbone(tiny(family), TASKS["sst2"], "prompt").double().eval()
-    weights = plain.stem.model.state_dict()
+    weights = plain.base_model.model.state_dict()
     with torch.no_grad():
         for name, tensor in side.model.state_dict().items():
             tensor.copy_(weights[name])
@@ -157,7 +157,7 @@ def test_a_dropped_layer_is_not_read(tiny: Tiny) -> None:
     batch = encode(backbone)
     taps = backbone.trunk(batch)
 
-    def noised(block: int) -> list[Taps]:
+    def noised(block: int) -> list[HiddenStates]:
         return [
             t._replace(blocks=tuple(torch.randn_like(b) if i == block else b for i, b in enumerate(t.blocks)))
             for t in taps
@@ -239,5 +239,5 @@ def test_a_projection_keeps_the_scale_of_what_it_reads(wide: int) -> None:
 
 def test_trunks_are_not_modules() -> None:
     assert not issubclass(
-        Trunk, nn.Module
+        TransformerStacks, nn.Module
     )  # a side network must not enter the backbone's tree, nor the backbone its own

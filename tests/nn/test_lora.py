@@ -9,29 +9,29 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_spu.backbones.base import Site
+from lit_spu.backbones.base import TargetLinear
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.nn.lora import AddLowRank, LowRank
 
 
-def site(kind: str) -> Site:
+def target(kind: str) -> TargetLinear:
     """A linear 6 -> 9, a transposed one, or the second third of a fused one."""
     torch.manual_seed(0)
     linear: nn.Module = nn.Linear(6, 9) if kind == "linear" else Conv1D(9, 6)
-    return Site("block.linear", linear.double(), "key", *((1, 3) if kind == "fused" else ()))
+    return TargetLinear("block.linear", linear.double(), "key", *((1, 3) if kind == "fused" else ()))
 
 
 KINDS = ("linear", "transposed", "fused")
 
 
-def trained(where: Site, **settings: Any) -> LowRank:
+def trained(where: TargetLinear, **settings: Any) -> LowRank:
     pair = LowRank(where, 2, 1.4, **settings).double()
     nn.init.normal_(pair.b)
     return pair
 
 
-def expected(where: Site, pair: LowRank, x: Tensor) -> Tensor:
-    """W x + b with s·B(A x) added to the outputs of the site."""
+def expected(where: TargetLinear, pair: LowRank, x: Tensor) -> Tensor:
+    """W x + b with s·B(A x) added to the outputs of the target."""
     out: Tensor = where.linear(x).detach()
     width = out.shape[-1] // where.slots
     out[..., where.slot * width : (where.slot + 1) * width] += 0.7 * x @ pair.a.detach().T @ pair.b.detach().T
@@ -41,7 +41,7 @@ def expected(where: Site, pair: LowRank, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_adds_its_product(kind: str, shape: tuple[int, ...]) -> None:
-    where = site(kind)
+    where = target(kind)
     pair, x = trained(where), torch.randn(4, *shape, dtype=torch.float64)
     wanted = expected(where, pair, x)
     pair.attach()
@@ -50,7 +50,7 @@ def test_it_adds_its_product(kind: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_its_formula(kind: str) -> None:
-    where = site(kind)
+    where = target(kind)
     where.linear.requires_grad_(False)
     pair = trained(where).attach()
 
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_its_formula(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_it_puts_out_the_same_and_unmerged_it_is_what_it_was(kind: str) -> None:
-    where = site(kind)
+    where = target(kind)
     pair, x = trained(where).attach(), torch.randn(4, 6, dtype=torch.float64)
     before, weights = where.linear(x), where.linear.weight.clone()
     pair.merge()
@@ -80,7 +80,7 @@ def test_merged_it_puts_out_the_same_and_unmerged_it_is_what_it_was(kind: str) -
 def test_the_top_singular_vectors_move_into_the_pair(outputs: int, inputs: int) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs).double()
-    where, whole = Site("linear", linear, "up"), linear.weight.detach().clone()
+    where, whole = TargetLinear("linear", linear, "up"), linear.weight.detach().clone()
     pair = LowRank(where, 3, 6.0).double()
     pair.take_top()
     u, s, v = torch.linalg.svd(whole, full_matrices=False)
@@ -102,7 +102,7 @@ def test_nothing_of_the_linear_output_is_copied_or_kept() -> None:
 
 
 def test_dropout_is_of_the_inputs_of_a_alone() -> None:
-    where = site("linear")
+    where = target("linear")
     pair = trained(where, dropout=1.0).attach()
     x = torch.randn(4, 6, dtype=torch.float64)
     plain = nn.functional.linear(x, where.linear.weight, where.linear.bias)
@@ -111,14 +111,14 @@ def test_dropout_is_of_the_inputs_of_a_alone() -> None:
     torch.testing.assert_close(where.linear(x), expected_without_hooks(where, pair, x))
 
 
-def expected_without_hooks(where: Site, pair: LowRank, x: Tensor) -> Tensor:
+def expected_without_hooks(where: TargetLinear, pair: LowRank, x: Tensor) -> Tensor:
     out: Tensor = nn.functional.linear(x, where.linear.weight, where.linear.bias)
     return out + 0.7 * x @ pair.a.T @ pair.b.T
 
 
 def test_under_autocast_it_joins_what_the_linear_puts_out() -> None:
     linear = nn.Linear(6, 9)
-    pair = LowRank(Site("linear", linear, "up"), 2, 2.0)
+    pair = LowRank(TargetLinear("linear", linear, "up"), 2, 2.0)
     nn.init.normal_(pair.b)
     x = torch.randn(4, 6)
     plain = linear(x)

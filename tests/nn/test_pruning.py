@@ -40,14 +40,21 @@ def largest(scores: Array, count: int) -> Array:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_full_width_it_is_the_backbone(tiny: Tiny, family: str, order: Any) -> None:
     backbone = load(tiny(family))
-    for reduced in (backbone.stem.shrunk(1, everything(backbone)), backbone.student(1, everything(backbone)).stem):
+    for reduced in (
+        backbone.base_model.shrunk(1, everything(backbone)),
+        backbone.student(1, everything(backbone)).base_model,
+    ):
         reduced.model.double()
         if order == "published" and family in ("llama", "qwen2"):
             with pytest.raises(UserError, match="as many heads of keys"):
-                pruning.start(reduced, backbone.stem, everything(backbone), pruning.magnitude(backbone.stem), order)
+                pruning.init_from_pruned(
+                    reduced, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model), order
+                )
             continue
-        pruning.start(reduced, backbone.stem, everything(backbone), pruning.magnitude(backbone.stem), order)
-        theirs = dict(backbone.stem.model.named_parameters())
+        pruning.init_from_pruned(
+            reduced, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model), order
+        )
+        theirs = dict(backbone.base_model.model.named_parameters())
         for name, parameter in reduced.model.named_parameters():
             assert torch.equal(parameter, theirs[name]), name
 
@@ -56,13 +63,15 @@ def test_at_full_width_it_is_the_backbone(tiny: Tiny, family: str, order: Any) -
 def test_every_weight_is_the_backbones_own(tiny: Tiny, family: str) -> None:
     """At half the width: each row of numbers is one that the backbone has, and nothing is left as it was made."""
     backbone = load(tiny(family))
-    side = backbone.student(2, [[0, 2, 3]] * len(backbone.streams)).stem
+    side = backbone.student(2, [[0, 2, 3]] * len(backbone.streams)).base_model
     side.model.double()
     with torch.no_grad():
         for parameter in side.model.parameters():
             parameter.fill_(torch.nan)
-    pruning.start(side, backbone.stem, [[0, 2, 3]] * len(backbone.streams), pruning.magnitude(backbone.stem))
-    known = torch.cat([p.flatten() for p in backbone.stem.model.parameters()])
+    pruning.init_from_pruned(
+        side, backbone.base_model, [[0, 2, 3]] * len(backbone.streams), pruning.magnitude(backbone.base_model)
+    )
+    known = torch.cat([p.flatten() for p in backbone.base_model.model.parameters()])
     assert all(bool(torch.isin(p, known).all()) for p in side.model.parameters())
 
 
@@ -126,12 +135,14 @@ def t5_reference(model: Any, order: str, heads: int, inner: int, width: int, wid
 def test_a_t5_is_pruned_as_by_hand(tiny: Tiny, family: str, order: Any) -> None:
     backbone = load(tiny(family))
     with torch.no_grad():
-        for parameter in backbone.stem.model.parameters():  # norms start at one, and tell no places apart
+        for parameter in backbone.base_model.model.parameters():  # norms start at one, and tell no places apart
             parameter.add_(0.1 * torch.randn_like(parameter))
-    side = backbone.stem.shrunk(2, everything(backbone))
+    side = backbone.base_model.shrunk(2, everything(backbone))
     side.model.double()
-    pruning.start(side, backbone.stem, everything(backbone), pruning.magnitude(backbone.stem), order)
-    wanted = t5_reference(backbone.stem.model, order, heads=4, inner=16, width=16, wide=32)
+    pruning.init_from_pruned(
+        side, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model), order
+    )
+    wanted = t5_reference(backbone.base_model.model, order, heads=4, inner=16, width=16, wide=32)
     found = {name: p.detach().numpy() for name, p in side.model.named_parameters()}
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
@@ -141,10 +152,10 @@ def test_a_t5_is_pruned_as_by_hand(tiny: Tiny, family: str, order: Any) -> None:
 def test_a_dropped_block_gives_nothing_and_its_stack_keeps_its_positions(tiny: Tiny) -> None:
     backbone = load(tiny("t5"))
     some = [[1, 3], [2]]
-    whole, part = backbone.stem.shrunk(2, everything(backbone)), backbone.stem.shrunk(2, some)
+    whole, part = backbone.base_model.shrunk(2, everything(backbone)), backbone.base_model.shrunk(2, some)
     for side, kept in ((whole, everything(backbone)), (part, some)):
         side.model.double()
-        pruning.start(side, backbone.stem, kept, pruning.magnitude(backbone.stem), "published")
+        pruning.init_from_pruned(side, backbone.base_model, kept, pruning.magnitude(backbone.base_model), "published")
     for stream, numbers in enumerate(some):
         for place, number in enumerate(numbers):
             theirs = dict(whole.stacks[stream][number].named_parameters())
@@ -157,10 +168,12 @@ def test_a_dropped_block_gives_nothing_and_its_stack_keeps_its_positions(tiny: T
 def test_heads_that_share_keys_and_turned_pairs_stay_together(tiny: Tiny) -> None:
     """Llama: a group of queries keeps the places of its keys, and of each pair i and i + width/2 both or none."""
     backbone = load(tiny("llama"))
-    side = backbone.stem.shrunk(2, everything(backbone))
+    side = backbone.base_model.shrunk(2, everything(backbone))
     side.model.double()
-    pruning.start(side, backbone.stem, everything(backbone), pruning.magnitude(backbone.stem))
-    theirs, ours = ({s.role: s.weight for s in trunk.sites_of(0, 1, *ROLES)} for trunk in (backbone.stem, side))
+    pruning.init_from_pruned(side, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model))
+    theirs, ours = (
+        {s.role: s.weight for s in trunk.block_target_linears(0, 1, *ROLES)} for trunk in (backbone.base_model, side)
+    )
 
     def places(narrow: Tensor, wide: Tensor) -> list[int]:
         """Which rows were kept, by the columns that all kept rows share."""
@@ -193,32 +206,37 @@ def test_what_a_narrow_t5_computes_is_what_the_kept_places_compute(tiny: Tiny) -
         kept[rows.unsqueeze(1), columns] = weight[rows.unsqueeze(1), columns]
         weight.copy_(kept)
 
-    residual, vocabulary = some(16, 32), torch.arange(backbone.stem.model.shared.num_embeddings)
+    residual, vocabulary = some(16, 32), torch.arange(backbone.base_model.model.shared.num_embeddings)
     with torch.no_grad():
-        only(backbone.stem.model.shared.weight, vocabulary, residual)
-        for stream, stack in enumerate(backbone.stem.stacks):
+        only(backbone.base_model.model.shared.weight, vocabulary, residual)
+        for stream, stack in enumerate(backbone.base_model.stacks):
             for number in range(len(stack)):
-                parts = {r: backbone.stem.sites_of(stream, number, r) for r in backbone.stem.family.sites}
+                parts = {
+                    r: backbone.base_model.block_target_linears(stream, number, r)
+                    for r in backbone.base_model.family.target_linears
+                }
                 for query, key, value, output in zip(
                     *(parts[role] for role in ("query", "key", "value", "output")), strict=True
                 ):
                     rows = torch.cat([8 * head + some(4, 8) for head in range(4)])
-                    for site in (query, key, value):
-                        only(site.weight, rows, residual)
+                    for target in (query, key, value):
+                        only(target.weight, rows, residual)
                     only(output.weight, residual, rows)
                 (up,), (down,) = parts["up"], parts["down"]
                 rows = some(32, 64)
                 only(up.weight, rows, residual)
                 only(down.weight, residual, rows)
     student = backbone.student(2, everything(backbone)).double().eval()
-    kept = pruning.start(student.stem, backbone.stem, everything(backbone), pruning.magnitude(backbone.stem))
+    kept = pruning.init_from_pruned(
+        student.base_model, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model)
+    )
     assert torch.equal(kept, residual)
     with torch.no_grad():
-        for name, parameter in student.stem.model.named_parameters():
+        for name, parameter in student.base_model.model.named_parameters():
             if name.endswith("layer_norm.weight"):
                 parameter.mul_(2**0.5)  # the mean square is over half as many places
         batch = encode(backbone)
-        wide, narrow = (one.stem.run(one.inputs(batch)) for one in (backbone, student))
+        wide, narrow = (one.base_model.run(one.inputs(batch)) for one in (backbone, student))
     torch.testing.assert_close(narrow, wide[..., residual], atol=1e-6, rtol=1e-6)  # eps is added in another place
 
 
@@ -232,11 +250,13 @@ def test_of_equal_ones_the_first_are_kept() -> None:
 
 def test_products_of_tiny_scores_are_told_apart(tiny: Tiny) -> None:
     backbone = load(tiny("bert"))
-    scores = pruning.magnitude(backbone.stem)
+    scores = pruning.magnitude(backbone.base_model)
     made = []
     for size in (1.0, 1e-30):  # whose cubes no fp32 holds
-        side = backbone.stem.shrunk(2, everything(backbone))
-        pruning.start(side, backbone.stem, everything(backbone), {name: size * s for name, s in scores.items()})
+        side = backbone.base_model.shrunk(2, everything(backbone))
+        pruning.init_from_pruned(
+            side, backbone.base_model, everything(backbone), {name: size * s for name, s in scores.items()}
+        )
         made.append(torch.cat([p.flatten() for p in side.model.parameters()]))
     assert torch.equal(*made)
 
@@ -251,7 +271,7 @@ def test_fisher_is_the_sum_of_squared_gradients_of_single_examples(tiny: Tiny) -
     assert before == [p.requires_grad for p in backbone.parameters()]
     assert all(p.grad is None for p in backbone.parameters())
     name = "encoder.layer.2.attention.self.value.weight"
-    weight = backbone.stem.model.get_parameter(name)
+    weight = backbone.base_model.model.get_parameter(name)
     step, wanted = 1e-5, torch.zeros(3, 2)
     with torch.no_grad():
         for i in range(3):
@@ -273,8 +293,8 @@ def test_what_cannot_be_narrowed_is_told(tiny: Tiny) -> None:
         vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=64, head_dim=8, pad_token_id=0,
     )  # fmt: skip
-    from lit_spu.backbones.base import Trunk
+    from lit_spu.backbones.base import TransformerStacks
 
-    trunk = Trunk(transformers.Qwen3Model(config), RECORDS["qwen3"])
-    with pytest.raises(UserError, match=r"model.start: how self_attn.q_norm.weight of a qwen3 narrows from 8 to 4"):
-        pruning.start(trunk.shrunk(2, [[0, 1]]), trunk, [[0, 1]], pruning.magnitude(trunk))
+    trunk = TransformerStacks(transformers.Qwen3Model(config), RECORDS["qwen3"])
+    with pytest.raises(UserError, match=r"model.init: how self_attn.q_norm.weight of a qwen3 narrows from 8 to 4"):
+        pruning.init_from_pruned(trunk.shrunk(2, [[0, 1]]), trunk, [[0, 1]], pruning.magnitude(trunk))

@@ -17,12 +17,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lit_spu.__main__ import COMMANDS
-from lit_spu.doctor import doctor
+from lit_spu.cli.doctor import doctor
+from lit_spu.cli.messages import Parser, answered
 from lit_spu.errors import UserError
-from lit_spu.export import export, replay
+from lit_spu.export.student import separate
+from lit_spu.export.writers import export, replay
 from lit_spu.measure import MIB, Kind
-from lit_spu.parser import Parser, answered
-from lit_spu.separate import separate
 from lit_spu.study import report
 from lit_spu.study.compare import Forecast, Outcome, Runner, known
 from lit_spu.study.estimate import estimates

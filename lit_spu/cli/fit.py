@@ -23,16 +23,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_spu import discovery, runs, trained
+from lit_spu import registry
 from lit_spu.__main__ import SUBCOMMANDS
 from lit_spu.callbacks.finish_validation import FinishValidation
 from lit_spu.callbacks.last_checkpoint import LastCheckpoint
+from lit_spu.callbacks.predictions import Predictions
 from lit_spu.callbacks.run_summary import RunSummary
+from lit_spu.checkpoints import run_dir, trained_weights
+from lit_spu.cli.messages import Parser, answered, say
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
-from lit_spu.parser import Parser, answered, say
-from lit_spu.predictions import Predictions
 from lit_spu.tasks import load_task
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
@@ -49,7 +50,7 @@ class SaveRun(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # not trainer.log_dir: that asks all ranks, and this is called on the first alone
         with Path(trainer.default_root_dir, "launches.jsonl").open("a") as file:
-            file.write(json.dumps(runs.launch(self.command)) + "\n")
+            file.write(json.dumps(run_dir.launch(self.command)) + "\n")
 
 
 class SpuCLI(LightningCLI):
@@ -61,7 +62,7 @@ class SpuCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         for package in ("methods", "callbacks"):  # short names resolve for imported classes only
-            list(discovery.classes(f"lit_spu.{package}"))
+            list(registry.classes(f"lit_spu.{package}"))
         self.args = Parser.given = list(args)
         peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         peek.add_argument("--ckpt_path")
@@ -91,7 +92,7 @@ class SpuCLI(LightningCLI):
     # -- settings ---------------------------------------------------------------------------------------------------
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default=runs.PATTERN, help="All that the run writes goes here.")
+        parser.add_argument("--run_dir", type=str, default=run_dir.PATTERN, help="All that the run writes goes here.")
         parser.link_arguments(("data.task", "model"), "model.init_args.task", compute_fn=self._one_task)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -135,8 +136,8 @@ class SpuCLI(LightningCLI):
 
     def _recall(self, path: str, subcommand: str) -> dict[str, Any]:
         """The settings that the checkpoint at `path` was made with; to resume a run directory, also its trainer's."""
-        self.file = runs.checkpoint(path, "last" if subcommand == "fit" else "best")
-        self.made_with = runs.made_with(self.file)
+        self.file = run_dir.checkpoint(path, "last" if subcommand == "fit" else "best")
+        self.made_with = run_dir.made_with(self.file)
         config = Path(path, "config.yaml")
         if subcommand != "fit" or not config.exists():
             return self.made_with
@@ -147,7 +148,7 @@ class SpuCLI(LightningCLI):
     @property
     def exported(self) -> Path | None:
         """The checkpoint, if it is what `lit-spu export` wrote as safetensors."""
-        return self.file if self.file and self.file.name == trained.WEIGHTS else None
+        return self.file if self.file and self.file.name == trained_weights.WEIGHTS else None
 
     def _parse_ckpt_path(self) -> None:
         """Compare the settings with those of the checkpoint; Lightning's own would let the checkpoint win in silence.
@@ -234,10 +235,10 @@ class SpuCLI(LightningCLI):
     def _run_directory(self) -> Path:
         """The run directory: a resumed run's own, if no other is given."""
         pattern = self._get(self.config, "run_dir")
-        if self.resumed is not None and pattern == runs.PATTERN:
+        if self.resumed is not None and pattern == run_dir.PATTERN:
             return self.resumed
         seed = self._get(self.config, "seed_everything")
-        return runs.directory(pattern, task=self.model.task.name, method=type(self.model).__name__, seed=seed)
+        return run_dir.directory(pattern, task=self.model.task.name, method=type(self.model).__name__, seed=seed)
 
     def _own_callbacks(self) -> list[Callback]:
         """What belongs to every run, whatever callbacks are asked for."""
@@ -276,7 +277,7 @@ class SpuCLI(LightningCLI):
             if self.file is None:
                 say("No --ckpt_path: this is the method before any training.")
         if exported := self.exported:
-            trained.restore(self.model, exported)
+            trained_weights.restore(self.model, exported)
         if self.resumed == self.run_dir:
             self._keep_metrics()
         try:

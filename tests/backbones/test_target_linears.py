@@ -23,7 +23,7 @@ Tiny = Callable[[str], str]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_of_a_block_is_a_site_once(tiny: Tiny, family: str) -> None:
     backbone = load_backbone(tiny(family), TASKS["sst2"])
-    sites = backbone.sites(*ROLES)
+    targets = backbone.target_linears(*ROLES)
     linears = [
         module
         for block in backbone.blocks
@@ -32,20 +32,20 @@ def test_every_linear_of_a_block_is_a_site_once(tiny: Tiny, family: str) -> None
         and module.weight.ndim == 2
         and not isinstance(module, nn.Embedding)
     ]
-    assert {id(site.linear) for site in sites} == {id(linear) for linear in linears}
+    assert {id(target.linear) for target in targets} == {id(linear) for linear in linears}
     for linear in linears:
-        parts = [site for site in sites if site.linear is linear]
+        parts = [target for target in targets if target.linear is linear]
         whole = linear.get_parameter("weight")
-        assert torch.equal(torch.cat([site.weight for site in parts]), whole.T if parts[0].transposed else whole)
-    assert len({str(site) for site in sites}) == len(sites)
-    assert all(backbone.stem.model.get_submodule(site.path) is site.linear for site in sites)
+        assert torch.equal(torch.cat([target.weight for target in parts]), whole.T if parts[0].transposed else whole)
+    assert len({str(target) for target in targets}) == len(targets)
+    assert all(backbone.base_model.model.get_submodule(target.path) is target.linear for target in targets)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roles_fit_their_shapes(tiny: Tiny, family: str) -> None:
     """The tiny models are 32 wide and 64 or 128 inside: that tells widening from narrowing and from attention."""
     shapes = {
-        role: {tuple(site.weight.shape) for site in load_backbone(tiny(family), TASKS["sst2"]).sites(role)}
+        role: {tuple(target.weight.shape) for target in load_backbone(tiny(family), TASKS["sst2"]).target_linears(role)}
         for role in ROLES
     }
     grouped = {(16, 32), (32, 32)}  # keys and values may be shared by two heads
@@ -62,9 +62,9 @@ def test_cross_attention_and_gated_feed_forwards_are_not_missed(
     tiny: Tiny, family: str, blocks: int, cross: int
 ) -> None:
     backbone = load_backbone(tiny(family), TASKS["sst2"])
-    assert len(backbone.sites("key")) == blocks + cross
-    assert len(backbone.sites("down")) == blocks
-    assert len(backbone.sites("up")) == blocks * (2 if family == "t5-gated" else 1)
+    assert len(backbone.target_linears("key")) == blocks + cross
+    assert len(backbone.target_linears("down")) == blocks
+    assert len(backbone.target_linears("up")) == blocks * (2 if family == "t5-gated" else 1)
 
 
 def test_a_key_of_a_fused_linear_is_the_key(tiny: Tiny) -> None:
@@ -72,23 +72,23 @@ def test_a_key_of_a_fused_linear_is_the_key(tiny: Tiny) -> None:
     backbone = load_backbone(tiny("gpt2"), TASKS["sst2"]).eval()
     x = {"input_ids": torch.arange(1, 7).view(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
     with torch.no_grad():
-        before = backbone.stem.run(x)
+        before = backbone.base_model.run(x)
         role: Role
         for role, same in (("key", True), ("query", False), ("value", False)):
-            site = backbone.sites(role)[0]
-            assert site.bias is not None
-            site.bias.add_(1.0)
-            assert torch.allclose(backbone.stem.run(x), before, atol=1e-5) is same
-            site.bias.sub_(1.0)
+            target = backbone.target_linears(role)[0]
+            assert target.bias is not None
+            target.bias.add_(1.0)
+            assert torch.allclose(backbone.base_model.run(x), before, atol=1e-5) is same
+            target.bias.sub_(1.0)
 
 
 def test_a_role_that_no_linear_plays_is_an_error(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(tiny("bert"), TASKS["sst2"])
-    family = backbone.stem.family
-    without = {role: patterns for role, patterns in family.sites.items() if role != "value"}
-    backbone.stem.family = Family(**{**vars(family), "sites": without})
+    family = backbone.base_model.family
+    without = {role: patterns for role, patterns in family.target_linears.items() if role != "value"}
+    backbone.base_model.family = Family(**{**vars(family), "target_linears": without})
     with pytest.raises(UserError, match=re.escape("bert have no linear for value")):
-        backbone.sites("query", "value")
+        backbone.target_linears("query", "value")
 
 
 @pytest.mark.parametrize(("family", "norms"), [("bert", 8), ("t5", 4 * 2 + 4 * 3), ("llama", 8)])

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_spu.errors import UserError
+from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
 from lit_spu.optim.perturbation import key_of
 from lit_spu.tasks import Task
-from lit_spu.teacher import Teacher
 
 Batch = dict[str, Tensor]
 

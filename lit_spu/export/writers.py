@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 
 import lit_spu
-from lit_spu import __version__, load, runs, trained
+from lit_spu import __version__, load
 from lit_spu.backbones import Backbone
 from lit_spu.backbones.families import quiet_loading
+from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
 from lit_spu.nn import peft_format
@@ -34,7 +35,7 @@ def export(ckpt_path: str, output: str, format: Form = "safetensors") -> None:
         UserError: if there is no checkpoint, the folder is not empty, or the method has no such form.
     """
     folder = new_folder(output)
-    file = runs.checkpoint(ckpt_path, "best")
+    file = run_dir.checkpoint(ckpt_path, "best")
     method = load(file)
     write: Mapping[Form, Callable[[Method, Path], str]] = {"peft": peft, "merged": merged, "safetensors": weights}
     assert set(write) == set(get_args(Form))
@@ -129,7 +130,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"""
 def weights(method: Method, folder: Path) -> str:
     """What was trained and nothing else; gives how to load it."""
     method.setup("export")
-    trained.write(method.described(), folder / trained.WEIGHTS)
+    trained_weights.write(method.described(), folder / trained_weights.WEIGHTS)
     return f"""import lit_spu
 
 method = lit_spu.load({str(folder)!r})
@@ -142,7 +143,7 @@ def _auto(method: Method) -> str:
 
 
 def _labels(method: Method) -> str:
-    return f", num_labels={method.task.scores}" if method.backbone.classifies else ""
+    return f", num_labels={method.task.num_logits}" if method.backbone.classifies else ""
 
 
 def card(method: Method, file: Path | None, use: str, format: Form) -> str:

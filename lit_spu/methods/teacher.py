@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_spu import trained
+from lit_spu.checkpoints import trained_weights
 from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Task
 
@@ -31,13 +31,13 @@ class Teacher:
 
     def __init__(self, source: str, task: Task) -> None:
         path = Path(source)
-        ours = path.is_file() or (path / "checkpoints").is_dir() or (path / trained.WEIGHTS).is_file()
+        ours = path.is_file() or (path / "checkpoints").is_dir() or (path / trained_weights.WEIGHTS).is_file()
         try:
             found: Any = _method(source, task) if ours else _backbone(source, task)
         except UserError as error:
             said = str(error).replace("--ckpt_path", "model.teacher").replace("model.backbone", "model.teacher")
             raise UserError(said) from error
-        self.model, self.encoding, self.scores = found.eval().requires_grad_(False), found.encoding, task.scores
+        self.model, self.encoding, self.scores = found.eval().requires_grad_(False), found.encoding, task.num_logits
 
     @torch.no_grad()
     def answers(self, data: Any, device: torch.device) -> Tensor:
@@ -57,10 +57,10 @@ class Teacher:
 
 
 def _method(source: str, task: Task) -> nn.Module:
-    import lit_spu
+    from lit_spu.export.load import load
 
-    method = lit_spu.load(source)
-    if (method.task.labels, method.task.scores) != (task.labels, task.scores):
+    method = load(source)
+    if (method.task.labels, method.task.num_logits) != (task.labels, task.num_logits):
         raise UserError(
             f"model.teacher: {source} was trained for {method.task.name}, whose labels are {_named(method.task)};"
             f" those of {task.name} are {_named(task)}."
@@ -78,7 +78,7 @@ def _backbone(source: str, task: Task) -> nn.Module:
         names = [str(name) for _, name in sorted(config.id2label.items())]
         unnamed = all(name.startswith("LABEL_") for name in names)
         same = [name.casefold() for name in names] == [label.casefold() for label in task.labels]
-        if config.num_labels != task.scores or not (unnamed or same or task.regression):
+        if config.num_labels != task.num_logits or not (unnamed or same or task.regression):
             raise UserError(
                 f"model.teacher: {source} answers {len(names)} labels ({', '.join(names)}); those of {task.name} are"
                 f" {_named(task)}, in this order. If they mean the same, set id2label in its config.json."

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from lit_spu.data import sample
-from lit_spu.data.sample import SIZES, corpus, generate
+from lit_spu.data import synthetic
+from lit_spu.data.synthetic import SIZES, corpus, generate
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
 
@@ -40,17 +40,17 @@ def opinion(row: Row) -> int:
     though = one_of("although though while")
     main = re.sub(rf"^({though}|despite) .*, |^.*, but |, {though} .*$| despite .*$", "", text)
     words = set(main.split())
-    good, bad, fair = (words & set(sample._WORDS[kind].split()) for kind in ("good", "bad", "fair"))
+    good, bad, fair = (words & set(synthetic._WORDS[kind].split()) for kind in ("good", "bad", "fair"))
     if fair or (good and bad):
         return 0
     sign = 1 if good else -1
     if re.search(r"\b(not|never|hardly|far from|anything but)\b", main):
         sign = -sign
-    return 2 * sign if words & set(sample._WORDS["very"].split()) else sign
+    return 2 * sign if words & set(synthetic._WORDS["very"].split()) else sign
 
 
 def acceptable(row: Row) -> int:
-    one, near, verb, place = (one_of(sample._WORDS[slot]) for slot in ("one", "near", "does", "place"))
+    one, near, verb, place = (one_of(synthetic._WORDS[slot]) for slot in ("one", "near", "does", "place"))
     shape = rf"The {one}(?P<many>s?)(?: {near} the {one}s?)? {verb}(?P<one>s?) the {one}s? {near} the {place}\."
     match = re.fullmatch(shape, row["sentence"])
     return int(match is not None and bool(match["many"]) != bool(match["one"]))
@@ -62,7 +62,7 @@ Facts = dict[str, set[int]]
 def facts(text: str) -> Facts:
     """The groups that each fact of a text may belong to: one, or several where only their class is named."""
     told: Facts = {}
-    for fact, groups in sample._EVENTS.items():
+    for fact, groups in synthetic._EVENTS.items():
         for group, names in enumerate(groups):
             if any(re.search(rf"\b{name}\b", text.lower()) for name in names):
                 told.setdefault(fact, set()).add(group)
@@ -103,9 +103,9 @@ def asked_for(row: Row) -> int:
     for label, shape in (
         (2, r"\b(stand for|short for|full form)\b"),
         (5, r"\bhow (many|old)\b|\bwhat year\b"),
-        (4, rf"\bwhere\b|\bwhich country\b|\bwhat {one_of(sample._WORDS['place'])}\b"),
-        (3, rf"\bwho\b|\b(which|what) {one_of(sample._WORDS['one'])}\b"),
-        (1, rf"\b(which|what) {one_of(sample._WORDS['creature'] + ' ' + sample._WORDS['thing'])}\b"),
+        (4, rf"\bwhere\b|\bwhich country\b|\bwhat {one_of(synthetic._WORDS['place'])}\b"),
+        (3, rf"\bwho\b|\b(which|what) {one_of(synthetic._WORDS['one'])}\b"),
+        (1, rf"\b(which|what) {one_of(synthetic._WORDS['creature'] + ' ' + synthetic._WORDS['thing'])}\b"),
     ):
         if re.search(shape, question):
             return label
@@ -116,7 +116,8 @@ def meant(row: Row) -> int:
     text, claim = row["sentence1"], row["sentence2"]
     first = one_of("big getting rich fast weak afraid learned")
     named = re.findall(
-        rf"\b{one_of(sample._WORDS['name'] + ' ' + sample._WORDS['item'] + ' ' + sample._WORDS['box'])}\b", text
+        rf"\b{one_of(synthetic._WORDS['name'] + ' ' + synthetic._WORDS['item'] + ' ' + synthetic._WORDS['box'])}\b",
+        text,
     )
     return int(named[0 if re.search(rf"\b{first}\b", text) else 1] in claim)
 
@@ -171,7 +172,7 @@ def test_splits_have_the_tasks_fields_and_labels_and_share_no_text(name: str) ->
 def test_the_same_on_every_platform() -> None:
     """A digest, since no oracle exists for chance: it changes with the grammars, and with nothing else."""
     code = (
-        "from lit_spu.data.sample import *; from lit_spu.tasks import TASKS; from hashlib import sha256;"
+        "from lit_spu.data.synthetic import *; from lit_spu.tasks import TASKS; from hashlib import sha256;"
         "print(sha256(repr(([generate(t, 'test') for t in TASKS.values()], [*corpus(500)])).encode()).hexdigest())"
     )
     other = subprocess.run(

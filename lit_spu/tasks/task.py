@@ -87,8 +87,8 @@ class Task:
         return self.score_range is not None
 
     @property
-    def scores(self) -> int:
-        """Width of the scores that a backbone gives: one a label, or one number."""
+    def num_logits(self) -> int:
+        """Width of the logits: one for each label, or one number for a regression."""
         return 1 if self.regression else len(self.labels)
 
     @property

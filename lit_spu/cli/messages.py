@@ -20,9 +20,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_spu.__main__ import COMMANDS
-from lit_spu.discovery import settings
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
+from lit_spu.registry import settings
 
 
 class Parser(LightningArgumentParser):

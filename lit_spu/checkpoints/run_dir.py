@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_spu import trained
+from lit_spu.checkpoints import trained_weights
 from lit_spu.errors import UserError, did_you_mean
 
 PATTERN = "runs/{task}/{method}/{seed}/{time}"
@@ -57,7 +57,7 @@ def checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
     if path.is_file():
         return path
     # a run that never validated has no best one
-    for file in (path / trained.WEIGHTS, *(path / "checkpoints" / f"{name}.ckpt" for name in (which, "last"))):
+    for file in (path / trained_weights.WEIGHTS, *(path / "checkpoints" / f"{name}.ckpt" for name in (which, "last"))):
         if file.is_file():
             return file
     problem = "is a run that saved no checkpoint" if (path / "config.yaml").exists() else "is no checkpoint and no run"
@@ -74,8 +74,8 @@ def made_with(file: Path) -> dict[str, Any]:
 
     try:
         return settings(
-            trained.read(file, weights=False)
-            if file.name == trained.WEIGHTS
+            trained_weights.read(file, weights=False)
+            if file.name == trained_weights.WEIGHTS
             else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         )
     except UserError:

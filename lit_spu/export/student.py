@@ -11,12 +11,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from lit_spu import GLUE, export, load, runs
+from lit_spu import GLUE, load
 from lit_spu.backbones import Backbone, load_backbone
+from lit_spu.checkpoints import run_dir
 from lit_spu.errors import UserError
+from lit_spu.export import writers
 from lit_spu.measure import MIB, interleave
 from lit_spu.methods.lst_distill import LSTDistillation
-from lit_spu.metrics import task_metrics
+from lit_spu.tasks.metrics import task_metrics
 
 ROUNDS = 5
 
@@ -35,18 +37,18 @@ def separate(ckpt_path: str, output: str, data: dict[str, Any] | None = None) ->
     Raises:
         UserError: if there is no checkpoint, it is of another method, or the folder is not empty.
     """
-    folder = export.new_folder(output)
-    file = runs.checkpoint(ckpt_path, "best")
+    folder = writers.new_folder(output)
+    file = run_dir.checkpoint(ckpt_path, "best")
     method = load(file)
     if not isinstance(method, LSTDistillation):
         raise UserError(
             f"--ckpt_path: {file} holds {type(method).__name__}, which cannot do without its backbone. Only"
             " LSTDistillation trains a student that can; export writes what others trained."
         )
-    use = export.model_folder(method, method.student, folder)
-    (folder / "README.md").write_text(export.card(method, file, use, "merged"))
-    teacher, student = method.backbone, load_backbone(str(folder), method.task, method.student.answers_by).eval()
-    module = GLUE(**runs.made_with(file)["data"] | (data or {}))
+    use = writers.model_folder(method, method.student, folder)
+    (folder / "README.md").write_text(writers.card(method, file, use, "merged"))
+    teacher, student = method.backbone, load_backbone(str(folder), method.task, method.student.head_type).eval()
+    module = GLUE(**run_dir.made_with(file)["data"] | (data or {}))
     module.encoding = method.encoding
     module.setup("validate")
     batches = list(module.val_dataloader()[0])
@@ -57,7 +59,7 @@ def separate(ckpt_path: str, output: str, data: dict[str, Any] | None = None) ->
     for name, backbone in (("teacher", teacher), ("student", student)):
         count = sum(p.numel() for p in backbone.model.parameters())
         size = sum(p.nbytes for p in backbone.model.parameters()) / MIB
-        found = f"{score(backbone, batches):.4f}" if backbone.knows_answers else "head untrained"
+        found = f"{score(backbone, batches):.4f}" if backbone.head_is_pretrained else "head untrained"
         table.add_row(name, f"{count:,}", f"{size:,.1f}", found, f"{1000 * median(seconds[name]):,.1f}")
     Console().print(table)
 

@@ -1,0 +1,1 @@
+"""Run directories, trained weights as files, and fingerprints of weights."""

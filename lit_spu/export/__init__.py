@@ -1,0 +1,1 @@
+"""Trained methods: load them, and write them for other tools."""
