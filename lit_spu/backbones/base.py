@@ -1,8 +1,8 @@
 """What a method may ask of a pretrained model, and no more.
 
 A `TransformerStacks` runs the stacks of an unmodified Hugging Face model and lets a caller read each block's output or
-step in front of a block. A `Backbone` is a trunk with a head that gives `scores [batch, labels]` whatever the family. A side
-network is a trunk too: the same architecture, narrower.
+step in front of a block. A `Backbone` is such a model with a head that gives logits [batch, labels] whatever the family.
+A side network is one too: the same architecture, narrower.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class GradualFreezing(Callback):
     that learns nothing is stored for the backward pass: time and memory fall. `params/trainable` and `freezing/frozen`,
     how many stages are, are logged whenever they change. Behind the run, what learns is again what learnt before it.
 
-    It works on any module whose `stages` lists its parameters at each depth, from the bottom up. The head, which is not
+    It works on any module whose `parameters_by_depth` lists its parameters at each depth, from the bottom up. The head, which is not
     among them, always learns.
 
     Args:
@@ -113,7 +113,7 @@ class GradualFreezing(Callback):
 
     def _learning(self, pl_module: LightningModule) -> list[list[nn.Parameter]]:
         """What learns in each stage where something does."""
-        stages = ([p for p in stage if p.requires_grad] for stage in getattr(pl_module, "stages", ()))
+        stages = ([p for p in stage if p.requires_grad] for stage in getattr(pl_module, "parameters_by_depth", ()))
         return [stage for stage in stages if stage]
 
     def _due(self) -> int:

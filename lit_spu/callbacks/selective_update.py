@@ -65,7 +65,7 @@ class SelectiveUpdate(Callback):
             raise UserError(
                 "SelectiveUpdate: several devices wait for each other's gradients. Use --trainer.devices 1."
             )
-        blocks = getattr(pl_module, "stages", [])[1:]
+        blocks = getattr(pl_module, "parameters_by_depth", [])[1:]
         in_blocks = self.otherwise == "biases" or self.policy.passes(0, 1000)
         if in_blocks and not any(p.requires_grad for block in blocks for p in block):
             raise UserError(
@@ -79,17 +79,16 @@ class SelectiveUpdate(Callback):
         self.policy.begin(pl_module, getattr(trainer, "datamodule", None), trainer.strategy.root_device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.training_step = partial(self._step, trainer, pl_module, pl_module.training_step)  # type: ignore[method-assign]
-        self._open.callback(delattr, pl_module, "training_step")
+        module: Any = pl_module
+        module.step_wrapper = partial(self._step, trainer, module)
+        self._open.callback(delattr, module, "step_wrapper")
 
         def keep(_: nn.Module, __: Any, scores: Any) -> None:
             self._scores = scores
 
         self._open.callback(pl_module.register_forward_hook(keep).remove)
 
-    def _step(
-        self, trainer: Trainer, pl_module: Any, plain: Callable[..., Any], batch: Any, batch_idx: int
-    ) -> Tensor | None:
+    def _step(self, trainer: Trainer, pl_module: Any, plain: Callable[..., Any], batch: Any) -> Tensor | None:
         """A training step, or what is left of it."""
         number, self._batch = trainer.fit_loop.epoch_loop.batch_progress.total.completed, batch
         self.steps += 1
@@ -102,7 +101,7 @@ class SelectiveUpdate(Callback):
                 self._partial.enter_context(bypassed(blocks[passed]))
             if not whole:
                 self._partial.enter_context(self._biases_alone(pl_module))
-            loss = plain(batch, batch_idx)
+            loss = plain(batch)
             if around:
                 pl_module.log("update/blocks", float(len(blocks) - len(around)))
             scores, self._scores = self._scores, None
@@ -119,7 +118,7 @@ class SelectiveUpdate(Callback):
     @contextmanager
     def _biases_alone(self, pl_module: Any) -> Iterator[None]:
         """Only the head's biases, and those of the blocks from `depth` up, are part of the graph."""
-        below = {id(p) for stage in pl_module.stages[: self.depth + 1] for p in stage}
+        below = {id(p) for stage in pl_module.parameters_by_depth[: self.depth + 1] for p in stage}
         others = [
             p
             for name, p in pl_module.named_parameters()

@@ -89,7 +89,16 @@ class Method(LightningModule, ABC):
         """The training loss of a batch, a scalar."""
         return self.backbone.loss(self(batch), batch)
 
+    step_wrapper: Callable[[Callable[[Batch], Tensor | None], Batch], Tensor | None] | None = None
+    """Hook of callbacks: if set, it is called with `step_loss` and the batch, and its result is the step's loss."""
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if self.step_wrapper is None:
+            return self.step_loss(batch)
+        return self.step_wrapper(self.step_loss, batch)
+
+    def step_loss(self, batch: Batch) -> Tensor | None:
+        """Return the loss of a training step and log it; None skips the backward pass."""
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -214,7 +223,7 @@ class Method(LightningModule, ABC):
         self._log_metrics()
 
     @property
-    def stages(self) -> list[list[nn.Parameter]]:
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
         """The backbone's weights at each depth, from the bottom up: the embeddings', and then those of block by block.
 
         What learns at a block's linears is among its own. The head, and what stands beside the backbone, is not there.
@@ -322,8 +331,8 @@ class HiddenStateReader(FrozenBackbone):
 
     Args:
         activation_cache: Run the backbone once for each text, and keep what its blocks put out while training: in
-            `memory`, or in files in this folder, which all runs share. A step on texts that are kept takes about a tenth of a
-            forward pass. How much it takes is told before anything is kept.
+            `memory`, or in files in this folder, which all runs share. A step on cached texts takes about a tenth
+            of a forward pass. The memory that it needs is logged before anything is cached.
         cache_precision: What it is kept in: as it is, or in a half or a quarter of that.
 
     Raises:

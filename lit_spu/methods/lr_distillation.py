@@ -95,7 +95,7 @@ class LRDistillation(Method):
         data = getattr(self.trainer, "datamodule", None)
         self.answers = Teacher(self.teacher, self.task).answers(data, self.trainer.strategy.root_device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def step_loss(self, batch: Batch) -> Tensor | None:
         scores = self(batch)
         loss = self.backbone.loss(scores, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))

@@ -43,7 +43,7 @@ class Watch(Callback):
         self.weights: list[list[list[Tensor]]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        stages: Any = pl_module.stages
+        stages: Any = pl_module.parameters_by_depth
         self.learn.append([any(p.requires_grad for p in stage) for stage in stages])
         self.weights.append([[p.detach().clone() for p in stage] for stage in stages])
 
@@ -53,14 +53,16 @@ class Watch(Callback):
 def test_what_is_frozen_stays_to_the_bit(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
     """Also under momentum and weight decay: four steps an epoch, a stage an epoch."""
     method, watch = made(config, tiny(family), weight_decay=0.1, lr=1e-2), Watch()
-    learn = [number for number, stage in enumerate(method.stages) if any(p.requires_grad for p in stage)]
+    learn = [number for number, stage in enumerate(method.parameters_by_depth) if any(p.requires_grad for p in stage)]
     fit(method, tmp_path, GradualFreezing(), watch)
     for step, (before, after) in enumerate(pairwise(watch.weights), start=1):
         frozen = learn[: step // 4]
         for number in learn:
             assert watch.learn[step][number] == (number not in frozen)
             assert same(before[number], after[number]) == (number in frozen), (step, number)
-    assert [number for number, stage in enumerate(method.stages) if any(p.requires_grad for p in stage)] == learn
+    assert [
+        number for number, stage in enumerate(method.parameters_by_depth) if any(p.requires_grad for p in stage)
+    ] == learn
 
 
 def test_steps_may_be_counted_and_the_last_stages_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_what_is_frozen_leaves_the_backward_pass(tiny: Tiny, config: str) -> Non
     batch = {**encode(method.backbone), "labels": torch.ones(4, dtype=torch.long)}
     held = []
     for count in range(5):
-        for stage in method.stages[:count]:
+        for stage in method.parameters_by_depth[:count]:
             for parameter in stage:
                 parameter.requires_grad_(False)
         with saved.SavedForBackward() as counted:
@@ -120,7 +122,7 @@ class Stages(LightningModule):
         self.gradients = gradients
 
     @property
-    def stages(self) -> list[list[nn.Parameter]]:
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
         return [[weight] for weight in self.weights]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -182,7 +184,7 @@ def test_plain_ddp_is_refused_for_it_would_wait(tiny: Tiny) -> None:
 
 def test_the_steps_of_memory_and_weights_are_logged(tmp_path: Path) -> None:
     method, logger = made("full", "mini-bert"), CSVLogger(tmp_path, name="run", version="0")
-    trained = [sum(p.numel() for p in stage) for stage in method.stages]
+    trained = [sum(p.numel() for p in stage) for stage in method.parameters_by_depth]
     everything = sum(p.numel() for p in method.parameters())
     data = GLUE(batch_size=32, limit_train=64, limit_validation=16, cache=str(tmp_path), same_batches=True)
     trainer = quiet_trainer(callbacks=[GradualFreezing(), Memory()], max_epochs=4, logger=logger, log_every_n_steps=1)

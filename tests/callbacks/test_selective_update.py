@@ -112,7 +112,7 @@ def test_chance_has_its_rate() -> None:
 @pytest.mark.parametrize("family", ["bert", "t5", "llama"])
 def test_the_biases_alone_learn_above_a_depth(tiny: Tiny, tmp_path: Path, family: str) -> None:
     method, watch = made("full", tiny(family)), Watch()
-    below = {id(p) for stage in method.stages[:3] for p in stage}  # the embeddings, and blocks 0 and 1
+    below = {id(p) for stage in method.parameters_by_depth[:3] for p in stage}  # the embeddings, and blocks 0 and 1
     biases = {n for n, p in method.named_parameters() if n.endswith("bias") and id(p) not in below}
     if not biases:
         pytest.skip("a family without biases")
@@ -164,7 +164,7 @@ def test_blocks_learn_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: s
     method, watch = made(config, tiny(family)), Watch()
     depth = len(method.backbone.base_model.stacks[0])
     names = {id(p): name for name, p in method.named_parameters()}
-    stages = [{names[id(p)] for p in stage if p.requires_grad} for stage in method.stages[1 : depth + 1]]
+    stages = [{names[id(p)] for p in stage if p.requires_grad} for stage in method.parameters_by_depth[1 : depth + 1]]
     shared = set.union(*stages) - {n for s in stages for n in s if sum(n in other for other in stages) == 1}
     fit(method, tmp_path, SelectiveUpdate(LayerCyclic(blocks=1)), watch, max_epochs=1)
     for step, moved in enumerate(watch.moved):
