@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import data, epochs, methods, models
-from lit_spu.backbones.families import ASSETS
+from lit_spu.backbones.load import ASSETS
 from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS
 

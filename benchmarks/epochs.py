@@ -8,12 +8,13 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
+from lit_spu.backbones.activation_cache import ActivationCache
 
 from benchmarks.data import random_texts
 from benchmarks.methods import CONFIGS, FORWARD, FULL, forward_pass
-from lit_spu.backbones.cache import ActivationCache
 from lit_spu.measure import interleave
-from lit_spu.methods.base import HiddenStateReader, Method
+from lit_spu.methods.base import Method
+from lit_spu.methods.frozen import HiddenStateReader
 from lit_spu.study.grid import build
 from lit_spu.study.steps import training_step
 from lit_spu.tasks import Task
@@ -30,7 +31,7 @@ def epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size
 
         def epoch() -> None:
             if cache is not None and isinstance(method, HiddenStateReader):
-                method.kept = cache()
+                method.cache = cache()
             for batch in batches:
                 step(batch)
 

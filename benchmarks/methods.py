@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_spu.backbones.cache import ActivationCache
+from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
-from lit_spu.methods.base import HiddenStateReader, Method
+from lit_spu.methods.base import Method
+from lit_spu.methods.frozen import HiddenStateReader
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
 from lit_spu.study.grid import build, method_configs
@@ -102,7 +103,7 @@ def under_peft(method: Method) -> Method:
 
     twin = build(CONFIGS / f"{FULL}.yaml", backbone=method.backbone.name, task=method.task.name)
     twin.backbone.freeze()
-    adapters = {twin.backbone.path(adapter.target): adapter for adapter in method.adapters}
+    adapters = {twin.backbone.full_path(adapter.target): adapter for adapter in method.adapters}
     pairs = [adapter for adapter in adapters.values() if isinstance(adapter, LowRank)]
     learns = {name for name, p in method.backbone.named_parameters() if p.requires_grad}
     config: peft.PeftConfig
@@ -152,7 +153,8 @@ def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
 
     @torch.no_grad()
     def forward() -> None:
-        backbone.head(backbone.read(backbone.base_model.run(backbone.inputs(batch)), batch))
+        hidden = backbone.base_model.forward(backbone.model_inputs(batch))
+        backbone.apply_head(backbone.select_answer_state(hidden, batch))
 
     return forward
 
@@ -189,7 +191,7 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     for name, method in found.items():
         method.to(device)
         if isinstance(method, HiddenStateReader) and method.activation_cache:
-            method.kept = ActivationCache(method.backbone)
+            method.cache = ActivationCache(method.backbone)
         optimizers: list[torch.optim.Optimizer]
         if name == f"{MEZO} (published)":
             calls[name], optimizers = four_passes(method, batch), []

@@ -1,17 +1,10 @@
-"""Pretrained models behind one face: what a method may ask of any of them."""
+"""Pretrained models with one interface for all families."""
 
-from lit_spu.backbones.base import (
-    Backbone,
-    Batch,
-    Head,
-    HiddenStates,
-    Precision,
-    Role,
-    Stream,
-    TargetLinear,
-    TransformerStacks,
-)
-from lit_spu.backbones.families import load_backbone
+from lit_spu.backbones.backbone import Backbone, Head
+from lit_spu.backbones.load import load_backbone
+from lit_spu.backbones.precision import Precision
+from lit_spu.backbones.stacks import Batch, HiddenStates, Stack, TransformerStacks
+from lit_spu.backbones.target_linears import Role, TargetLinear
 
 __all__ = [
     "Backbone",
@@ -20,7 +13,7 @@ __all__ = [
     "HiddenStates",
     "Precision",
     "Role",
-    "Stream",
+    "Stack",
     "TargetLinear",
     "TransformerStacks",
     "load_backbone",

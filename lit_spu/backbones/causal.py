@@ -1,4 +1,4 @@
-"""Causal models (GPT-2, OPT, Llama and its like): the answer follows the last token of the prompt."""
+"""Causal models (GPT-2, OPT, Llama and relatives): the answer follows the last token of the prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lit_spu.backbones.base import Backbone, Batch, Head
+from lit_spu.backbones.backbone import Backbone, Head
+from lit_spu.backbones.stacks import Batch
 from lit_spu.tasks import Format
 
 if TYPE_CHECKING:
@@ -14,23 +15,23 @@ if TYPE_CHECKING:
 
 
 class Causal(Backbone):
-    """One stream that sees what came before; texts are padded on the right, so padding is never seen."""
+    """One stack whose tokens attend to earlier ones. Texts are padded on the right, so no token attends to padding."""
 
     language_model = "CausalLM"
-    causal = True
+    is_causal = True
 
     @classmethod
-    def reads(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
+    def prompt_format(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
         return "prefix", ""
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
-    def answer(self, batch: Batch) -> Tensor:
+    def label_word_position(self, batch: Batch) -> Tensor:
         return batch["attention_mask"].sum(-1) - 1
 
 
-class Rotary(Causal):
-    """A causal model whose heads turn pairs of coordinates, so that a head's width is even."""
+class RotaryCausal(Causal):
+    """A causal model with rotary embeddings, which turn pairs of coordinates: the width of a head is even."""
 
-    pairs = 2
+    head_dim_multiple = 2

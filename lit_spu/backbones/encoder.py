@@ -1,4 +1,4 @@
-"""Encoders: BERT and its relatives, with a new classification head or the masked-language-model head they came with."""
+"""Encoders: BERT and its relatives, with a new classification head or their masked-language-model head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lit_spu.backbones.base import Backbone, Batch, Head
+from lit_spu.backbones.backbone import Backbone, Head
+from lit_spu.backbones.stacks import Batch
 from lit_spu.tasks import Format
 
 if TYPE_CHECKING:
@@ -16,25 +17,25 @@ if TYPE_CHECKING:
 
 
 class Encoder(Backbone):
-    """One stream that sees itself whole. With a prompt it answers at the blank."""
+    """One stack whose tokens attend to all tokens. With a prompt it answers at the blank."""
 
     language_model = "MaskedLM"
-    causal = False
-    whole_words = True  # as a blank is one token
+    is_causal = False
+    one_token_words = True  # a blank is one token
 
     @classmethod
-    def reads(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
+    def prompt_format(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
         return ("pair" if head == "classifier" else "cloze"), tokenizer.mask_token or ""
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name] for name in self.accepted if name in batch}
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: batch[name] for name in self.accepted_inputs if name in batch}
 
     @cached_property
-    def accepted(self) -> list[str]:
-        """What of a batch the model reads; not all know token types."""
+    def accepted_inputs(self) -> list[str]:
+        """Names of the tensors of a batch that the model accepts. Not all accept token types."""
         known = inspect.signature(self.base_model.model.forward).parameters
         return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
 
-    def answer(self, batch: Batch) -> Tensor:
+    def label_word_position(self, batch: Batch) -> Tensor:
         blanks: Tensor = batch["input_ids"] == self.encoding.tokenizer.mask_token_id
         return blanks.int().argmax(-1)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lit_spu.callbacks.policies import Policy
 from lit_spu.errors import UserError
-from lit_spu.nn.bypass import bypassed
+from lit_spu.nn.bypass import bypass_backward
 
 
 class SelectiveUpdate(Callback):
@@ -95,10 +95,10 @@ class SelectiveUpdate(Callback):
         whole = self.policy.chooses(number, batch)
         loss: Tensor | None = None
         if whole or self.otherwise == "biases":
-            blocks = pl_module.backbone.base_model.stacks[0]  # a decoder's lead the gradient to the encoder
+            blocks = pl_module.backbone.stacks[0].blocks  # a decoder's lead the gradient to the encoder
             around = self.policy.passes(number, len(blocks))
             for passed in around:
-                self._partial.enter_context(bypassed(blocks[passed]))
+                self._partial.enter_context(bypass_backward(blocks[passed]))
             if not whole:
                 self._partial.enter_context(self._biases_alone(pl_module))
             loss = plain(batch)

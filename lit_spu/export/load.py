@@ -94,6 +94,6 @@ def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
                     f"{name!r} ({path}) was trained on {method.backbone.name!r}, and {other_name!r} on"
                     f" {other.backbone.name!r}, which is not the same backbone."
                 )
-            method.backbone.share(other.backbone)
+            method.backbone.share_frozen_weights(other.backbone)
         loaded[name] = method
     return loaded

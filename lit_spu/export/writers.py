@@ -12,7 +12,7 @@ import torch
 import lit_spu
 from lit_spu import __version__, load
 from lit_spu.backbones import Backbone
-from lit_spu.backbones.families import quiet_loading
+from lit_spu.backbones.load import quiet_loading
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
@@ -90,7 +90,7 @@ def peft(method: Method, folder: Path) -> str:
     }
     if any(p.requires_grad and id(p) not in inside for p in method.parameters()):
         raise UserError("--format peft: the rows of the label words were trained by themselves. Use safetensors.")
-    peft_format.write(method.backbone, method.adapters, folder)
+    peft_format.write_peft_folder(method.backbone, method.adapters, folder)
     return f"""from peft import PeftModel
 from transformers import {_auto(method)}
 
@@ -104,7 +104,7 @@ def merged(method: Method, folder: Path) -> str:
     model = method.backbone.model
     with torch.device("meta"):
         plain = set(type(model)(model.config).state_dict())
-    if method.backbone.rows is not None or set(model.state_dict()) - plain:
+    if method.backbone.label_weight is not None or set(model.state_dict()) - plain:
         raise UserError(
             f"--format merged: {type(method).__name__} trained weights that {type(model).__name__} does not have. Use"
             " safetensors."
@@ -115,7 +115,7 @@ def merged(method: Method, folder: Path) -> str:
 def model_folder(method: Method, backbone: Backbone, folder: Path) -> str:
     """A model of a method with its tokenizer; gives how to load it."""
     model = backbone.model
-    if backbone.classifies and not method.task.regression:
+    if backbone.has_classifier and not method.task.regression:
         model.config.id2label = dict(enumerate(method.task.labels))
         model.config.label2id = {label: number for number, label in enumerate(method.task.labels)}
     with quiet_loading():
@@ -129,8 +129,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"""
 
 def weights(method: Method, folder: Path) -> str:
     """What was trained and nothing else; gives how to load it."""
-    method.setup("export")
-    trained_weights.write(method.described(), folder / trained_weights.WEIGHTS)
+    trained_weights.write(method.checkpoint_dict(), folder / trained_weights.WEIGHTS)
     return f"""import lit_spu
 
 method = lit_spu.load({str(folder)!r})
@@ -139,11 +138,11 @@ scores = method(batch)  # [batch, labels], of a batch of lit_spu.GLUE or of `met
 
 def _auto(method: Method) -> str:
     backbone = method.backbone
-    return f"AutoModelFor{'SequenceClassification' if backbone.classifies else backbone.language_model}"
+    return f"AutoModelFor{'SequenceClassification' if backbone.has_classifier else backbone.language_model}"
 
 
 def _labels(method: Method) -> str:
-    return f", num_labels={method.task.num_logits}" if method.backbone.classifies else ""
+    return f", num_labels={method.task.num_logits}" if method.backbone.has_classifier else ""
 
 
 def card(method: Method, file: Path | None, use: str, format: Form) -> str:
@@ -160,7 +159,7 @@ def card(method: Method, file: Path | None, use: str, format: Form) -> str:
     listed = "\n".join(f"- {name}: {value}" for name, value in sorted(settings.items()))
     library = {"peft": "peft", "merged": "transformers", "safetensors": "lit_spu"}[format]
     labels = ", ".join(task.labels)
-    if method.backbone.classifies:
+    if method.backbone.has_classifier:
         asked = f"A text is read as it is, and the scores are of {labels or 'a number'}, in this order."
     else:
         asked = (

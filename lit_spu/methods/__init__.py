@@ -1,4 +1,4 @@
-"""The methods, one a module. Every module here is imported, so that a class is found by its name and listed nowhere."""
+"""The methods, one per module. All modules are imported here, so a class is found by its name and listed nowhere."""
 
 import importlib
 import pkgutil

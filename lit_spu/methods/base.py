@@ -1,50 +1,53 @@
-"""What all methods share: a backbone, its task, a step, the metrics, and a checkpoint of what was trained."""
+"""Base class of the methods: a backbone, its task, the training step, the metrics and the checkpoints."""
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.profiler import record_function
 
-from lit_spu.backbones import Batch, Head, HiddenStates, Precision, load_backbone
-from lit_spu.backbones.cache import ActivationCache
+from lit_spu.backbones import Batch, Head, load_backbone
 from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
 from lit_spu.optim import schedules
 from lit_spu.tasks import Encoding, load_task
 from lit_spu.tasks.metrics import task_metrics
 
+StepLoss = Callable[[Batch], Tensor | None]
+
 
 class Method(LightningModule, ABC):
-    """A way to fine-tune. A subclass freezes, inserts or attaches in its constructor and overrides what it changes.
+    """Base class of fine-tuning methods.
+
+    A subclass freezes, inserts or attaches modules in its constructor, and overrides what it changes.
 
     Args:
         backbone: An embedded mini model (mini-bert, mini-t5), or a Hugging Face name or folder.
-        task: A task's name, or the YAML file of one's own; on the command line it is that of the data.
+        task: A task's name, or a YAML file with your own. On the command line it is taken from `data.task`.
         head: A new classification head, or the language-model head at the prompt's blank. T5 and causal models always
             answer by their language-model head.
         lr: Peak learning rate.
-        optimizer: AdamW, or Adafactor with its step scaled by each weight's size.
-        weight_decay: Decoupled weight decay of the matrices; biases and norms have none.
+        optimizer: AdamW, or Adafactor, whose step is scaled by the size of each weight.
+        weight_decay: Decoupled weight decay of matrices; biases and norms have none.
         warmup: Share of all steps over which the learning rate rises, before it falls to zero linearly.
-        gradient_checkpointing: Recompute the blocks that train in the backward pass rather than store what they keep.
+        gradient_checkpointing: Recompute the trained blocks in the backward pass instead of saving their activations.
 
     Raises:
-        UserError: if the backbone or the task cannot be had, or do not fit each other.
+        UserError: If the backbone or the task does not exist, or they do not fit each other.
     """
 
     schedule: Literal["constant", "linear"] = "linear"
+
+    step_wrapper: Callable[[StepLoss, Batch], Tensor | None] | None = None
+    """Hook for callbacks: if set, it is called with `step_loss` and the batch, and returns the step's loss."""
 
     @abstractmethod
     def __init__(
@@ -64,33 +67,31 @@ class Method(LightningModule, ABC):
         self.task = load_task(task)
         self.backbone = load_backbone(backbone, self.task, head)
         if gradient_checkpointing:
-            self.backbone.base_model.recompute()
+            self.backbone.base_model.enable_gradient_checkpointing()
         self.metrics: dict[str, Any] = {}
         self.total_steps: int | None = None
         self.seed = 0
+        self._trained_names: set[str] = set()
 
-    # -- what a method may change -----------------------------------------------------------------------------------
+    # -- what a method may override -----------------------------------------------------------------------------------
 
     @classmethod
     def check_trainer(cls, settings: Mapping[str, Any]) -> None:
-        """Refuse, before a model is loaded, settings of the Trainer that the method cannot do with.
+        """Check the Trainer's settings before a model is loaded.
 
         Raises:
-            UserError: if there is such a one.
+            UserError: If the method cannot train with them.
         """
 
     def forward(self, batch: Batch) -> Tensor:
-        """Scores [batch, labels]."""
+        """Return the logits [batch, labels]."""
         with record_function("backbone"):
-            scores: Tensor = self.backbone(batch)
-        return scores
+            logits: Tensor = self.backbone(batch)
+        return logits
 
     def loss(self, batch: Batch) -> Tensor:
-        """The training loss of a batch, a scalar."""
+        """Return the training loss of a batch, a scalar."""
         return self.backbone.loss(self(batch), batch)
-
-    step_wrapper: Callable[[Callable[[Batch], Tensor | None], Batch], Tensor | None] | None = None
-    """Hook of callbacks: if set, it is called with `step_loss` and the batch, and its result is the step's loss."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if self.step_wrapper is None:
@@ -105,28 +106,28 @@ class Method(LightningModule, ABC):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and drop the gradients at once: Lightning would keep them through the next forward pass."""
+        """Take a step and drop the gradients. Lightning alone would hold them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
         self.zero_grad()
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over what is trained, and linear warm-up and decay by step."""
+        """Return the optimizer over the trained weights, and its learning rate by step."""
         groups = self.parameter_groups()
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
         else:
             optimizer = torch.optim.Adafactor(groups, lr=self.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.rates(optimizer), "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
-    def rates(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        """The learning rate by step: constant where a method's `schedule` says so, else linear warm-up and decay."""
+    def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """Return the learning rate by step: constant if `schedule` says so, else linear warm-up and decay."""
         if self.schedule == "constant":
             return ConstantLR(optimizer, 1.0)
-        return schedules.linear(optimizer, self.warmup, self._steps())
+        return schedules.linear(optimizer, self.warmup, self._count_steps())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained, with its learning rate and its weight decay."""
+        """Return the trained weights with their learning rate and weight decay."""
         trained = [p for p in self.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay, "lr": self.lr},
@@ -134,7 +135,7 @@ class Method(LightningModule, ABC):
         ]
         return [group for group in groups if group["params"]]
 
-    def _steps(self) -> int:
+    def _count_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError(
@@ -143,152 +144,169 @@ class Method(LightningModule, ABC):
             )
         if self.total_steps not in (None, int(steps)):
             rank_zero_warn(
-                f"This run is resumed with {int(steps)} steps in all instead of {self.total_steps}:"
+                f"This run is resumed with {int(steps)} steps in total instead of {self.total_steps}:"
                 " the learning rate follows the new schedule from here on."
             )
         self.total_steps = int(steps)
         return self.total_steps
 
-    # -- what is the same for all -----------------------------------------------------------------------------------
+    # -- training -----------------------------------------------------------------------------------------------------
 
     @property
     def encoding(self) -> Encoding:
-        """How the data module writes examples for this method's backbone."""
+        """The form in which the backbone reads examples, for the data module."""
         return self.backbone.encoding
 
     def setup(self, stage: str) -> None:
-        # what is frozen is in evaluation mode on purpose
-        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
-        # torch on Lightning's use of its pytrees, in every run
-        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-        # a step that is left out, on purpose
-        warnings.filterwarnings("ignore", "`training_step` returned `None`")
-        self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        self._trained_names = self._trainable_names()
 
     def on_fit_start(self) -> None:
-        self.train()  # from_pretrained leaves models in evaluation mode, and Lightning leaves them as they are
+        self.train()  # from_pretrained leaves models in evaluation mode, and Lightning does not change it
         self.seed = torch.initial_seed()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make dropout depend on the seed, the rank and the batch alone: a resumed run draws what it would have."""
+        """Seed dropout by the run's seed, the rank and the batch, so that a resumed run draws the same masks."""
         torch.manual_seed(self.batch_seed(self.seed))
 
     def batch_seed(self, seed: int) -> int:
-        """What a seed comes to in this batch of training on this rank."""
-        behind = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed  # a batch may be begun twice
-        key = np.random.SeedSequence((seed, self.global_rank, behind))
+        """Return the seed for this training batch on this rank."""
+        completed = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed  # a batch may be begun twice
+        key = np.random.SeedSequence((seed, self.global_rank, completed))
         return int(key.generate_state(1, np.uint64)[0])
 
+    @property
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
+        """The backbone's weights at each depth: of the embeddings, then of each block with its adapters.
+
+        The head and side networks are not included.
+        """
+        base_model, adapters = self.backbone.base_model, self.adapters
+        found = [[parameter for part in base_model.embeddings for parameter in part.parameters()]]
+        for block in base_model.blocks:
+            inside = set(block.modules())
+            attached = (adapter for adapter in adapters if adapter.target.linear in inside)
+            found.append([*block.parameters(), *(p for adapter in attached for p in adapter.parameters())])
+        return found
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, self._prefix("val", dataloader_idx))
+        self.evaluate_batch(batch, self._metric_prefix("val", dataloader_idx))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, self._prefix("test", dataloader_idx))
+        self.evaluate_batch(batch, self._metric_prefix("test", dataloader_idx))
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """The rows' numbers [batch], predictions [batch] and scores [batch, labels]."""
-        prediction, scores = self.backbone.predict(self(batch))
-        return {"index": batch["index"], "prediction": prediction, "scores": scores}
+        """Return the numbers of the rows [batch], predictions [batch] and probabilities [batch, labels] as `scores`."""
+        prediction, probabilities = self.backbone.predict(self(batch))
+        return {"index": batch["index"], "prediction": prediction, "scores": probabilities}
 
-    def _prefix(self, stage: str, dataloader_idx: int) -> str:
-        """`val/`, or `val/mismatched_` where a task has a second validation set of that name."""
+    def _metric_prefix(self, stage: str, dataloader_idx: int) -> str:
+        """Return `val/`, or for a second validation set with a name `val/mismatched_`."""
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [""])
         name = names[dataloader_idx] if dataloader_idx < len(names) else str(dataloader_idx)
         return f"{stage}/{name}_" if name else f"{stage}/"
 
-    def _evaluate(self, batch: Batch, prefix: str) -> None:
+    def evaluate_batch(self, batch: Batch, prefix: str) -> None:
+        """Add a batch to the metrics whose names start with a prefix."""
+        self.update_metrics(self(batch), batch, prefix)
+
+    def update_metrics(self, logits: Tensor, batch: Batch, prefix: str) -> None:
+        """Add logits [batch, labels] to the metrics whose names start with a prefix.
+
+        Raises:
+            UserError: If no example of the batch has a label.
+        """
         labels, (low, _) = batch["labels"], self.task.score_range or (0.0, 0.0)
         if low > -1 and bool((labels == -1).all()):
-            raise UserError("This split has no labels, so there is nothing to score: use predict.")
+            raise UserError("This split has no labels, so nothing can be scored: use predict.")
         if prefix not in self.metrics:
             self.metrics[prefix] = task_metrics(self.task).to(self.device)
-        scores = self(batch)
-        # the loss too is a metric of its own: Lightning's mean over ranks rounds the number of examples
-        self.metrics[prefix]["loss"].update(self.backbone.loss(scores, batch), len(labels))
-        prediction, _ = self.backbone.predict(scores)
+        # the loss is a metric, too: Lightning's mean over ranks rounds the number of examples
+        self.metrics[prefix]["loss"].update(self.backbone.loss(logits, batch), len(labels))
+        prediction, _ = self.backbone.predict(logits)
         for name in self.task.metrics:
             self.metrics[prefix][name].update(prediction, labels)
 
-    def _log_metrics(self) -> None:
-        for prefix, metrics in self.metrics.items():
-            for name, value in metrics.compute().items():
-                # correlations are undefined where all predictions are equal, and count as none
-                self.log(f"{prefix}{name}", value.nan_to_num(0.0), prog_bar=True, sync_dist=True)
+    def compute_metrics(self) -> dict[str, Tensor]:
+        """Return all metrics by their logged names and reset them.
+
+        A correlation is undefined if all predictions are equal, and counts as zero.
+        """
+        values = {
+            f"{prefix}{name}": value.nan_to_num(0.0)
+            for prefix, metrics in self.metrics.items()
+            for name, value in metrics.compute().items()
+        }
         self.metrics.clear()
+        return values
+
+    def log_metrics(self) -> None:
+        """Log all metrics of an epoch."""
+        self.log_dict(self.compute_metrics(), prog_bar=True, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics()
+        self.log_metrics()
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics()
+        self.log_metrics()
 
-    @property
-    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
-        """The backbone's weights at each depth, from the bottom up: the embeddings', and then those of block by block.
-
-        What learns at a block's linears is among its own. The head, and what stands beside the backbone, is not there.
-        """
-        stem, adapters = self.backbone.base_model, self.adapters
-        found = [[parameter for part in stem.embeddings for parameter in part.parameters()]]
-        for block in stem.blocks:
-            inside = set(block.modules())
-            at = (adapter for adapter in adapters if adapter.target.linear in inside)
-            found.append([*block.parameters(), *(parameter for one in at for parameter in one.parameters())])
-        return found
-
-    # -- merging ----------------------------------------------------------------------------------------------------
+    # -- merging ------------------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> list[Adapter]:
-        """What learns at single linears of the backbone."""
+        """The adapters on linear layers of the backbone."""
         return [module for module in self.modules() if isinstance(module, Adapter)]
 
     def merge(self) -> None:
-        """Write what was trained into the backbone's own weights: the same answers at the plain backbone's cost.
+        """Write the adapters into the backbone's weights: the same logits at the plain backbone's cost.
 
         Raises:
-            UserError: if the method answers by more than the backbone's weights.
+            UserError: If the logits depend on more than the backbone's weights.
         """
         if type(self).forward is not Method.forward:
             raise UserError(
-                f"{type(self).__name__} cannot be merged: what it trains stands beside the backbone and reads it, which"
-                " no weight of the backbone can do. Export it as safetensors."
+                f"{type(self).__name__} cannot be merged: it trains a network beside the backbone. Export it as"
+                " safetensors."
             )
         for adapter in self.adapters:
             adapter.merge()
 
     def unmerge(self) -> None:
-        """Take it out again: the backbone's weights are what they were, to the bit."""
+        """Restore the backbone's weights to the bit."""
         for adapter in self.adapters:
             adapter.unmerge()
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _trainable_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was trained, and name the backbone that it belongs to."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if name in self.trained}
+        """Reduce a checkpoint to the trained weights, and name the backbone that they belong to."""
+        state, trained = checkpoint["state_dict"], self._trained_names or self._trainable_names()
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint["backbone"] = {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
         checkpoint["method"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["total_steps"] = self.total_steps
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": self._task_spec()}
 
-    def described(self) -> dict[str, Any]:
-        """What a checkpoint says of the method, once it is set up: its trained weights, settings and backbone."""
+    def checkpoint_dict(self) -> dict[str, Any]:
+        """Return the method's part of a checkpoint: trained weights, settings and backbone."""
         checkpoint: dict[str, Any] = {"state_dict": self.state_dict(), "hyper_parameters": dict(self.hparams)}
         self.on_save_checkpoint(checkpoint)
         return checkpoint
 
     def _task_spec(self) -> str | dict[str, Any]:
-        """The task by name, or, if it is the user's own, whole: its file may be gone when the checkpoint is read."""
+        """Return the task's name, or a user's own task as a whole, because its file may be gone later."""
         given = self.hparams["task"]
         return given if given == self.task.name else self.task.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refill what was frozen, so that Lightning's own load stays strict.
+        """Add the frozen weights to a checkpoint, so that Lightning's own load is strict.
 
         Raises:
-            UserError: if the checkpoint belongs to another backbone or another method.
+            UserError: If the checkpoint belongs to another backbone or another method.
         """
         stored: Mapping[str, str] = checkpoint.get("backbone", {})
         if stored.get("fingerprint") != self.backbone.fingerprint:
@@ -297,8 +315,7 @@ class Method(LightningModule, ABC):
                 f" {stored.get('fingerprint')}), not on {self.backbone.name!r} ({self.backbone.fingerprint})."
             )
         state, own = checkpoint["state_dict"], self.state_dict()
-        needed = {name for name, p in self.named_parameters() if p.requires_grad}
-        wrong = sorted((set(state) - set(own)) | (needed - set(state)))
+        wrong = sorted((set(state) - set(own)) | (self._trainable_names() - set(state)))
         if wrong:
             raise UserError(
                 f"This checkpoint was not made by {type(self).__name__} with these settings: {len(wrong)} of the"
@@ -306,79 +323,3 @@ class Method(LightningModule, ABC):
             )
         checkpoint["state_dict"] = {**own, **state}
         self.total_steps = checkpoint.get("total_steps")
-
-
-class FrozenBackbone(Method):
-    """A way to fine-tune that leaves every pretrained weight as it is.
-
-    Args:
-        backbone_precision: What the frozen weights are held in. bf16, in which the backbone computes as well, takes
-            half of their memory, and half of the time where the processor has it. int8 holds the blocks' linears in
-            a quarter (torchao, weights only). What is trained is fp32.
-
-    Raises:
-        UserError: if int8 is asked for without torchao, or of a backbone that it cannot quantise.
-    """
-
-    @abstractmethod
-    def __init__(self, backbone_precision: Precision = "fp32", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.backbone.freeze(backbone_precision)
-
-
-class HiddenStateReader(FrozenBackbone):
-    """A way to fine-tune that reads what the blocks of the frozen backbone put out.
-
-    Args:
-        activation_cache: Run the backbone once for each text, and keep what its blocks put out while training: in
-            `memory`, or in files in this folder, which all runs share. A step on cached texts takes about a tenth
-            of a forward pass. The memory that it needs is logged before anything is cached.
-        cache_precision: What it is kept in: as it is, or in a half or a quarter of that.
-
-    Raises:
-        UserError: if there is no room for what is to be kept.
-    """
-
-    @abstractmethod
-    def __init__(self, activation_cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.activation_cache, self.cache_precision = activation_cache, cache_precision
-        self.kept: Callable[[Batch], tuple[HiddenStates, ...]] | None = None
-
-    def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
-        """Begin a new training run; `examples` draws so many of the training examples, each in a batch of its own."""
-
-    def taps(self, batch: Batch) -> tuple[HiddenStates, ...]:
-        """What every block of the backbone computed, per stream."""
-        with torch.no_grad(), record_function("backbone"):
-            return self.kept(batch) if self.kept else self.backbone.trunk(batch)
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if not self.trainer.ckpt_path:
-            self.prepare(self._examples)
-        if self.activation_cache is None:
-            return
-        folder = None if self.activation_cache == "memory" else Path(self.activation_cache)
-        with self.trainer.precision_plugin.forward_context():  # which decides what the backbone computes, too
-            self.kept = cache = ActivationCache(self.backbone, folder, self.cache_precision)
-        texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
-        if texts is None:
-            rank_zero_info(f"Cache in {cache.store}: how much it will take, these data do not tell.")
-            return
-        plan = cache.plan(texts(), self.trainer.num_devices)
-        rank_zero_info(
-            f"Cache in {cache.store}: {plan.texts:,} texts, {plan.new:,} of them new, for which"
-            f" {plan.nbytes / 2**20:,.0f} MiB ({self.cache_precision}) will be kept."
-        )
-
-    def _examples(self, count: int) -> Iterator[Batch]:
-        draw = getattr(getattr(self.trainer, "datamodule", None), "draw", None)
-        if draw is None:
-            raise UserError(
-                "model.init=fisher draws examples from lit_spu's GLUE data: train on these, or use magnitude."
-            )
-        yield from map(self.trainer.strategy.batch_to_device, draw(count))
-
-    def teardown(self, stage: str) -> None:
-        self.kept = None

@@ -13,7 +13,7 @@ from lit_spu.methods.base import Method
 class BitFit(Method):
     """Freeze every weight of the backbone and train its biases.
 
-    Linears without one (all of a T5's) get a bias of zero, as in the comparison of LST's authors.
+    Linear layers without a bias (all of a T5's) get one of zero, as in the comparison of LST's authors.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: train every weight. The yardstick of all others."""
+"""Full fine-tuning: train every weight. The reference of all comparisons."""
 
 from __future__ import annotations
 

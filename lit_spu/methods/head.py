@@ -1,14 +1,14 @@
-"""Probing: train the head on frozen features. What the backbone knows already."""
+"""Probing: train the head on frozen hidden states."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lit_spu.methods.base import FrozenBackbone
+from lit_spu.methods.frozen import FrozenBackbone
 
 
 class HeadOnly(FrozenBackbone):
-    """Freeze the backbone and train its head; a language-model head learns its label words' rows."""
+    """Freeze the backbone and train its head. A language-model head learns weights for the label words."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,6 +1,6 @@
 """k-ladder LST: rungs that read a window of the backbone's blocks instead of one.
 
-The generalisation of ladder side-tuning that the project's slides and the k-LST report describe: rung i sees the blocks
+The generalisation of ladder side-tuning in the project's slides and the k-LST report: rung i reads the blocks
 i−k … i+k. With k = 0 and the `gated` fusion it is LST.
 """
 
@@ -20,10 +20,11 @@ class KLadder(LadderSideTuning):
 
     Args:
         k: Radius of the windows; 0 reads one block, as LST does.
-        fusion: How a window's taps join the side state: LST's gate on their learned mean, their plain sum, a gate of
-            each example's own, attention of each token over its own taps, or over all tokens of all of them.
-        hidden_state_dropout: Share of the taps that are left out in training, each whole, for each example by itself.
-        share_projections: One down-projection a block for all windows, instead of one for every slot of every rung.
+        fusion: How a window joins the side state: LST's gate on the window's learned mean, a plain sum, one gate per
+            example, attention of each token over its own 2k+1 hidden states, or over all tokens of all of them.
+        hidden_state_dropout: Share of the hidden states that are dropped in training, each whole, for each example
+            separately.
+        share_projections: One down-projection per block for all windows, instead of one for each slot of each rung.
     """
 
     def __init__(
@@ -36,8 +37,11 @@ class KLadder(LadderSideTuning):
     ) -> None:
         super().__init__(**kwargs)
         if k < 0:
-            raise UserError(f"model.k={k} is the radius of the windows: give 0 (LST) or more.")
+            raise UserError(f"model.k={k} is the radius of the windows: use 0 (LST) or more.")
         if not 0 <= hidden_state_dropout < 1:
-            raise UserError(f"model.hidden_state_dropout={hidden_state_dropout}: give a share from 0 to less than 1.")
-        how = getattr(fusions, fusion.title().replace("_", ""))
-        self.side.climb(partial(Ladder, fusion=how, radius=k, shared=share_projections, dropout=hidden_state_dropout))
+            raise UserError(f"model.hidden_state_dropout={hidden_state_dropout}: use a share from 0 to less than 1.")
+        fusion_class = getattr(fusions, fusion.title().replace("_", ""))
+        make_ladder = partial(
+            Ladder, fusion=fusion_class, radius=k, shared=share_projections, dropout=hidden_state_dropout
+        )
+        self.side.set_ladders(make_ladder)

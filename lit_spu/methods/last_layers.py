@@ -1,4 +1,4 @@
-"""Train the last blocks and the head: no gradient goes below them. The strong cheap baseline."""
+"""Train the last blocks and the head: no gradient passes below them. The strong, cheap baseline."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class LastLayers(Method):
     """Freeze the backbone up to its last blocks.
 
     Args:
-        layers: How many of the last blocks to train (of an encoder-decoder, the decoder's).
+        layers: Number of trained blocks at the end (of an encoder-decoder, the decoder's).
     """
 
     def __init__(self, layers: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        depth = self.backbone.streams[-1].depth
+        depth = self.backbone.stacks[-1].depth
         if not 1 <= layers <= depth:
-            raise UserError(f"model.layers={layers}: the backbone's last stack has {depth} blocks; give 1 to {depth}.")
+            raise UserError(f"model.layers={layers}: the backbone's last stack has {depth} blocks; use 1 to {depth}.")
         self.backbone.freeze()
         for block in self.backbone.blocks[-layers:]:
             block.requires_grad_(True)

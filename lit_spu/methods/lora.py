@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): frozen weights with learned low-rank pairs beside them."""
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): frozen weights, and trained low-rank pairs beside them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any, Literal, get_args
 
 from lit_spu.backbones import Role, TargetLinear
 from lit_spu.errors import UserError
-from lit_spu.methods.base import FrozenBackbone
-from lit_spu.nn import peft_format
+from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.lora import LowRank
+from lit_spu.nn.peft_format import init_from_peft_folder
 
 
 class LoRA(FrozenBackbone):
-    """Train y = Wx + (α/r)·B(A x) at linears of the frozen backbone.
+    """Train y = Wx + (α/r)·B(A x) at linear layers of the frozen backbone.
 
     Args:
         rank: r, the rank of B·A.
         alpha: α, which scales B·A by α/r.
-        dropout: Share of its inputs that A does not see in training.
-        roles: The linears that get a pair, by what they do in a block.
+        dropout: Share of the inputs of A that is dropped in training.
+        roles: Roles of the linear layers that get a pair.
         norms: Train the blocks' normalisation layers as well.
         rank_stabilised: Scale by α/√r, so that the size of a step does not fall with the rank
             (https://arxiv.org/abs/2312.03732).
-        init: B = 0, or SiVA's: B·A are the top singular vectors of W, and the rest of W is frozen. Either way the
-            backbone's answers are what they were at the start.
-        adapter: A folder of the peft library's to start from, with the same rank, scale and linears.
+        init: B = 0, or SiVA's `svd`: B·A are the top singular vectors of W, and the rest of W is frozen. The initial
+            logits are the backbone's in both cases.
+        adapter: A folder of the peft library with initial pairs of the same rank, scale and linear layers.
 
     Raises:
-        UserError: if a number is out of range, or the backbone has no linear of a role.
+        UserError: If a number is out of range, or the backbone has no linear layer of a role.
     """
 
     def __init__(
@@ -46,19 +46,18 @@ class LoRA(FrozenBackbone):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        targets = self.backbone.target_linears(*roles)
 
-        def pair(target: TargetLinear) -> LowRank:
-            made = LowRank(target, rank, alpha, dropout, rank_stabilised).attach()
+        def make_pair(target: TargetLinear) -> LowRank:
+            pair = LowRank(target, rank, alpha, dropout, rank_stabilised).attach()
             if init == "svd":
-                made.take_top()
-            return made
+                pair.init_from_svd()
+            return pair
 
-        self.pairs = adapter_dict(map(pair, targets))
+        self.pairs = adapter_dict(map(make_pair, self.backbone.target_linears(*roles)))
         for norm in self.backbone.norms if norms else ():
             self.backbone.unfreeze(norm)
         if adapter and init == "svd":
-            raise UserError(f"model.adapter={adapter} gives a start, and model.init=svd another: give one of them.")
+            raise UserError(f"model.adapter={adapter} and model.init=svd are both initial values: use one of them.")
         if adapter:
-            peft_format.read(self.backbone, self.adapters, Path(adapter))
-            self.hparams["adapter"] = None  # a checkpoint holds what was trained; the folder may be gone
+            init_from_peft_folder(self.backbone, self.adapters, Path(adapter))
+            self.hparams["adapter"] = None  # a checkpoint holds the trained pairs; the folder may be gone

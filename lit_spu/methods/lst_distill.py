@@ -1,8 +1,8 @@
-"""LST distillation: the side network learns to do without the backbone that it stands beside.
+"""LST distillation: the side network learns to work without the backbone.
 
-From the project's slides and the k-LST report. The student is ladder side-tuning's side network, with embeddings of its
-own and without rungs: what a rung would have read at block i is the target of its own state there. Once trained it is a
-small model of its own.
+From the project's slides and the k-LST report. The student is ladder side-tuning's side network with its own embeddings
+and without rungs: the hidden state that a rung would read at block i is the target of the student's state there. The
+trained student is a small model that needs no backbone.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, HiddenStates
 from lit_spu.errors import UserError
-from lit_spu.methods.base import HiddenStateReader
+from lit_spu.methods.frozen import HiddenStateReader
 from lit_spu.nn import distances, pruning
-from lit_spu.nn.ladder import kept_blocks
+from lit_spu.nn.ladder import select_layers
 
 
 class LSTDistillation(HiddenStateReader):
-    """Train a narrow student by the task, and by what its frozen teacher computes and answers.
+    """Train a narrow student by the task, and by the hidden states and logits of its frozen teacher.
 
-    loss = task + λ·mean_i dist(s_i, D_i h_i) + μ·T²·KL(scores), with s_i and h_i the outputs of the student's and the
-    teacher's block i, and D_i fixed.
+    loss = task + λ·mean_i dist(s_i, D_i h_i) + μ·T²·KL(logits), where s_i and h_i are the outputs of the student's and
+    the teacher's block i, and D_i is fixed.
 
     Args:
-        reduction: The backbone's width over the student's (r).
-        drop_layers: Blocks of the teacher for which the student has none, in every stack; 0 is the lowest.
-        init: The student's weights: the teacher's, of which the greatest 1/r of each width is kept, or random. D then
-            picks the coordinates that are kept, or is random, too.
+        reduction: The backbone's width divided by the student's (r).
+        drop_layers: Blocks of the teacher without a counterpart in the student, in every stack; 0 is the lowest.
+        init: The student's initial weights: the greatest 1/r of each of the teacher's widths, or random. D then selects
+            the coordinates that are kept, or is random as well.
         hidden_states_weight: λ.
-        logits_weight: μ. The teacher must know the task: a prompt, or a fine-tuned classifier as `backbone`.
+        logits_weight: μ. The teacher must know the task: by a prompt, or as a fine-tuned classifier in `backbone`.
         temperature: T.
-        distance: Of states: the squared error over the teacher's variance, the cosine, or how the relations of the
-            tokens to each other diverge, which needs no D.
+        distance: Distance of hidden states: the squared error over the teacher's variance, the cosine, or the
+            divergence of the relations between tokens, which needs no D.
 
     Raises:
-        UserError: if a number is out of range, or the teacher has no answers to learn from.
+        UserError: If a number is out of range, or the teacher has no logits to learn from.
     """
 
     down: Tensor
@@ -64,26 +64,19 @@ class LSTDistillation(HiddenStateReader):
         if logits_weight and not self.backbone.head_is_pretrained:
             raise UserError(
                 f"model.logits_weight={logits_weight}: the classification head of {self.backbone.name} is new, and its"
-                " scores are random. Give a fine-tuned model as --model.backbone (lit-spu export --format merged writes"
+                " logits are random. Use a fine-tuned model as --model.backbone (lit-spu export --format merged writes"
                 " one), --model.head=prompt, or --model.logits_weight=0."
             )
-        self.hidden_states_weight, self.logits_weight, self.temperature = (
-            hidden_states_weight,
-            logits_weight,
-            temperature,
-        )
-        self.distance = getattr(distances, distance)
-        self.kept_blocks = kept_blocks(self.backbone.streams, drop_layers)
-        self.student = self.backbone.student(reduction, self.kept_blocks)
-        # D is the same whenever the method is made again: no checkpoint needs to hold it
-        width, narrow = self.backbone.streams[0].width, self.student.streams[0].width
+        self.hidden_states_weight, self.logits_weight = hidden_states_weight, logits_weight
+        self.temperature, self.distance = temperature, getattr(distances, distance)
+        self.layer_indices = select_layers(self.backbone.stacks, drop_layers)
+        self.student = self.backbone.make_student(reduction, self.layer_indices)
+        # D follows from the settings, so no checkpoint needs to hold it
+        width, narrow = self.backbone.stacks[0].width, self.student.stacks[0].width
         if init == "magnitude":
-            kept = pruning.init_from_pruned(
-                self.student.base_model,
-                self.backbone.base_model,
-                self.kept_blocks,
-                pruning.magnitude(self.backbone.base_model),
-            )
+            student, teacher = self.student.base_model, self.backbone.base_model
+            importance = pruning.magnitude(teacher)
+            kept = pruning.init_from_pruned(student, teacher, self.layer_indices, importance)
             down = F.one_hot(kept, width).float()
         else:
             down = torch.randn(narrow, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
@@ -91,29 +84,39 @@ class LSTDistillation(HiddenStateReader):
 
     def forward(self, batch: Batch) -> Tensor:
         with record_function("student"):
-            scores: Tensor = self.student(batch)
-        return scores
+            logits: Tensor = self.student(batch)
+        return logits
+
+    def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        """Return the student's logits, which do not depend on the backbone's hidden states."""
+        return self.forward(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        with self.student.base_model.tapped(self.student.inputs(batch)) as own:
-            scores = self(batch)
-        loss = self.student.loss(scores, batch)
-        if self.hidden_states_weight or self.logits_weight:
-            taught = self.taps(batch)
+        learns_from_teacher = self.hidden_states_weight or self.logits_weight
+        return self.loss_from(self.hidden_states(batch) if learns_from_teacher else (), batch)
+
+    def loss_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        with record_function("student"):
+            own = self.student.hidden_states(batch)
+            logits = self.student.logits_from(own, batch)
+        loss = self.student.loss(logits, batch)
         if self.hidden_states_weight:
-            loss = loss + self.hidden_states_weight * torch.stack([*self._distances(own(), taught)]).mean()
+            distances_ = torch.stack([*self._distances(own, hidden_states)])
+            loss = loss + self.hidden_states_weight * distances_.mean()
         if self.logits_weight:
             with torch.no_grad():
-                answers = self.backbone.scores(taught, batch)
-            apart = F.mse_loss if self.task.regression else partial(distances.divergence, temperature=self.temperature)
-            loss = loss + self.logits_weight * apart(scores, answers)
+                teacher_logits = self.backbone.logits_from(hidden_states, batch)
+            distill = (
+                F.mse_loss if self.task.regression else partial(distances.divergence, temperature=self.temperature)
+            )
+            loss = loss + self.logits_weight * distill(logits, teacher_logits)
         return loss
 
     def _distances(self, student: Sequence[HiddenStates], teacher: Sequence[HiddenStates]) -> Iterator[Tensor]:
-        """Of each of the student's blocks from the teacher's block that it stands for."""
-        for own, taught, kept in zip(student, teacher, self.kept_blocks, strict=True):
-            for state, i in zip(own.blocks, kept, strict=True):
-                target = taught.blocks[i].to(state.dtype)
-                if self.distance is not distances.relation:  # which compares what widths may differ in
+        """Return the distance of each of the student's blocks from its counterpart in the teacher."""
+        for own, target_states, indices in zip(student, teacher, self.layer_indices, strict=True):
+            for state, i in zip(own.blocks, indices, strict=True):
+                target = target_states.blocks[i].to(state.dtype)
+                if self.distance is not distances.relation:  # the relation compares states of different widths
                     target = F.linear(target, self.down)
-                yield self.distance(state, target, taught.mask)
+                yield self.distance(state, target, target_states.mask)

@@ -1,7 +1,7 @@
-"""MeZO + LST: the backbone of a ladder learns too, by forward passes, where the ladder learns by backpropagation.
+"""MeZO + LST: the backbone of a ladder is trained by forward passes, and the ladder by backpropagation.
 
-The union that the project's slides describe of MeZO (https://arxiv.org/abs/2305.17333) and ladder side-tuning
-(https://arxiv.org/abs/2206.06522): no gradient goes through the backbone, and nothing of it is stored.
+The combination of MeZO (https://arxiv.org/abs/2305.17333) and ladder side-tuning (https://arxiv.org/abs/2206.06522) in
+the project's slides: no gradient passes through the backbone, and none of its activations are saved.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_spu.backbones import Batch
+from lit_spu.callbacks.rank_check import RankCheck
 from lit_spu.errors import UserError
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.zeroth_order import ZerothOrder
@@ -20,15 +22,15 @@ from lit_spu.optim import schedules
 
 
 class MeZOLST(ZerothOrder, KLadder):
-    """Train the backbone by MeZO on what it answers to the prompt, and a ladder on the backbone by AdamW.
+    """Train the backbone by MeZO on its own answer to the prompt, and a ladder on the backbone by AdamW.
 
     Args:
-        order: First the one and then the other, or both in each step.
-        backbone_share: In sequence, the share of all steps that belong to the backbone.
-        side_lr: Peak learning rate of the ladder; `lr` is that of MeZO.
+        order: First the backbone and then the ladder, or both in each step.
+        backbone_share: Share of all steps that train the backbone, if `order` is sequential.
+        side_lr: Peak learning rate of the ladder; `lr` is the learning rate of MeZO.
 
     Raises:
-        UserError: if the share is none, or the backbone is one that cannot learn.
+        UserError: If the share is out of range, or the backbone cannot be trained.
     """
 
     def __init__(
@@ -40,57 +42,54 @@ class MeZOLST(ZerothOrder, KLadder):
     ) -> None:
         super().__init__(**kwargs)
         if not 0 < backbone_share < 1:
-            raise UserError(f"model.backbone_share={backbone_share}: give a share between 0 and 1.")
+            raise UserError(f"model.backbone_share={backbone_share}: use a share between 0 and 1.")
         if self.activation_cache or self.trajectory or kwargs.get("backbone_precision") == "int8":
             raise UserError(
-                "MeZOLST changes its backbone, and its ladder by gradients: leave out model.activation_cache,"
-                " model.trajectory and int8."
+                "MeZOLST changes its backbone in each step, and its ladder by gradients: leave out"
+                " model.activation_cache, model.trajectory and int8."
             )
         self.order, self.backbone_share, self.side_lr = order, backbone_share, side_lr
         self.backbone.requires_grad_(True)
-        # no gradient will come for these, by whichever name
-        theirs = [n for n, _ in self.named_parameters(remove_duplicate=False) if n.startswith("backbone.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, theirs)
+        # DDP would wait for gradients of these weights, by any of their names
+        names = [n for n, _ in self.named_parameters(remove_duplicate=False) if n.startswith("backbone.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
-    def perturbed(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the check of the ranks alone: no ladder answers before training, and a trajectory has no gradients."""
+        return [RankCheck(self.check_every)]
+
+    def perturbed_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(f"backbone.{name}", parameter) for name, parameter in self.backbone.named_parameters()]
 
-    def value(self, batch: Batch) -> Tensor:
-        return self.objective_of(self.backbone(batch), batch)
+    def objective_value(self, batch: Batch) -> Tensor:
+        return self.objective_from(self.backbone(batch), batch)
 
     def configure_optimizers(self) -> Any:
-        """MeZO over the backbone, and AdamW over the ladder with linear warm-up and decay over its own steps."""
+        """Return MeZO over the backbone, and AdamW over the ladder with warm-up and decay over its own steps."""
         side = torch.optim.AdamW(self.side.parameters(), self.side_lr, weight_decay=self.weight_decay, fused=True)
-        steps = self._steps()
-        self.first = round(self.backbone_share * steps) if self.order == "sequential" else 0
-        self.side_rate = schedules.linear(side, self.warmup, steps - self.first)
-        return [super().configure_optimizers(), {"optimizer": side, "lr_scheduler": self.side_rate}]
-
-    @property
-    def recorded(self) -> bool:
-        return False  # gradients are not in a trajectory
+        steps = self._count_steps()
+        self.num_backbone_steps = round(self.backbone_share * steps) if self.order == "sequential" else 0
+        self.side_lr_scheduler = schedules.linear(side, self.warmup, steps - self.num_backbone_steps)
+        return [super().configure_optimizers(), {"optimizer": side, "lr_scheduler": self.side_lr_scheduler}]
 
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
-        """One step of either or of both, of which the Trainer counts one."""
-        if self.order == "sequential" and self.trainer.global_step < self.first:
+        """Take one step of either optimizer or of both, which the Trainer counts as one."""
+        if self.order == "sequential" and self.trainer.global_step < self.num_backbone_steps:
             return super().take_step(batch, *optimizers)
         side = optimizers[1]
         if self.order == "joint":
             super().take_step(batch, *optimizers)
-            side = getattr(side, "optimizer", side)
+            side = getattr(side, "optimizer", side)  # Lightning's wrapper would count this as a second step
         loss = self.loss(batch)
         self.manual_backward(loss, inputs=list(self.side.parameters()))
         side.step()
         side.zero_grad()
         return loss.detach()
 
-    def _look_before_training(self, metric: str) -> None:
-        """Nothing to tell: what answers is a ladder that has yet to learn."""
-
-    def step_rate(self, scheduler: Any) -> None:
-        """The ladder's rate has its own steps, and is logged by its own name."""
-        if scheduler is not self.side_rate:
-            super().step_rate(scheduler)
-        elif self.trainer.global_step > self.first:
+    def step_lr_scheduler(self, scheduler: Any) -> None:
+        """Log the ladder's learning rate by its own name, and advance it with the ladder's own steps."""
+        if scheduler is not self.side_lr_scheduler:
+            super().step_lr_scheduler(scheduler)
+        elif self.trainer.global_step > self.num_backbone_steps:
             self.log("lr/side", scheduler.get_last_lr()[0])
             scheduler.step()

@@ -70,9 +70,9 @@ def _method(source: str, task: Task) -> nn.Module:
 
 def _backbone(source: str, task: Task) -> nn.Module:
     from lit_spu.backbones import load_backbone
-    from lit_spu.backbones.families import read
+    from lit_spu.backbones.load import find_model
 
-    _, _, config, _ = read(source)
+    config = find_model(source).config
     classifies = any("SequenceClassification" in name for name in config.architectures or ())
     if classifies:
         names = [str(name) for _, name in sorted(config.id2label.items())]

@@ -1,68 +1,71 @@
-"""What all methods have in common that learn by MeZO (https://arxiv.org/abs/2305.17333): forward passes alone.
+"""Base class of methods that are trained by MeZO (https://arxiv.org/abs/2305.17333): by forward passes alone.
 
-The paper's results rest on prompts: asked by one, a pretrained model is near an answer, and what is left is a direction
-that a few noisy looks find. With a new head there is nothing to start from.
+The paper's results rest on prompts: with one, a pretrained model is close to an answer, and a few noisy directions lead
+to it. A new head has no such starting point.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_spu.backbones import Batch, Head
+from lit_spu.callbacks.rank_check import RankCheck
+from lit_spu.callbacks.trajectory_recorder import TrajectoryRecorder
+from lit_spu.callbacks.zero_shot_report import ZeroShotReport
 from lit_spu.checkpoints import run_dir, trained_weights
-from lit_spu.checkpoints.fingerprint import checksum, fingerprint
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
 from lit_spu.optim.mezo import MeZO, NoiseName, Rows
-from lit_spu.optim.perturbation import key_of
-from lit_spu.optim.trajectory import Recorder, Trajectory
+from lit_spu.optim.replay import check_replayable
+from lit_spu.optim.trajectory import Trajectory
 from lit_spu.tasks.metrics import task_metrics
 
 
 class ZerothOrder(Method):
-    """A method whose trained weights learn by MeZO. It comes first among the bases, before the method itself.
+    """Base class of methods whose weights are trained by MeZO. It comes first among the bases.
 
-    Dropout is off, and no gradient is ever made. Where the whole validation set is scored before training, as with
-    `trainer.num_sanity_val_steps: -1`, that is the zero-shot score, and one at chance is warned of. What is done is
-    written to `trajectory.mezo` in the directory of the run, step by step, unless the Trainer has neither a logger nor
-    checkpoints: `lit_spu.replay` makes the trained weights of it.
+    Dropout is off, and no gradient is computed. If the whole validation set is scored before training, as with
+    `trainer.num_sanity_val_steps: -1`, the result is logged as the zero-shot score, and a score at chance is warned of.
+    Each step is recorded in `trajectory.mezo` in the run directory, unless the Trainer has neither a logger nor
+    checkpoints. `lit_spu.replay` computes the trained weights from it.
 
     Args:
         head: The language-model head at the prompt's blank, or, as a control, a new classification head.
         lr: Learning rate.
-        schedule: Of the learning rate: constant, as the paper has it, or linear warm-up and decay.
-        objective: What is minimised: the loss; or what is maximised: one of the task's metrics, of each batch, which
+        schedule: A constant learning rate, as in the paper, or linear warm-up and decay.
+        objective: The loss, which is minimised, or one of the task's metrics, which is maximised on each batch and
             needs no gradient.
-        epsilon: How far along a direction the loss is looked at.
-        noise: What directions are made of: normal noise, as the paper's; signs; blocks of one table of normal noise;
-            or matrices of rank one, which are never made, so that a step costs little more than its forward passes.
-        directions: How many are looked along in a step, whose moves are averaged.
-        shard_directions: With several devices, let each look along directions of its own, so many more in all.
-        share: Of the weights, how many take part in a step, drawn anew for each (LeZO).
-        rows: Move all of an embedding, or only the rows that a step's batch has read. A run that moves only those
-            writes no trajectory, for it would have to hold them.
-        normalize: Divide the slopes by the standard deviation of the step's losses (FZOO); then lr is of another size.
-        weights: Start from what another run trained (a run directory, a checkpoint or an export), of the same weights:
-            a ladder or LoRA by backpropagation, for one, to go on with a metric as the objective.
-        trajectory: Go on from a trajectory, or from that of a run directory: its steps are taken as they were, and
-            training starts behind them, at the same place in the data.
+        epsilon: Perturbation scale ε.
+        noise: Distribution of the directions: normal noise, as in the paper; signs; blocks of one table of normal
+            noise; or matrices of rank one, which are never formed, so that a step costs little more than its forward
+            passes.
+        directions: Number of directions of a step, whose updates are averaged.
+        shard_directions: Evaluate different directions on each device, for more directions in total.
+        share: Share of the weights that take part in a step, drawn for each step (LeZO).
+        rows: Update all rows of an embedding, or only those that the step's batch reads. With the latter no trajectory
+            is recorded, because it would have to hold the rows.
+        normalize: Divide the slopes by the standard deviation of the step's losses (FZOO). The learning rate then has
+            another scale.
+        weights: Initial weights: a run directory, a checkpoint or an export of the same method's weights, for example
+            to continue a ladder or LoRA that was trained by backpropagation with a metric as the objective.
+        trajectory: A trajectory, or a run directory that has one, to continue. Its steps are replayed, and training
+            goes on after them at the same place in the data.
 
     Raises:
-        UserError: if a number is out of range, another optimizer is asked for, or the task has no such metric; once it
-            is set up, if the weights or the trajectory cannot be had or belong to something else.
+        UserError: If a number is out of range, another optimizer is chosen, or the task has no such metric; in `setup`,
+            if the weights or the trajectory do not exist or do not fit.
     """
 
     check_every = 100
-    """Steps between two checks that the weights are the same on all ranks."""
+    """Steps between two checks that the weights are equal on all ranks."""
 
     @abstractmethod
     def __init__(
@@ -84,7 +87,7 @@ class ZerothOrder(Method):
     ) -> None:
         super().__init__(head=head, lr=lr, **kwargs)
         if self.optimizer != "adamw":
-            raise UserError(f"model.optimizer={self.optimizer}: MeZO is itself the optimizer. Leave the setting out.")
+            raise UserError(f"model.optimizer={self.optimizer}: MeZO is the optimizer. Leave the setting out.")
         if epsilon <= 0 or directions < 1 or not 0 < share <= 1:
             raise UserError(
                 f"model.epsilon={epsilon} must be above 0, model.directions={directions} at least 1, and"
@@ -93,52 +96,72 @@ class ZerothOrder(Method):
         if objective not in (known := ("loss", *self.task.metrics)):
             raise UserError(f"model.objective={objective} of {self.task.name}: {did_you_mean(objective, known)}")
         if trajectory and rows == "seen":
-            raise UserError("model.rows=seen: a trajectory holds no rows, so none can go on with them. Use rows=all.")
+            raise UserError("model.rows=seen: a trajectory does not hold the rows that a batch reads. Use rows=all.")
         self.schedule, self.objective, self.weights, self.trajectory = schedule, objective, weights, trajectory
         self.epsilon, self.noise, self.directions = epsilon, noise, directions
         self.shard_directions, self.share, self.rows, self.normalize = shard_directions, share, rows, normalize
         self.automatic_optimization = False
-        self.zero_shot: float | None = None
-        self._constant: list[Any] = []  # before training, what every constant answer scores
-        self._scored = 0  # of how many
-        self._recorder: Recorder | None = None
 
     @classmethod
     def check_trainer(cls, settings: Mapping[str, Any]) -> None:
-        refused = {
-            "gradient_clip_val": "there is no gradient to clip. --model.normalize makes steps of like length",
-            "accumulate_grad_batches": "there is no gradient to accumulate. Take a larger --data.batch_size",
-            "precision": "its scaler has no gradient to scale. bf16-mixed needs none, nor does 16-true, whose weights"
-            " keep what an update leaves over",
-            "strategy": "each device must hold all of the weights. ddp exchanges three numbers a step",
+        reasons = {
+            "gradient_clip_val": "there is no gradient to clip. --model.normalize makes steps of similar length",
+            "accumulate_grad_batches": "there is no gradient to accumulate. Use a larger --data.batch_size",
+            "precision": "its scaler needs gradients. bf16-mixed does not, nor does 16-true, where the rounding errors"
+            " of updates are kept",
+            "strategy": "each device must hold all weights. ddp exchanges three numbers per step",
         }
-        allowed = {
+        is_allowed = {
             "gradient_clip_val": lambda given: not given,
             "accumulate_grad_batches": lambda given: given in (None, 1),
             "precision": lambda given: str(given) not in ("16", "16-mixed"),
             "strategy": lambda given: not re.search("fsdp|deepspeed|model_?parallel", str(given), re.IGNORECASE),
         }
-        for name, reason in refused.items():
-            if not allowed[name](given := settings.get(name)):
-                raise UserError(f"trainer.{name}={given}: {cls.__name__} makes no gradients, and {reason}.")
+        for name, reason in reasons.items():
+            if not is_allowed[name](given := settings.get(name)):
+                raise UserError(f"trainer.{name}={given}: {cls.__name__} computes no gradients, and {reason}.")
 
-    def value(self, batch: Batch) -> Tensor:
-        """What MeZO minimises, a scalar."""
-        return self.objective_of(self(batch), batch)
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callbacks of every run by MeZO."""
+        recorder = [TrajectoryRecorder()] if self.rows == "all" else []
+        return [ZeroShotReport(), *recorder, RankCheck(self.check_every)]
 
-    def objective_of(self, scores: Tensor, batch: Batch) -> Tensor:
-        """What scores [batch, labels] come to: their loss, or how far a metric is from 1."""
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self._load_initial_weights()
+            self.check_trainer({"precision": self.trainer.precision, "strategy": type(self.trainer.strategy).__name__})
+
+    def _load_initial_weights(self) -> None:
+        if self.weights:
+            trained_weights.restore(self, run_dir.checkpoint(self.weights, "best"))
+            self.total_steps = None  # the checkpoint's belong to the other run
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: the losses of a step must differ by the weights alone."""
+        super().train(False)
+        return self
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def objective_value(self, batch: Batch) -> Tensor:
+        """Return the value that MeZO minimises, a scalar."""
+        return self.objective_from(self(batch), batch)
+
+    def objective_from(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the value that MeZO minimises from logits [batch, labels]: the loss, or 1 minus a metric."""
         if self.objective == "loss":
-            return self.backbone.loss(scores, batch)
+            return self.backbone.loss(logits, batch)
         metric = task_metrics(self.task)[self.objective].to(self.device)
-        prediction, _ = self.backbone.predict(scores)
-        found: Tensor = metric(prediction, batch["labels"])
-        return 1 - found.nan_to_num(0.0)
+        prediction, _ = self.backbone.predict(logits)
+        value: Tensor = metric(prediction, batch["labels"])
+        return 1 - value.nan_to_num(0.0)
 
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
-        """Take a step on a batch; gives what was minimised, or nothing where the step was a recorded one."""
-        found: Tensor | None = optimizers[0].step(closure=lambda: self.value(batch), examples=len(batch["labels"]))
-        return found
+        """Take a step on a batch. Return the objective's value, or None if the step was replayed."""
+        closure = lambda: self.objective_value(batch)  # noqa: E731
+        value: Tensor | None = optimizers[0].step(closure=closure, examples=len(batch["labels"]))
+        return value
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizers, schedulers = self.optimizers(), self.lr_schedulers()
@@ -146,25 +169,26 @@ class ZerothOrder(Method):
         loss = self.take_step(batch, *optimizers)
         if loss is not None:
             self.log("train/loss", loss.float(), prog_bar=True, batch_size=len(batch["input_ids"]))
-        if left_out := optimizers[0].left_out:
-            self.log("train/left_out", float(left_out), prog_bar=True)
+        if num_skipped := optimizers[0].left_out:
+            self.log("train/left_out", float(num_skipped), prog_bar=True)
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            self.step_rate(scheduler)
+            self.step_lr_scheduler(scheduler)
 
-    def step_rate(self, scheduler: Any) -> None:
-        """Log a learning rate, and go on to that of the next step."""
+    def step_lr_scheduler(self, scheduler: Any) -> None:
+        """Log a learning rate and advance it to the next step's."""
         self.log("lr", scheduler.get_last_lr()[0])
         scheduler.step()
 
-    def perturbed(self) -> list[tuple[str, nn.Parameter]]:
-        """The weights that learn by MeZO, with their names."""
+    def perturbed_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the weights that are trained by MeZO, with their names."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def mezo(self, **settings: Any) -> MeZO:
-        """MeZO over them, with `settings` in place of the method's own."""
-        groups: list[dict[str, Any]] = [{"params": self.perturbed()}]
+    def make_optimizer(self, **settings: Any) -> MeZO:
+        """Return MeZO over these weights, with `settings` in place of the method's own."""
+        groups: list[dict[str, Any]] = [{"params": self.perturbed_parameters()}]
         if self.weight_decay:  # of matrices alone
-            matrices, others = ([(n, p) for n, p in self.perturbed() if (p.ndim > 1) is of] for of in (True, False))
+            named = self.perturbed_parameters()
+            matrices, others = ([(n, p) for n, p in named if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
             groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others}]
         own: dict[str, Any] = {
             name: getattr(self, name) for name in ("lr", "epsilon", "noise", "directions", "share", "rows", "normalize")
@@ -172,143 +196,34 @@ class ZerothOrder(Method):
         return MeZO([group for group in groups if group["params"]], **own | settings)
 
     def configure_optimizers(self) -> Any:
-        """MeZO over what is trained, with the same seed on all ranks, and its learning rate by step."""
+        """Return MeZO over the trained weights, with the same seed on all ranks, and its learning rate by step."""
         strategy: Any = self.trainer.strategy
-        optimizer = self.mezo(
+        optimizer = self.make_optimizer(
             seed=strategy.broadcast(torch.initial_seed()),
             reduce=lambda sums: strategy.reduce(sums, reduce_op="sum"),
             shard=(self.global_rank, self.trainer.world_size) if self.shard_directions else (0, 1),
         )
         if self.trajectory:
             trajectory = Trajectory.read(self.trajectory)
-            if not self.trainer.ckpt_path:  # else its weights are those of a later step
-                self._follow(optimizer, trajectory)
+            if not self.trainer.ckpt_path:  # a checkpoint's weights are those of a later step
+                check_replayable(trajectory, self.checkpoint_dict(), optimizer)
+                optimizer.seed = trajectory.header["seed"]
             optimizer.recorded = trajectory.rows
-            rank_zero_info(f"The first {len(trajectory.rows):,} steps are those of {trajectory.file}.")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.rates(optimizer), "interval": "step"}}
-
-    def train(self, mode: bool = True) -> Self:
-        """Evaluation mode always: two looks at the loss must differ by the weights alone."""
-        super().train(False)
-        return self
-
-    # -- before training --------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.weights and stage in ("fit", "replay"):
-            trained_weights.restore(self, run_dir.checkpoint(self.weights, "best"))
-            self.total_steps = None  # these were the other run's
-        if stage == "fit":
-            self.check_trainer({"precision": self.trainer.precision, "strategy": type(self.trainer.strategy).__name__})
-
-    def _evaluate(self, batch: Batch, prefix: str) -> None:
-        super()._evaluate(batch, prefix)
-        if self.trainer.sanity_checking and prefix == "val/":
-            self._constant = self._constant or [task_metrics(self.task).to(self.device) for _ in self.task.labels]
-            self._scored += len(batch["labels"]) * self.trainer.world_size
-            for label, metrics in enumerate(self._constant):
-                for name in self.task.metrics:
-                    metrics[name].update(torch.full_like(batch["labels"], label), batch["labels"])
-
-    def on_validation_epoch_end(self) -> None:
-        if self.trainer.sanity_checking and self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:
-            self._look_before_training(self.task.metrics[0])
-        super().on_validation_epoch_end()
-
-    def _look_before_training(self, metric: str) -> None:
-        """Tell what is answered before training, and warn where that is within two standard errors of chance."""
-        score = float(self.metrics["val/"][metric].compute().nan_to_num(0.0))
-        chance = max((float(metrics[metric].compute()) for metrics in self._constant), default=0.0)
-        said = f"Before training, {metric} is {score:.4f}; a constant answer has {chance:.4f}."
-        if score > chance + 1 / math.sqrt(self._scored):
-            rank_zero_info(said)
-        else:
-            rank_zero_warn(
-                f"{said} MeZO starts from what a prompt brings, and here that is next to nothing: is the language-model"
-                " head a trained one, and does the template suit the task?"
-            )
-        self.zero_shot = score
-
-    def on_train_start(self) -> None:
-        if self.zero_shot is not None:
-            self.log(f"zero_shot/{self.task.metrics[0]}", self.zero_shot)
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on every rank
-        keeps = self.trainer.loggers or self.trainer.checkpoint_callbacks  # who wants no file gets none
-        if self.recorded and keeps and self.trainer.is_global_zero:
-            optimizer: Any = self.optimizers()
-            self._recorder = Recorder(folder, self._header(optimizer.optimizer), optimizer.optimizer)
-
-    # -- the trajectory ---------------------------------------------------------------------------------------------
-
-    @property
-    def recorded(self) -> bool:
-        """Whether a run can write a trajectory."""
-        return self.rows == "all"
+            rank_zero_info(f"The first {len(trajectory.rows):,} steps are replayed from {trajectory.file}.")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def replay(self, trajectory: Trajectory, step: int | None = None) -> None:
-        """Take the first steps of a trajectory, or all, from the weights from which its run started.
+        """Take the first steps of a trajectory, or all, from the initial weights of its run.
 
         Raises:
-            UserError: if the weights are others, z is something else here, or there are not so many steps.
+            UserError: If the weights or the noise differ from the run's, or there are fewer steps.
         """
-        rows, said = trajectory.first(step), trajectory.header
-        self.setup("replay")
-        self.to(said["device"] if said["device"] != "cuda" or torch.cuda.is_available() else "cpu")
-        optimizer = self.mezo(directions=said["directions"])
-        self._follow(optimizer, trajectory)
+        rows, header = trajectory.first(step), trajectory.header
+        self._load_initial_weights()
+        self.to(header["device"] if header["device"] != "cuda" or torch.cuda.is_available() else "cpu")
+        optimizer = self.make_optimizer(directions=header["directions"])
+        check_replayable(trajectory, self.checkpoint_dict(), optimizer)
+        optimizer.seed = header["seed"]
         for row in rows:
             optimizer.repeat(row)
         self.cpu()
-
-    def _follow(self, optimizer: MeZO, trajectory: Trajectory) -> None:
-        """Let an optimizer that has taken no step draw what a run drew.
-
-        Raises:
-            UserError: if it would not lead where the run was led.
-        """
-        ours, its, file = self._header(optimizer), trajectory.header, trajectory.file
-        if ours["backbone"]["fingerprint"] != its["backbone"]["fingerprint"]:
-            raise UserError(
-                f"{file} starts from the backbone {its['backbone']['name']!r} (fingerprint"
-                f" {its['backbone']['fingerprint']}), not from {ours['backbone']['name']!r}"
-                f" ({ours['backbone']['fingerprint']})."
-            )
-        if any(ours[name] != its[name] for name in ("method", "groups", "directions", "start")):
-            raise UserError(
-                f"{file} starts from other weights than these ({its['method']}, {its['start']}; here {ours['method']},"
-                f" {ours['start']}): take the run's own settings, and seed {its['seed']}."
-            )
-        if ours["noise"] != its["noise"]:
-            raise UserError(
-                f"{file}: z is something else here. It depends on model.noise and model.share, and normal and low-rank"
-                f" noise also on the device ({its['device']}) and the version of torch ({its['torch']}; here"
-                f" {ours['torch']}). The noise `table` is the same everywhere."
-            )
-        optimizer.seed = its["seed"]
-
-    def _header(self, optimizer: MeZO) -> dict[str, Any]:
-        """What has to be known to take an optimizer's steps again."""
-        said = self.described()
-        del said["state_dict"]
-        noise = optimizer.noise.sample(key_of("header"), torch.empty(64, 64, device=self.device))
-        return said | {
-            "groups": len(optimizer.param_groups),
-            "directions": optimizer.directions,
-            "seed": optimizer.seed,
-            "start": optimizer.start,
-            "noise": fingerprint([(f"{optimizer.noise} {optimizer.share}", noise)]),
-            "device": self.device.type,
-            "torch": str(torch.__version__),
-        }
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        if self._recorder:
-            self._recorder.append()
-        if self.trainer.world_size > 1 and self.trainer.global_step % self.check_every == 0:
-            sums: Any = self.all_gather(checksum(p for _, p in self.perturbed()))
-            if (sums != sums[0]).any():
-                raise RuntimeError(
-                    f"The weights differ between the ranks behind step {self.trainer.global_step}: was something other"
-                    " than the optimizer's step made on one of them?"
-                )

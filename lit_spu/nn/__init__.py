@@ -1,1 +1,1 @@
-"""The maths of the methods as plain torch modules."""
+"""Layers of the methods as plain torch modules."""

@@ -1,69 +1,81 @@
-"""What is learned at single linears of a frozen model, and can be written into their weights."""
+"""Adapters: small trained modules on single linear layers of a frozen model, which can be merged into its weights."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # the only test for quantised weights
 
-from lit_spu.backbones.base import TargetLinear
+from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.errors import UserError
 
 
 class Adapter(nn.Module, ABC):
-    """Something small that learns at a target. It is put on by a hook, so that the model stays as it is."""
+    """Base class of adapters on one linear layer.
+
+    Adapters are attached by hooks; the Hugging Face module tree is unchanged.
+    """
 
     def __init__(self, target: TargetLinear) -> None:
         super().__init__()
         self.target = target
-        self.merged_from: tuple[Tensor, Tensor | None] | None = None
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None
 
     @property
-    def merged(self) -> bool:
-        """Whether the linear's own weight holds it."""
-        return self.merged_from is not None
+    def is_merged(self) -> bool:
+        """Whether the linear layer's own weight contains the adapter."""
+        return self._unmerged is not None
 
     @abstractmethod
-    def written(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight [outputs, inputs] and bias [outputs] with which the linear alone puts out the same."""
+    def attach(self) -> Self:
+        """Set the hooks on the linear layer."""
 
-    def writable(self) -> None:
-        """Raises UserError if the linear's weight cannot hold anything else."""
+    @abstractmethod
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight [outputs, inputs] and bias [outputs] of a linear layer that contains the adapter."""
+
+    def check_mergeable(self) -> None:
+        """Check that the linear layer's weight can be changed.
+
+        Raises:
+            UserError: If it is quantised.
+        """
         if is_traceable_wrapper_subclass(self.target.linear.weight.data):
             raise UserError(f"{self.target.path} is held in int8, which cannot be changed: use fp32 or bf16.")
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Write it into the linear's weight: the same outputs at the cost of the plain model.
+        """Write the adapter into the linear layer's weight: the same outputs at the cost of the plain model.
 
         Raises:
-            UserError: if the weight is quantised.
+            UserError: If the weight is quantised.
         """
-        self.writable()
-        if not self.merged:
-            weight, bias = self.target.weight, self.target.bias
-            self.merged_from = weight.clone(), None if bias is None else bias.clone()
-            for parameter in self.target.linear.parameters(recurse=False):
-                parameter.data = parameter.data.clone()  # other methods may hold the same weights
-            self._put(*self.written(weight, bias))
+        self.check_mergeable()
+        if self.is_merged:
+            return
+        weight, bias = self.target.weight, self.target.bias
+        self._unmerged = weight.clone(), None if bias is None else bias.clone()
+        for parameter in self.target.linear.parameters(recurse=False):
+            parameter.data = parameter.data.clone()  # other methods may share the tensor
+        self._copy_to_target(*self.merged_weight(weight, bias))
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take it out again: the linear is what it was, to the bit."""
-        if self.merged_from is not None:
-            self._put(*self.merged_from)
-            self.merged_from = None
+        """Restore the linear layer's weight to the bit."""
+        if self._unmerged is not None:
+            self._copy_to_target(*self._unmerged)
+            self._unmerged = None
 
-    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _copy_to_target(self, weight: Tensor, bias: Tensor | None) -> None:
         self.target.weight.copy_(weight)
         if bias is not None and self.target.bias is not None:
             self.target.bias.copy_(bias)
 
 
 def adapter_dict(adapters: Iterable[Adapter]) -> nn.ModuleDict:
-    """The adapters by the paths of their targets."""
-    # a module's name has no dots in it
+    """Return adapters by the paths of their linear layers, with `/` for the dots that a module name must not have."""
     return nn.ModuleDict({str(adapter.target).replace(".", "/"): adapter for adapter in adapters})

@@ -1,29 +1,36 @@
-"""A block that the backward pass goes around, as though it were not there (DropBP, https://arxiv.org/abs/2402.17812)."""
+"""Blocks that the backward pass bypasses (DropBP, https://arxiv.org/abs/2402.17812)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_spu.backbones.base import instead, tensor_of
+from lit_spu.backbones.hooks import override_forward
+from lit_spu.backbones.stacks import tensor_of
 
 
-def bypassed(block: nn.Module) -> AbstractContextManager[None]:
-    """For a while a block puts out what it does, stores nothing, does not learn, and passes gradients on as they come.
+@contextmanager
+def bypass_backward(block: nn.Module) -> Iterator[None]:
+    """Let a block compute its output without saving activations, and hand gradients on to its input unchanged.
 
-    Exact where a block adds to its input and nothing else; where a norm follows, an approximation.
+    The gradient of its input is exact up to the block's own contribution if the block adds to its input and does
+    nothing else. It is an approximation if a norm follows.
     """
-    return instead(block, _around)
+    restore = override_forward(block, _forward_without_graph)
+    try:
+        yield
+    finally:
+        restore()
 
 
-def _around(forward: Callable[..., Any], state: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _forward_without_graph(forward: Callable[..., Any], state: Tensor, *args: Any, **kwargs: Any) -> Any:
     with torch.no_grad():
-        out = forward(state, *args, **kwargs)
-    new = tensor_of(out)
+        output = forward(state, *args, **kwargs)
+    new = tensor_of(output)
     if torch.is_grad_enabled() and state.requires_grad:
-        new = new + (state - state.detach())  # which is 0
-    return (new, *out[1:]) if isinstance(out, tuple) else new
+        new = new + (state - state.detach())  # adds 0, and the gradient's path
+    return (new, *output[1:]) if isinstance(output, tuple) else new

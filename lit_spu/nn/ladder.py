@@ -1,12 +1,13 @@
-"""Ladder side networks (LST, https://arxiv.org/abs/2206.06522): a narrow copy of the backbone reads it, rung by rung.
+"""Ladder side networks (LST, https://arxiv.org/abs/2206.06522): a narrow copy of the backbone reads its hidden states.
 
-The backbone runs first, without gradient, and leaves each block's output; the side network runs on those alone.
+The backbone runs first, without gradients. The side network runs on its hidden states alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,23 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from lit_spu.backbones.base import Backbone, Batch, HiddenStates, Stream
+from lit_spu.backbones.backbone import Backbone
+from lit_spu.backbones.hooks import position_wise
+from lit_spu.backbones.side_model import blank_inputs, make_side_model
+from lit_spu.backbones.stacks import Batch, HiddenStates, Stack
 from lit_spu.errors import UserError
 from lit_spu.nn.fusion import Fuse, Fusion, Gate
 
+Rungs = Callable[[int, Tensor], Tensor]
+"""Returns the input of the n-th side block, from n and the output of the block before it."""
+
 
 class Ladder(nn.Module):
-    """The rungs of one stream: rung i reads the backbone's block i, projected down, in front of side block i.
+    """The rungs of one stack: rung i reads the output of the backbone's block i, projected down, before side block i.
 
-    With a `radius` of k, rung i reads the window of blocks i−k … i+k; blocks beyond the ends are zero. Windows share
-    each block's down-projection unless `shared` is off, when every slot of every rung has its own. In training each tap
-    of each rung is left out whole, for each example by itself, with the probability `dropout`.
+    With a `radius` of k, rung i reads the window of blocks i−k … i+k. Blocks beyond the ends are zero.
+
+    Args:
+        stack: The backbone's stack.
+        layer_indices: The blocks that have a rung.
+        width: Width of the side network.
+        fusion: The class that joins a window with the side network's state.
+        radius: k.
+        shared: Use one down-projection per block for all windows, or else one per slot of each rung.
+        dropout: Probability of leaving out a hidden state of a rung in training, whole, for each example separately.
     """
 
     def __init__(
         self,
-        stream: Stream,
-        kept: Sequence[int],
+        stack: Stack,
+        layer_indices: Sequence[int],
         width: int,
         fusion: type[Fusion] = Gate,
         radius: int = 0,
@@ -38,126 +52,147 @@ class Ladder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.kept, self.depth, self.radius, self.shared = tuple(kept), stream.depth, radius, shared
-        self.dropout = dropout
-        self.first = Projection(stream.width, width)
-        numbers: dict[tuple[int, str, int | None], int] = {}  # with dropout every rung has taps of its own
+        self.layer_indices, self.depth = tuple(layer_indices), stack.depth
+        self.radius, self.shared, self.dropout = radius, shared, dropout
+        self.embedding_projection = Projection(stack.width, width)
+        slots: dict[tuple[int, str, int | None], int] = {}  # with dropout, each rung has its own
 
-        def number(i: int, j: int) -> int:
-            if not 0 <= j < stream.depth:
+        def slot(i: int, j: int) -> int:
+            if not 0 <= j < stack.depth:
                 return -1
-            return numbers.setdefault((j, self.name(i, j), i if dropout else None), len(numbers))
+            return slots.setdefault((j, self.projection_name(i, j), i if dropout else None), len(slots))
 
-        windows = {i: [number(i, j) for j in self.window(i)] for i in kept}
-        self.blocks = {name: block for block, name, _ in numbers}  # what each projection reads
-        self.down = nn.ModuleDict({name: Projection(stream.width, width) for name in self.blocks})
-        self.sources = [name for _, name, _ in numbers]  # the projection that each tap comes from
-        self.fusion = fusion(stream, windows, width)
+        windows = {i: [slot(i, j) for j in self.window(i)] for i in layer_indices}
+        self.block_of = {name: block for block, name, _ in slots}  # of each projection
+        self.down = nn.ModuleDict({name: Projection(stack.width, width) for name in self.block_of})
+        self.projection_of = [name for _, name, _ in slots]  # of each slot
+        self.fusion = fusion(stack, windows, width)
 
     def window(self, i: int) -> range:
-        """The backbone's blocks that rung i reads."""
+        """Return the blocks that rung i reads, those beyond the ends included."""
         return range(i - self.radius, i + self.radius + 1)
 
-    def name(self, i: int, j: int) -> str:
-        """The name of the down-projection with which rung i reads block j."""
+    def projection_name(self, i: int, j: int) -> str:
+        """Return the name of the down-projection by which rung i reads block j."""
         return str(j) if self.shared else f"{i}<{j}"
 
-    def forward(self, taps: HiddenStates) -> Callable[[int, Tensor], Tensor]:
-        """Project the taps down; gives the state that enters the n-th side block, from n and the state that comes."""
-        # a mark costs tens of microseconds, of which a rung that reads kept taps has hundreds
+    def forward(self, hidden_states: HiddenStates) -> Rungs:
+        """Project the hidden states down, and return the rungs."""
+        # a profiler mark costs tens of microseconds, a tenth of a rung that reads cached states
         mark: Callable[[str], AbstractContextManager[Any]] = (
             record_function if torch.autograd._profiler_enabled() else nullcontext  # type: ignore[attr-defined]
         )
-        zero = self.first.weight.new_zeros(()).expand(*taps.embeddings.shape[:2], self.first.out_features)
+        embed = self.embedding_projection
+        zero = embed.weight.new_zeros(()).expand(*hidden_states.embeddings.shape[:2], embed.out_features)
 
-        def left_out(tap: Tensor) -> Tensor:
+        def drop(state: Tensor) -> Tensor:
             if self.training and self.dropout:
-                return tap * F.dropout(zero.new_ones(len(zero), 1, 1), self.dropout)
-            return tap
+                return state * F.dropout(zero.new_ones(len(zero), 1, 1), self.dropout)
+            return state
 
         with mark("rungs"):
-            projected = {name: down(taps.blocks[self.blocks[name]]) for name, down in self.down.items()}
-            fuse: Fuse = self.fusion([*(left_out(projected[name]) for name in self.sources), zero], taps.mask)
+            projected = {name: down(hidden_states.blocks[self.block_of[name]]) for name, down in self.down.items()}
+            slots = [drop(projected[name]) for name in self.projection_of]
+            fuse: Fuse = self.fusion([*slots, zero], hidden_states.mask)
 
         def enter(n: int, state: Tensor) -> Tensor:
-            i = self.kept[n]
+            i = self.layer_indices[n]
             with mark(f"rung {i}"):
-                return fuse(i, self.first(taps.embeddings) if n == 0 else state)
+                return fuse(i, embed(hidden_states.embeddings) if n == 0 else state)
 
         return enter
 
     def statistics(self) -> dict[str, Tensor]:
-        """What each rung takes: the gate's share of the state, and that of each block in the window."""
+        """Return the gate of each rung, and the weight of each block in its window, as far as they are known."""
         found = {}
-        for i in self.kept:
+        for i in self.layer_indices:
             if (gate := self.fusion.gate(i)) is not None:
                 found[f"gate/rung {i}"] = gate
             if (shares := self.fusion.shares(i)) is not None:
-                within = ((j, share) for j, share in zip(self.window(i), shares, strict=True) if 0 <= j < self.depth)
-                found |= {f"window/rung {i}/block {j}": share for j, share in within}
+                inside = ((j, share) for j, share in zip(self.window(i), shares, strict=True) if 0 <= j < self.depth)
+                found |= {f"window/rung {i}/block {j}": share for j, share in inside}
         return {name: value.detach() for name, value in found.items()}
 
 
-def kept_blocks(streams: Sequence[Stream], drop_layers: Sequence[int]) -> list[list[int]]:
-    """The blocks of every stream but these (0 is the lowest).
+def select_layers(stacks: Sequence[Stack], drop_layers: Sequence[int]) -> list[list[int]]:
+    """Return the blocks of every stack except these (0 is the lowest).
 
     Raises:
-        UserError: if there are no such blocks, or a stream is left without any.
+        UserError: If there are no such blocks, or a stack loses all of its blocks.
     """
-    deepest = max(stream.depth for stream in streams) - 1
-    kept = [[i for i in range(stream.depth) if i not in drop_layers] for stream in streams]
-    if not all(kept) or not all(0 <= layer <= deepest for layer in drop_layers):
+    deepest = max(stack.depth for stack in stacks) - 1
+    selected = [[i for i in range(stack.depth) if i not in drop_layers] for stack in stacks]
+    if not all(selected) or not all(0 <= layer <= deepest for layer in drop_layers):
         raise UserError(
-            f"model.drop_layers={list(drop_layers)}: layers are 0 to {deepest}, and one of each stack must stay."
+            f"model.drop_layers={list(drop_layers)}: layers are 0 to {deepest}, and each stack must keep one."
         )
-    return kept
+    return selected
 
 
 class SideNetwork(nn.Module):
-    """The backbone's own architecture at 1/`reduction` of its width, one side stack a stream, fed by a ladder a stream.
+    """The backbone's architecture at 1/`reduction` of its width, with a side stack and a ladder for each stack.
 
     Args:
-        backbone: What it stands beside; it is read, not held.
-        reduction: The backbone's width over the side network's (r in the paper).
-        drop_layers: Blocks of every stream beside which the side network has none (0 is the lowest).
+        backbone: The backbone whose hidden states it reads. It is not a part of this module.
+        reduction: The backbone's width divided by the side network's (r in the paper).
+        drop_layers: Blocks of every stack without a side block (0 is the lowest).
 
     Raises:
-        UserError: if `reduction` does not divide the widths, or `drop_layers` leaves a stream without blocks.
+        UserError: If `reduction` does not divide the widths, or `drop_layers` leaves a stack without blocks.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        reduction: int,
-        drop_layers: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, backbone: Backbone, reduction: int, drop_layers: Sequence[int] = ()) -> None:
         super().__init__()
-        self.streams = backbone.streams
-        self.kept = kept_blocks(self.streams, drop_layers)
-        self.trunk = backbone.base_model.shrunk(reduction, self.kept)
-        self.model = self.trunk.model
-        self.climb(Ladder)
-        self.up = Projection(self.trunk.output_width, backbone.width)
+        self.backbone_stacks = backbone.stacks
+        self.layer_indices = select_layers(backbone.stacks, drop_layers)
+        self.side_model = make_side_model(backbone.base_model, reduction, self.layer_indices)
+        self.model = self.side_model.model
+        self.set_ladders(Ladder)
+        self.up = Projection(self.side_model.output_width, backbone.width)
+        self._rungs: list[Rungs] = []  # of the forward pass that runs
+        for number, stack in enumerate(self.side_model.stacks):
+            for n, block in enumerate(stack.blocks):
+                block.register_forward_pre_hook(partial(self._replace_block_input, number, n), with_kwargs=True)
 
-    def climb(self, ladder: Callable[[Stream, Sequence[int], int], Ladder]) -> None:
-        """Put new rungs in: `ladder` makes those of a stream from it, its kept blocks and the side network's width."""
-        width = self.trunk.streams[0].width
+    def set_ladders(self, make_ladder: Callable[[Stack, Sequence[int], int], Ladder]) -> None:
+        """Replace the ladders.
+
+        Args:
+            make_ladder: Creates the ladder of a stack from the backbone's stack, the blocks that have a rung, and the
+                width of the side network.
+        """
+        width = self.side_model.stacks[0].width
         self.ladders = nn.ModuleList(
-            ladder(stream, kept, width) for stream, kept in zip(self.streams, self.kept, strict=True)
+            make_ladder(stack, indices, width)
+            for stack, indices in zip(self.backbone_stacks, self.layer_indices, strict=True)
         )
 
-    def forward(self, taps: Sequence[HiddenStates], inputs: Batch, position: Tensor) -> Tensor:
-        """The hidden state [batch, 1, side width] at one `position` [batch]; a head reads it through `up`."""
-        enters = [ladder(tap) for ladder, tap in zip(self.ladders, taps, strict=True)]
-        with self.trunk.entered(lambda stream, n, state: enters[stream](n, state)):
-            return self.trunk.run_at(self.trunk.inputs_like(inputs), position)
+    def forward(self, hidden_states: Sequence[HiddenStates], inputs: Batch, position: Tensor) -> Tensor:
+        """Return the side network's last hidden state [batch, 1, side width] at one position [batch] of each text.
+
+        Args:
+            hidden_states: The backbone's, of all stacks.
+            inputs: The backbone's inputs, for their masks.
+            position: The answer's position, which the head reads through `up`.
+        """
+        self._rungs = [ladder(states) for ladder, states in zip(self.ladders, hidden_states, strict=True)]
+        try:
+            return self.side_model.forward_at(blank_inputs(self.side_model, inputs), position)
+        finally:
+            self._rungs = []
+
+    @position_wise
+    def _replace_block_input(
+        self, stack: int, n: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (self._rungs[stack](n, args[0]), *args[1:]), kwargs
 
 
 class Projection(nn.Linear):
-    """A linear that keeps the scale of what it reads, in the precision of that: what it keeps is no larger.
+    """A linear layer that preserves the scale of its input, and computes in the precision of its input.
 
-    The published ones start at a standard deviation of 0.01, which suits T5's large residual stream. Behind the norms
-    of a BERT their output would drown in the side network's own, and a narrow side network would not learn.
+    The published projections have an initial standard deviation of 0.01, which suits T5's large residual stream. After
+    the norms of a BERT their output would be small beside the side network's own, which would then not learn.
     """
 
     def reset_parameters(self) -> None:

@@ -1,31 +1,32 @@
-"""Low-rank adaptation (LoRA, https://arxiv.org/abs/2106.09685): W stays, and B·A is learned beside it."""
+"""Low-rank adaptation (LoRA, https://arxiv.org/abs/2106.09685): W is frozen, and a product B·A is trained beside it."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_spu.backbones.base import TargetLinear
+from lit_spu.backbones.hooks import position_wise
+from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
 
 
 class LowRank(Adapter):
-    """y = Wx + s·B(A x) at a target, with A [rank, inputs] random and B [outputs, rank] zero at the start.
+    """Compute y = Wx + s·B(A x) at a linear layer. A [rank, inputs] is random and B [outputs, rank] zero initially.
 
     Args:
-        target: Where.
+        target: The linear layer.
         rank: r, the number of A's rows and of B's columns.
-        alpha: α, for a scale s of α/r.
-        dropout: Share of the inputs that A does not see in training.
-        rank_stabilised: s = α/√r instead (https://arxiv.org/abs/2312.03732).
+        alpha: α, in the scale s = α/r.
+        dropout: Share of the inputs of A that is dropped in training.
+        rank_stabilised: Use s = α/√r instead (https://arxiv.org/abs/2312.03732).
 
     Raises:
-        UserError: if the rank is more than the linear's own can be, or none.
+        UserError: If the rank is 0, or greater than that of the linear layer.
     """
 
     def __init__(
@@ -40,78 +41,79 @@ class LowRank(Adapter):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
         self.dropout = nn.Dropout(dropout)
-        self.taken: tuple[Tensor, Tensor] | None = None  # the A and B that were taken from W
+        self.removed_factors: tuple[Tensor, Tensor] | None = None
+        """The initial A and B that `init_from_svd` has subtracted from W."""
 
-    def attach(self) -> LowRank:
-        """Add it to what the linear puts out, from now on."""
-        self.target.linear.register_forward_hook(self._hook)
+    def attach(self) -> Self:
+        self.target.linear.register_forward_hook(self._add_to_output)
         return self
 
-    def _hook(self, linear: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-        return out if self.merged else self.add_to(out, args[0])
+    @position_wise
+    def _add_to_output(self, linear: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return output if self.is_merged else self.add_to(output, args[0])
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """Add s·B(A x) to `out` [..., the linear's outputs] in place, from `x` [..., inputs]; gives `out`."""
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """Add s·B(A x) to a layer's `output` [..., outputs] in place, from its input x [..., inputs], and return it."""
         low = F.linear(self.dropout(x), self.a.to(x.dtype))
-        part = self.target.outputs(out)
-        added: Tensor = AddLowRank.apply(part, low.to(out.dtype), self.b.to(out.dtype), self.scale)  # type: ignore[no-untyped-call]
-        return added if part is out else out
+        part = self.target.select_outputs(output)
+        added: Tensor = AddLowRank.apply(part, low.to(output.dtype), self.b.to(output.dtype), self.scale)  # type: ignore[no-untyped-call]
+        return added if part is output else output
 
     @property
     def product(self) -> Tensor:
-        """s·BA, [outputs, inputs]."""
+        """The matrix s·BA, [outputs, inputs]."""
         return self.scale * self.b @ self.a
 
-    def written(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.product.to(weight.dtype), bias
 
     @torch.no_grad()
-    def take_top(self) -> None:
-        """Start from the top singular vectors of W, and leave the rest of it frozen: the outputs stay the same.
+    def init_from_svd(self) -> None:
+        """Initialise s·BA with the top singular vectors of W, and subtract it from W.
 
-        With W = UΣVᵀ: B = U_r·√(Σ_r/s), A = √(Σ_r/s)·V_rᵀ, and W becomes W − s·BA.
+        With W = UΣVᵀ, B = U_r·√(Σ_r/s), A = √(Σ_r/s)·V_rᵀ, and W becomes W − s·BA (SiVA).
 
         Raises:
-            UserError: if the weight is quantised.
+            UserError: If the weight is quantised.
         """
-        self.writable()
+        self.check_mergeable()
         weight, rank = self.target.weight, len(self.a)
-        tall = weight.shape[0] > weight.shape[1]
-        wide = (weight.T if tall else weight).to(self.a.dtype)
-        # the smaller Gram matrix's: a quarter of the time of the whole decomposition
+        is_tall = weight.shape[0] > weight.shape[1]
+        wide = (weight.T if is_tall else weight).to(self.a.dtype)
+        # the eigenvectors of the smaller Gram matrix take a quarter of the time of the whole decomposition
         squares, vectors = torch.linalg.eigh(wide @ wide.T)
         top = vectors[:, -rank:].flip(1)
         size = (squares[-rank:].flip(0).clamp_min(1e-12).sqrt() / self.scale).sqrt()  # √(Σ_r/s)
         left, right = top * size, (top / (size * self.scale)).T @ wide
-        if tall:
+        if is_tall:
             left, right = right.T, left.T
         self.a.copy_(right)
         self.b.copy_(left)
         weight.sub_(self.product)
-        self.taken = self.a.clone(), self.b.clone()
+        self.removed_factors = self.a.clone(), self.b.clone()
 
 
 class AddLowRank(torch.autograd.Function):
-    """out += s·low·Bᵀ: no copy of `out` [..., outputs] forward, none of its gradient backward.
+    """Add s·low·Bᵀ to `output` [..., outputs] in place, without a copy of it or of its gradient.
 
-    The linear that made `out` does not keep it. autograd's own in-place sum would go through a view of two dimensions,
-    and copy the gradient for that.
+    The linear layer that computed `output` does not save it. Autograd's own in-place sum would run on a view with two
+    dimensions, and copy the gradient for that.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
-        out.flatten(0, -2).addmm_(low.flatten(0, -2), b.T, alpha=scale)
-        ctx.mark_dirty(out)
+    def forward(ctx: Any, output: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
+        output.flatten(0, -2).addmm_(low.flatten(0, -2), b.T, alpha=scale)
+        ctx.mark_dirty(output)
         ctx.save_for_backward(low, b)
         ctx.scale = scale
-        return out
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grads
         low, b = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
-        # products of a few rows: with the few as rows, not columns, MKL takes a third to a tenth of the time
-        of_low = F.linear(flat, b.T.contiguous()).mul_(ctx.scale).view_as(low)
-        of_b = (low.flatten(0, -2).T @ flat).mul_(ctx.scale).T
-        return gradient, of_low, of_b, None
+        flat = grad_output.flatten(0, -2)
+        # Products with a thin matrix: with its few vectors as rows, MKL takes a third to a tenth of the time.
+        grad_low = F.linear(flat, b.T.contiguous()).mul_(ctx.scale).view_as(low)
+        grad_b = (low.flatten(0, -2).T @ flat).mul_(ctx.scale).T
+        return grad_output, grad_low, grad_b, None

@@ -1,6 +1,6 @@
-"""The folders of the peft library (https://github.com/huggingface/peft): how pairs and vectors leave, and come back.
+"""Folders of the peft library (https://github.com/huggingface/peft): write and read LoRA pairs and (IA)³ vectors.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. Neither way needs the library.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. The library itself is not needed.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_spu.backbones.base import Backbone
+from lit_spu.backbones.backbone import Backbone
 from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PART = re.compile(r"\.(lora_[AB]\.weight|ia3_l)$")
+ADAPTER_WEIGHT = re.compile(r"\.(lora_[AB]\.weight|ia3_l)$")
 PREFIX = "base_model.model."
 TASKS = {"SequenceClassification": "SEQ_CLS", "Seq2SeqLM": "SEQ_2_SEQ_LM", "CausalLM": "CAUSAL_LM"}
 
 
-def write(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
-    """Write adapters, and what of the model was trained beside them.
+def write_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
+    """Write adapters, and the weights of the model that were trained beside them.
 
     Raises:
-        UserError: if they are not all pairs, or all vectors.
+        UserError: If they are neither all pairs nor all vectors.
     """
     from safetensors.torch import save_file
 
     by_path: dict[str, list[Adapter]] = defaultdict(list)
     for adapter in adapters:
-        by_path[backbone.path(adapter.target)].append(adapter)
+        by_path[backbone.full_path(adapter.target)].append(adapter)
     if not adapters or len({type(adapter) for adapter in adapters}) > 1:
-        raise UserError("Only low-rank pairs or (IA)3 vectors go into a peft folder: use another --format.")
-    lora = isinstance(adapters[0], LowRank)
-    config, tensors = (_pairs if lora else _vectors)(by_path)
+        raise UserError("A peft folder holds either LoRA pairs or (IA)3 vectors: use another --format.")
+    is_lora = isinstance(adapters[0], LowRank)
+    config, tensors = (_pairs_to_peft if is_lora else _vectors_to_peft)(by_path)
     trained = {name: p for name, p in backbone.model.named_parameters() if p.requires_grad}
-    # the library wraps a head whole, as it does by itself
-    heads = [path for path in backbone.head_path if backbone.classifies]
-    beside = {next((h for h in heads if name.startswith(f"{h}.")), name.rpartition(".")[0]) for name in trained}
-    kind = "SequenceClassification" if backbone.classifies else backbone.language_model
+    # the library saves a head as a whole module
+    heads = [path for path in backbone.head_paths if backbone.has_classifier]
+    saved_modules = {next((h for h in heads if name.startswith(f"{h}.")), name.rpartition(".")[0]) for name in trained}
+    kind = "SequenceClassification" if backbone.has_classifier else backbone.language_model
     config |= {
         "task_type": TASKS.get(kind),
         "base_model_name_or_path": backbone.name,
         "target_modules": list(by_path),
-        "modules_to_save": sorted(beside) or None,
-        "fan_in_fan_out": adapters[0].target.transposed,
+        "modules_to_save": sorted(saved_modules) or None,
+        "fan_in_fan_out": adapters[0].target.is_transposed,
         "inference_mode": True,
     }
     tensors |= trained
@@ -62,16 +62,20 @@ def write(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None
     save_file({PREFIX + name: t.detach().contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
 
 
-def _pairs(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One pair for each linear: the parts of a fused one stand in blocks, and what SVD took from W is given back."""
+def _pairs_to_peft(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and tensors of one pair per linear layer.
+
+    The parts of a fused layer are joined in blocks. Factors that SVD has removed from W are added to the pair again.
+    """
     tensors: dict[str, Tensor] = {}
     ranks, scales = {}, {}
     for path, pairs in by_path.items():
         rows, columns = [], []
         for pair in pairs:
-            for a, b in ((pair.a, pair.b), *([] if pair.taken is None else [(pair.taken[0], -pair.taken[1])])):
-                column = b.new_zeros(len(b) * pair.target.slots, b.shape[1])
-                column[pair.target.slot * len(b) :][: len(b)] = b.detach()
+            removed = [] if pair.removed_factors is None else [(pair.removed_factors[0], -pair.removed_factors[1])]
+            for a, b in ((pair.a, pair.b), *removed):
+                column = b.new_zeros(len(b) * pair.target.num_parts, b.shape[1])
+                column[pair.target.part * len(b) :][: len(b)] = b.detach()
                 rows.append(a)
                 columns.append(column)
         tensors |= {f"{path}.lora_A.weight": torch.cat(rows), f"{path}.lora_B.weight": torch.cat(columns, 1)}
@@ -90,24 +94,24 @@ def _pairs(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[s
     return config, tensors
 
 
-def _vectors(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors, inner = {}, []
+def _vectors_to_peft(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, feed_forward = {}, []
     for path, scales in by_path.items():
         target, inputs = scales[0].target, scales[0].inputs
-        vector = scales[0].scale.new_ones(len(scales[0].scale) * target.slots)
+        vector = scales[0].scale.new_ones(len(scales[0].scale) * target.num_parts)
         for scale in scales:
-            vector[scale.target.slot * len(scale.scale) :][: len(scale.scale)] = scale.scale.detach()
+            vector[scale.target.part * len(scale.scale) :][: len(scale.scale)] = scale.scale.detach()
         tensors[f"{path}.ia3_l"] = vector.unsqueeze(0 if inputs else 1)
-        inner += [path] if inputs else []
-    return {"peft_type": "IA3", "feedforward_modules": inner}, tensors
+        feed_forward += [path] if inputs else []
+    return {"peft_type": "IA3", "feedforward_modules": feed_forward}, tensors
 
 
 @torch.no_grad()
-def read(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
-    """Start adapters, and what is trained beside them, from a folder of the peft library's.
+def init_from_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
+    """Initialise adapters, and the weights that are trained beside them, from a folder of the peft library.
 
     Raises:
-        UserError: if there is none, or it does not fit these adapters: with the settings that do.
+        UserError: If there is none, or it does not fit these adapters, with the settings that do.
     """
     from safetensors.torch import load_file
 
@@ -118,46 +122,51 @@ def read(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
         raise UserError(f"model.adapter: {folder} is no adapter folder of the peft library: {error}") from error
     kind = "LORA" if isinstance(adapters[0], LowRank) else "IA3"
     if config.get("peft_type") != kind:
-        raise UserError(f"model.adapter: {folder} holds {config.get('peft_type')}, where {kind} is asked for.")
-    theirs = {PART.sub("", name) for name in tensors if PART.search(name)}
-    if theirs != {backbone.path(adapter.target) for adapter in adapters}:
-        here = {backbone.path(target): target.role for target in backbone.base_model.all_target_linears}
-        roles = ", ".join(dict.fromkeys(role for path, role in here.items() if path in theirs))
-        raise UserError(
-            f"model.adapter: {folder} is for other linears than these settings: for"
-            f" {f'those of the roles {roles}' if roles else 'none of this backbone'} ({min(theirs, default='none')}…)."
-        )
+        raise UserError(f"model.adapter: {folder} holds {config.get('peft_type')}, but this method needs {kind}.")
+    _check_targets(backbone, adapters, folder, {ADAPTER_WEIGHT.sub("", n) for n in tensors if ADAPTER_WEIGHT.search(n)})
     for adapter in adapters:
+        path = backbone.full_path(adapter.target)
         if isinstance(adapter, LowRank):
-            _start_pair(adapter, backbone.path(adapter.target), config, tensors)
+            _init_pair(adapter, path, config, tensors)
         elif isinstance(adapter, Scale):
-            vector = tensors[f"{backbone.path(adapter.target)}.ia3_l"].flatten()
-            adapter.scale.copy_(adapter.target.outputs(vector) if not adapter.inputs else vector)
+            vector = tensors[f"{path}.ia3_l"].flatten()
+            adapter.scale.copy_(vector if adapter.inputs else adapter.target.select_outputs(vector))
     own = dict(backbone.model.named_parameters())
     for name, tensor in tensors.items():
-        if PART.search(name):
+        if ADAPTER_WEIGHT.search(name):
             continue
         if name not in own or not own[name].requires_grad or own[name].shape != tensor.shape:
             raise UserError(
-                f"model.adapter: {folder} trained {name} {list(tensor.shape)} as well, which is not trained so here."
-                " Give the task and the settings of that run, such as model.norms=true."
+                f"model.adapter: {folder} also holds {name} {list(tensor.shape)}, which these settings do not train."
+                " Use the task and the settings of that run, such as model.norms=true."
             )
         own[name].copy_(tensor)
 
 
-def _start_pair(pair: LowRank, path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_targets(backbone: Backbone, adapters: Sequence[Adapter], folder: Path, found: set[str]) -> None:
+    if found == {backbone.full_path(adapter.target) for adapter in adapters}:
+        return
+    roles = {backbone.full_path(target): target.role for target in backbone.base_model.all_target_linears}
+    names = ", ".join(dict.fromkeys(role for path, role in roles.items() if path in found))
+    raise UserError(
+        f"model.adapter: {folder} is for other linear layers than these settings: for"
+        f" {f'those of the roles {names}' if names else 'none of this backbone'} ({min(found, default='none')}…)."
+    )
+
+
+def _init_pair(pair: LowRank, path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     a, whole = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
-    b = whole.chunk(pair.target.slots)[pair.target.slot]
+    b = whole.chunk(pair.target.num_parts)[pair.target.part]
     rank = len(a)
     alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if rank == len(pair.a) * pair.target.slots and rank != len(pair.a):  # the parts of a fused linear, in blocks
-        block = slice(pair.target.slot * len(pair.a), (pair.target.slot + 1) * len(pair.a))
+    if rank == len(pair.a) * pair.target.num_parts and rank != len(pair.a):  # the parts of a fused layer, in blocks
+        block = slice(pair.target.part * len(pair.a), (pair.target.part + 1) * len(pair.a))
         a, b = a[block], b[:, block]
     if a.shape != pair.a.shape or not math.isclose(scale, pair.scale):
         raise UserError(
-            f"model.adapter: at {path} its rank is {len(a)} and its scale {scale:g}, here they are {len(pair.a)} and"
-            f" {pair.scale:g}. Give --model.rank={len(a)} --model.alpha={scale * len(a):g}."
+            f"model.adapter: at {path} the folder has rank {len(a)} and scale {scale:g}, these settings have"
+            f" {len(pair.a)} and {pair.scale:g}. Use --model.rank={len(a)} --model.alpha={scale * len(a):g}."
         )
     pair.a.copy_(a)
     pair.b.copy_(b)

@@ -1,234 +1,261 @@
-"""A side network that starts as its backbone, pruned (LST, section 3.2; https://arxiv.org/abs/2206.06522).
+"""Side networks that are initialised with the pruned backbone (LST, section 3.2; https://arxiv.org/abs/2206.06522).
 
-Of each of the backbone's widths the side network keeps 1/r, the most important by the weights' magnitude, or by their
-Fisher information about the task. Everything is ranked once and the least important removed, ties by position.
+The side network keeps the most important 1/r of each of the backbone's widths: by the magnitude of the weights, or by
+their Fisher information about the task. Everything is ranked once. Of equally important coordinates the first is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lit_spu.backbones.base import Backbone, Batch, TargetLinear, TransformerStacks, norms_of
+from lit_spu.backbones.backbone import Backbone
+from lit_spu.backbones.side_model import LayerIndices
+from lit_spu.backbones.stacks import Batch, TransformerStacks, find_norms
+from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.errors import UserError
 
-Scores = Mapping[str, Tensor]
-"""How important each weight is, not negative, by the parameter's name in the base model."""
+Importance = Mapping[str, Tensor]
+"""The importance of each weight, not negative, by the parameter's name in the base model."""
 Order = Literal["residual", "published"]
 
 
-def magnitude(trunk: TransformerStacks) -> Scores:
-    """The absolute values of the weights."""
-    return {name: p.detach().float().abs() for name, p in trunk.model.named_parameters()}
+def magnitude(base_model: TransformerStacks) -> Importance:
+    """Return the absolute values of the weights."""
+    return {name: p.detach().float().abs() for name, p in base_model.model.named_parameters()}
 
 
-def fisher(backbone: Backbone, examples: Iterable[Batch]) -> Scores:
-    """The empirical Fisher information: the squared gradients of the task's loss, summed over single examples."""
-    learnt = [p.requires_grad for p in backbone.parameters()]
+def fisher(backbone: Backbone, examples: Iterable[Batch]) -> Importance:
+    """Return the empirical Fisher information: squared gradients of the task's loss, summed over single examples."""
+    was_trainable = [p.requires_grad for p in backbone.parameters()]
     backbone.requires_grad_(True)
     parameters = dict(backbone.base_model.model.named_parameters())
-    scores = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    importance = {name: torch.zeros_like(p) for name, p in parameters.items()}
     try:
         for example in examples:
             loss = backbone.loss(backbone(example), example)
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for score, gradient in zip(scores.values(), found, strict=True):
-                if gradient is not None:
-                    score += gradient**2
+            grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for total, grad in zip(importance.values(), grads, strict=True):
+                if grad is not None:
+                    total += grad**2
     finally:
-        for parameter, learns in zip(backbone.parameters(), learnt, strict=True):
-            parameter.requires_grad_(learns)
-    return scores
+        for parameter, trainable in zip(backbone.parameters(), was_trainable, strict=True):
+            parameter.requires_grad_(trainable)
+    return importance
 
 
 @torch.no_grad()
 def init_from_pruned(
     side: TransformerStacks,
     backbone: TransformerStacks,
-    kept: Sequence[Sequence[int]],
-    scores: Scores,
+    layer_indices: LayerIndices,
+    importance: Importance,
     order: Order = "residual",
 ) -> Tensor:
-    """Start every weight of `side` from the backbone's, whose blocks `kept` (of each stream) it has narrower.
+    """Initialise all weights of a side model with the backbone's.
 
     Args:
-        side: Made by `TransformerStacks.shrunk`, or the trunk of a `Backbone.student`.
-        backbone: What it was made from.
-        kept: For each stream, the backbone's block of each of its blocks.
-        scores: The importance of the backbone's weights.
-        order: `residual` keeps the same coordinates of the residual stream everywhere, and as many of each head's own.
-            `published` is the order of the paper's code: from the embeddings up, the rows of what writes into the
-            residual stream are ranked anew for whatever reads it next, and a head's coordinates are those of any head.
+        side: A model of `make_side_model`, or the base model of a `Backbone.make_student`.
+        backbone: The model that it was made from.
+        layer_indices: For each stack, the backbone's block for each block of the side model.
+        importance: The importance of the backbone's weights.
+        order: `residual` keeps the same coordinates of the residual stream everywhere, and equally many of each head's
+            own. `published` is the order of the paper's code: from the embeddings up, the rows of each layer that
+            writes into the residual stream are ranked for the next layer that reads it, and a head's coordinates may
+            come from any head.
 
     Returns:
-        The coordinates of the residual stream that are kept, in `published` order those of the embeddings.
+        The coordinates of the residual stream that are kept; in `published` order those of the embeddings.
 
     Raises:
-        UserError: if the family has weights that cannot be told apart.
+        UserError: If the family has weights whose coordinates are unknown.
     """
-    return _Pruning(side, backbone, scores, order)(kept)
+    return _Pruning(side, backbone, importance, order)(layer_indices)
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """The places of the `count` greatest, ascending; of equal ones the first."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+def top_indices(values: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` greatest values in ascending order; of equal values the first."""
+    return values.argsort(descending=True, stable=True)[:count].sort().values
+
+
+class _PrunedLinear(NamedTuple):
+    """A linear layer of the backbone with the rows (outputs) and columns (inputs) that are kept."""
+
+    target: TargetLinear
+    rows: Tensor
+    columns: Tensor
 
 
 class _Pruning:
-    """One start, from the embeddings up."""
+    """One initialisation, from the embeddings up."""
 
-    def __init__(self, side: TransformerStacks, backbone: TransformerStacks, scores: Scores, order: Order) -> None:
-        self.side, self.backbone, self.scores, self.order = side, backbone, scores, order
-        self.narrow = side.model.config.hidden_size
-        self.pre_norm = bool(backbone.family.after)  # a norm behind the last block means one in front of each part
-        self.inner = {target.role: len(target.weight) for target in side.block_target_linears(0, 0, "query", "up")}
+    def __init__(
+        self, side: TransformerStacks, backbone: TransformerStacks, importance: Importance, order: Order
+    ) -> None:
+        self.side, self.backbone, self.importance, self.order = side, backbone, importance, order
+        self.side_width = side.model.config.hidden_size
+        self.is_pre_norm = bool(backbone.family.final_modules)  # a final norm implies a norm before each sublayer
+        self.inner_width = {t.role: len(t.weight) for t in side.block_target_linears(0, 0, "query", "up")}
 
-    def __call__(self, kept: Sequence[Sequence[int]]) -> Tensor:
-        first = current = self._residual()
+    def __call__(self, layer_indices: LayerIndices) -> Tensor:
+        first = current = self._select_residual()
         ends = []
-        for stream, blocks in enumerate(self.backbone.stacks):
-            for number in range(len(blocks)):
-                place = kept[stream].index(number) if number in kept[stream] else None
-                current = self._block(stream, number, place, current)
+        for stack, (blocks, indices) in enumerate(zip(self.backbone.stacks, layer_indices, strict=True)):
+            for block in range(blocks.depth):
+                side_block = indices.index(block) if block in indices else None
+                current = self._prune_block(stack, block, side_block, current)
             ends.append(current)
-        self._outside(first, ends)
+        self._copy_outside_blocks(first, ends)
         return first
 
-    def _score(self, target: TargetLinear) -> Tensor:
-        return target.part(self.scores[f"{target.path}.weight"]).double()
+    def _importance_of(self, target: TargetLinear) -> Tensor:
+        return target.select_rows(self.importance[f"{target.path}.weight"]).double()
 
-    def _residual(self) -> Tensor:
-        """The coordinates of the residual stream that matter: by what writes into it, or by the embeddings alone."""
-        written = self._columns(self.backbone.model.config.hidden_size)
-        if self.order == "residual" or not written:
-            written += [self._score(target).sum(1) for target in self.backbone.target_linears("output", "down")]
-        return top(torch.stack(written).sum(0), self.narrow)
+    def _select_residual(self) -> Tensor:
+        """Return the coordinates of the residual stream to keep.
 
-    def _columns(self, width: int) -> list[Tensor]:
-        """The scores of the columns of each table of embeddings that is so wide."""
-        embedded = _parameters(self.backbone.embeddings)
+        They are ranked by all layers that write into it. In `published` order the embeddings alone decide.
+        """
+        writers = self._embedding_columns(self.backbone.model.config.hidden_size)
+        if self.order == "residual" or not writers:
+            writers += [self._importance_of(t).sum(1) for t in self.backbone.target_linears("output", "down")]
+        return top_indices(torch.stack(writers).sum(0), self.side_width)
+
+    def _embedding_columns(self, width: int) -> list[Tensor]:
+        """Return the importance of the columns of each embedding table of this width."""
+        embeddings = _parameters(self.backbone.embeddings)
         return [
-            self.scores[name].double().sum(0)
+            self.importance[name].double().sum(0)
             for name, p in self.backbone.model.named_parameters()
-            if p in embedded and p.ndim == 2 and p.shape[1] == width
+            if p in embeddings and p.ndim == 2 and p.shape[1] == width
         ]
 
-    def _block(self, stream: int, number: int, place: int | None, current: Tensor) -> Tensor:
-        """Start the side block at that place, if it has one; gives the coordinates that the next block reads."""
-        linears: list[tuple[TargetLinear, Tensor, Tensor]] = []  # with the rows and the columns that are kept
-        seen = []  # by each norm
-        attention = (
-            self.backbone.block_target_linears(stream, number, role) for role in ("query", "key", "value", "output")
-        )
-        for query, key, value, output in zip(*attention, strict=True):
-            queries, keys = self._heads(query, key, value, current)
-            written = self._written(output, queries, current)
-            seen.append(current if self.pre_norm else written)
-            linears += [(query, queries, current), (key, keys, current), (value, keys, current)]
-            linears += [(output, written, queries)]
+    def _prune_block(self, stack: int, block: int, side_block: int | None, current: Tensor) -> Tensor:
+        """Initialise a side block, if there is one, and return the coordinates that the next block reads."""
+        linears: list[_PrunedLinear] = []
+        norm_coordinates = []
+        roles = (self.backbone.block_target_linears(stack, block, r) for r in ("query", "key", "value", "output"))
+        for query, key, value, output in zip(*roles, strict=True):
+            query_rows, key_rows = self._select_head_rows(query, key, value, current)
+            written = self._select_written(output, query_rows, current)
+            norm_coordinates.append(current if self.is_pre_norm else written)
+            linears += [
+                _PrunedLinear(query, query_rows, current),
+                _PrunedLinear(key, key_rows, current),
+                _PrunedLinear(value, key_rows, current),
+                _PrunedLinear(output, written, query_rows),
+            ]
             current = written
-        ups, (down,) = (self.backbone.block_target_linears(stream, number, role) for role in ("up", "down"))
-        inner = top(torch.stack([self._score(up)[:, current].sum(1) for up in ups]).sum(0), self.inner["up"])
-        written = self._written(down, inner, current)
-        seen.append(current if self.pre_norm else written)
-        linears += [*((up, inner, current) for up in ups), (down, written, inner)]
-        if place is not None:
-            self._start(stream, number, place, linears, seen)
+        ups, (down,) = (self.backbone.block_target_linears(stack, block, role) for role in ("up", "down"))
+        widened = torch.stack([self._importance_of(up)[:, current].sum(1) for up in ups]).sum(0)
+        inner = top_indices(widened, self.inner_width["up"])
+        written = self._select_written(down, inner, current)
+        norm_coordinates.append(current if self.is_pre_norm else written)
+        linears += [*(_PrunedLinear(up, inner, current) for up in ups), _PrunedLinear(down, written, inner)]
+        if side_block is not None:
+            self._init_block(stack, block, side_block, linears, norm_coordinates)
         return written
 
-    def _heads(
+    def _select_head_rows(
         self, query: TargetLinear, key: TargetLinear, value: TargetLinear, current: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The rows of the queries, and those of keys and values, by the product of all three summed over columns."""
-        # in logarithms: products of three Fisher scores would be too small for any format
-        of_query, of_key, of_value = (self._score(target)[:, current].log() for target in (query, key, value))
-        count = self.inner["query"]
+        """Return the rows of the queries to keep, and those of keys and values.
+
+        They are ranked by the product of the importance of all three, summed over the columns.
+        """
+        # in logarithms: products of three Fisher values underflow in any format
+        log_query, log_key, log_value = (self._importance_of(t)[:, current].log() for t in (query, key, value))
+        count = self.inner_width["query"]
         if self.order == "published":
-            if of_query.shape != of_key.shape:
+            if log_query.shape != log_key.shape:
                 raise UserError(
-                    "model.prune_order=published wants as many heads of keys as of queries: use"
+                    "model.prune_order=published needs as many heads of keys as of queries: use"
                     " --model.prune_order=residual."
                 )
-            rows = top((of_query + of_key + of_value).logsumexp(1), count)
+            rows = top_indices((log_query + log_key + log_value).logsumexp(1), count)
             return rows, rows
-        heads = self.backbone.streams[0].heads
-        width = len(of_query) // heads
-        groups, columns = len(of_key) // width, len(current)  # heads of keys, which as many queries share
-        product = of_query.view(groups, -1, width, columns) + (of_key + of_value).view(groups, 1, width, columns)
-        joint = product.logsumexp((1, 3))  # [groups, width]
-        pairs = self.backbone.family.shape.pairs  # of coordinates that are turned together: i and i + width/2
-        joint = joint.view(groups, pairs, -1).logsumexp(1)
-        kept = torch.stack([top(scores, count // heads // pairs) for scores in joint])
-        kept = torch.cat([kept + turn * width // pairs for turn in range(pairs)], 1)
-        starts = width * torch.arange(heads, device=kept.device).unsqueeze(1)
-        return (starts + kept.repeat_interleave(heads // groups, 0)).flatten(), (starts[:groups] + kept).flatten()
+        num_heads = self.backbone.stacks[0].num_heads
+        head_dim = len(log_query) // num_heads
+        groups, columns = len(log_key) // head_dim, len(current)  # heads of keys; equally many query heads share each
+        product = log_query.view(groups, -1, head_dim, columns) + (log_key + log_value).view(
+            groups, 1, head_dim, columns
+        )
+        joint = product.logsumexp((1, 3))  # [groups, head_dim]
+        turns = self.backbone.family.architecture.head_dim_multiple  # rotary: coordinates i and i + head_dim/2 turn
+        joint = joint.view(groups, turns, -1).logsumexp(1)
+        rows = torch.stack([top_indices(values, count // num_heads // turns) for values in joint])
+        rows = torch.cat([rows + turn * head_dim // turns for turn in range(turns)], 1)
+        starts = head_dim * torch.arange(num_heads, device=rows.device).unsqueeze(1)
+        query_rows = starts + rows.repeat_interleave(num_heads // groups, 0)
+        return query_rows.flatten(), (starts[:groups] + rows).flatten()
 
-    def _written(self, target: TargetLinear, columns: Tensor, current: Tensor) -> Tensor:
+    def _select_written(self, target: TargetLinear, columns: Tensor, current: Tensor) -> Tensor:
+        """Return the coordinates of the residual stream after a layer has written into it."""
         if self.order == "residual":
             return current
-        return top(self._score(target)[:, columns].sum(1), self.narrow)
+        return top_indices(self._importance_of(target)[:, columns].sum(1), self.side_width)
 
-    def _start(
+    def _init_block(
         self,
-        stream: int,
-        number: int,
-        place: int,
-        linears: Iterable[tuple[TargetLinear, Tensor, Tensor]],
-        seen: Sequence[Tensor],
+        stack: int,
+        block: int,
+        side_block: int,
+        linears: Sequence[_PrunedLinear],
+        norm_coordinates: Sequence[Tensor],
     ) -> None:
-        roles, side = self.backbone.family.target_linears, self.side.stacks[stream][place]
-        both = zip(
-            self.backbone.block_target_linears(stream, number, *roles),
-            self.side.block_target_linears(stream, place, *roles),
+        roles, side = self.backbone.family.target_linears, self.side.stacks[stack].blocks[side_block]
+        twins = zip(
+            self.backbone.block_target_linears(stack, block, *roles),
+            self.side.block_target_linears(stack, side_block, *roles),
             strict=True,
         )
-        ours = {str(theirs): own for theirs, own in both}
-        for theirs, rows, columns in linears:
-            own = ours[str(theirs)]
-            own.weight.copy_(theirs.weight[rows][:, columns])
-            if own.bias is not None and theirs.bias is not None:
-                own.bias.copy_(theirs.bias[rows])
-        of_norms = {p: kept for norm, kept in zip(norms_of(side), seen, strict=False) for p in norm.parameters()}
-        done = _parameters(own.linear for own in ours.values())
-        # what only the first block has, all share: a T5's biases by position
-        blocks = self.backbone.stacks[stream]
-        shared = dict(blocks[0].named_parameters())
-        given = shared | dict(blocks[number].named_parameters())
+        side_linear = {str(target): own for target, own in twins}
+        for target, rows, columns in linears:
+            own = side_linear[str(target)]
+            own.weight.copy_(target.weight[rows][:, columns])
+            if own.bias is not None and target.bias is not None:
+                own.bias.copy_(target.bias[rows])
+        norms = zip(find_norms(side), norm_coordinates, strict=False)
+        coordinates = {p: indices for norm, indices in norms for p in norm.parameters()}
+        done = _parameters(own.linear for own in side_linear.values())
+        # the first block's extra weights serve all blocks: a T5's relative position biases
+        blocks = self.backbone.stacks[stack].blocks
+        source = dict(blocks[0].named_parameters()) | dict(blocks[block].named_parameters())
         for name, parameter in side.named_parameters():
             if parameter not in done:
-                self._copy(name, parameter, given[name], of_norms.get(parameter, seen[0]))
+                self._copy(name, parameter, source[name], coordinates.get(parameter, norm_coordinates[0]))
 
-    def _outside(self, first: Tensor, ends: Sequence[Tensor]) -> None:
-        """Start what lies in front of the blocks, and behind those of each stream."""
-        inside, embedded = _parameters(self.side.blocks), _parameters(self.side.embeddings)
-        above = [path.rpartition(".")[0] for path in self.side.family.stacks]
+    def _copy_outside_blocks(self, first: Tensor, ends: Sequence[Tensor]) -> None:
+        """Initialise the modules before the blocks, and those after the blocks of each stack."""
+        in_blocks, in_embeddings = _parameters(self.side.blocks), _parameters(self.side.embeddings)
+        parents = [path.rpartition(".")[0] for path in self.side.family.stacks]
         for name, parameter in self.side.model.named_parameters():
-            if parameter not in inside:
-                stream = next((i for i, path in enumerate(above) if name.startswith(path)), len(above) - 1)
-                kept = first if parameter in embedded else ends[stream]
-                self._copy(name, parameter, self.backbone.model.get_parameter(name), kept)
+            if parameter not in in_blocks:
+                stack = next((i for i, path in enumerate(parents) if name.startswith(path)), len(parents) - 1)
+                coordinates = first if parameter in in_embeddings else ends[stack]
+                self._copy(name, parameter, self.backbone.model.get_parameter(name), coordinates)
 
-    def _copy(self, name: str, own: Tensor, theirs: Tensor, kept: Tensor) -> None:
-        """Copy what lies along the residual stream, or has the same size in both."""
-        for axis, (was, now) in enumerate(zip(theirs.shape, own.shape, strict=True)):
-            if was == self.backbone.model.config.hidden_size != now:
-                theirs = theirs.index_select(axis, kept)
-            elif was != now:
-                theirs = theirs.index_select(axis, self._other(was, now, name))
-        own.copy_(theirs)
+    def _copy(self, name: str, parameter: Tensor, source: Tensor, coordinates: Tensor) -> None:
+        """Copy a weight along the coordinates of the residual stream; other axes have the same size in both."""
+        for axis, (old, new) in enumerate(zip(source.shape, parameter.shape, strict=True)):
+            if old == self.backbone.model.config.hidden_size != new:
+                source = source.index_select(axis, coordinates)
+            elif old != new:
+                source = source.index_select(axis, self._select_narrow_embedding(old, new, name))
+        parameter.copy_(source)
 
-    def _other(self, was: int, now: int, name: str) -> Tensor:
-        """What is kept of embeddings that are narrower than the blocks."""
-        columns = self._columns(was)
+    def _select_narrow_embedding(self, old: int, new: int, name: str) -> Tensor:
+        """Return the coordinates to keep of embeddings that are narrower than the blocks."""
+        columns = self._embedding_columns(old)
         if not columns:
             raise UserError(
-                f"model.init: how {name} of a {self.backbone.model.config.model_type} narrows from {was} to {now} is"
-                " not known. Use --model.init=random."
+                f"model.init: {name} of a {self.backbone.model.config.model_type} would shrink from {old} to {new}, and"
+                " its coordinates are unknown. Use --model.init=random."
             )
-        return top(torch.stack(columns).sum(0), now)
+        return top_indices(torch.stack(columns).sum(0), new)
 
 
 def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:

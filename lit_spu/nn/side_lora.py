@@ -1,160 +1,191 @@
-"""Side LoRA: a stream as wide as the backbone that borrows the outputs of its linears and learns what differs.
+"""Side LoRA: a side state as wide as the backbone's, which reuses the outputs of the backbone's linear layers.
 
-Every block runs twice. First on the backbone's own state, without gradient, and what its linears put out is kept. Then
-on the side state, where a linear does not compute: it puts out what it did for the backbone, bias included, plus a
-low-rank product of the side state. Attention, norms and non-linearities run on the side's own activations.
+Every block runs twice. First it runs on the backbone's own state, without gradients, and the outputs of its linear
+layers are saved. Then it runs on the side state, where a linear layer computes nothing: it returns its saved output,
+bias included, plus a low-rank product of the side state. Attention, norms and non-linearities run on the side's own
+activations.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lit_spu.backbones.base import TransformerStacks, hooks, instead, tensor_of
-from lit_spu.backbones.rms_norm import rms_norm
+from lit_spu.backbones.hooks import override_forward, position_wise
+from lit_spu.backbones.stacks import TransformerStacks, tensor_of
 from lit_spu.nn.lora import LowRank
 
 Forward = Callable[..., Any]
 
 
 class SideStream:
-    """Runs a side state through a trunk's blocks, in step with the backbone's.
+    """The side state's path through the backbone's blocks.
+
+    Its overrides are set once and do nothing outside of `activate`.
 
     Args:
-        trunk: The backbone's stacks, frozen.
-        pairs: y_s = W x_b + b + s·B(A x_s) where one is, and W x_b + b at the other linears.
-        reentry: The last blocks of the last stream, as many, run once instead: on the side state, through their frozen
-            weights, with their pairs beside them as in LoRA.
-        recompute: Compute again in the backward pass what norms and non-linearities put out, rather than keep it for
-            the pairs behind them.
+        base_model: The backbone's stacks, frozen.
+        pairs: y_s = W x_b + b + s·B(A x_s) at a linear layer with a pair, and W x_b + b at the others.
+        reentry: Number of the last blocks of the last stack that run once instead: on the side state, through their
+            frozen weights, with their pairs beside them as in LoRA.
+        recompute: Recompute the outputs of norms and non-linearities in the backward pass, instead of saving them for
+            the pairs after them.
     """
 
     def __init__(
-        self, trunk: TransformerStacks, pairs: Iterable[LowRank], reentry: int = 0, recompute: bool = True
+        self, base_model: TransformerStacks, pairs: Iterable[LowRank], reentry: int = 0, recompute: bool = True
     ) -> None:
-        self.trunk = trunk
         self.recompute = recompute
-        self.twice = [*trunk.stacks[:-1], trunk.stacks[-1][: len(trunk.stacks[-1]) - reentry]]
-        self.once = trunk.stacks[-1][len(self.twice[-1]) :]
-        self.linears = {target.linear for target in trunk.all_target_linears}
-        entered = {part for block in self.once for part in block.modules()}
+        *lower, last = (stack.blocks for stack in base_model.stacks)
+        shared, side_only = last[: len(last) - reentry], last[len(last) - reentry :]
+        self.linears = {target.linear for target in base_model.all_target_linears}
+        reentered = {part for block in side_only for part in block.modules()}
         self.pairs: dict[nn.Module, list[LowRank]] = defaultdict(list)
         for pair in pairs:
-            if pair.target.linear in entered:
+            if pair.target.linear in reentered:
                 pair.attach()
             else:
                 self.pairs[pair.target.linear].append(pair)
+        self._pass: _Pass | None = None
+        self._override_stacks(base_model)
+        for number, blocks in enumerate([*lower, shared]):
+            for block in blocks:
+                self._override_block(block, block is blocks[0], block is blocks[-1], number < len(lower))
+        for block in side_only:
+            override_forward(block, partial(self._forward, _Pass.run_side_only))
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What comes out of the trunk meanwhile is the side's."""
-        run = _Run(self)
-        with ExitStack() as stack:
-            for path in self.trunk.family.stacks[1:]:
-                stack.enter_context(instead(self.trunk.model.get_submodule(path.rpartition(".")[0]), run.attending))
-            for number, blocks in enumerate(self.twice):
-                for block in blocks:
-                    ends = block is blocks[0], block is blocks[-1]
-                    both = number < len(self.twice) - 1
-                    stack.enter_context(instead(block, partial(run.twice, block, *ends, both)))
-            for block in self.once:
-                stack.enter_context(instead(block, run.once))
+    def activate(self) -> Iterator[None]:
+        """Let the model return the side's hidden states in a `with` block."""
+        self._pass = _Pass(self)
+        try:
             yield
+        finally:
+            self._pass = None
+
+    def _override_stacks(self, base_model: TransformerStacks) -> None:
+        for path in base_model.family.stacks[1:]:
+            stack = base_model.model.get_submodule(path.rpartition(".")[0])
+            override_forward(stack, partial(self._forward, _Pass.split_encoder_states))
+
+    def _override_block(self, block: nn.Module, is_first: bool, is_last: bool, joins: bool) -> None:
+        run = partial(_Pass.run_frozen_then_side, is_first=is_first, is_last=is_last, joins=joins)
+        override_forward(block, partial(self._forward, run))
+        for part in block.modules():
+            if part in self.linears:
+                override_forward(part, partial(self._forward, partial(_Pass.run_linear, linear=part)))
+            elif self.recompute and not [*part.children()] and not isinstance(part, nn.Embedding):
+                override_forward(part, partial(self._forward, partial(_Pass.run_recomputable, part=part)))
+
+    @position_wise
+    def _forward(self, run: Callable[..., Any], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Run a module's forward, or in an active pass a method of the pass instead."""
+        return forward(*args, **kwargs) if self._pass is None else run(self._pass, forward, *args, **kwargs)
 
 
-class _Run:
-    """One pass of both states: the side's between two blocks, and what both left for a stream that attends to it."""
+class _Pass:
+    """One forward pass of both states: the side's between two blocks, and both encoder states for a decoder."""
 
     def __init__(self, stream: SideStream) -> None:
         self.stream = stream
-        self.state = torch.empty(0)
-        self.left: tuple[Tensor, Tensor] | None = None
-        self.again = WeakTensorKeyDictionary()  # how a state is computed again, as long as something else keeps it
+        self.side_state = torch.empty(0)
+        self.encoder_states: tuple[Tensor, Tensor] | None = None  # the backbone's and the side's
+        self.runs_side = False  # within a block: first the frozen run, then the side's
+        self.frozen_outputs: dict[nn.Module, deque[Tensor]] = defaultdict(deque)
+        self.recompute_fn = WeakTensorKeyDictionary()  # by the tensor that it computes, while something else holds it
 
-    def attending(self, forward: Forward, *args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        """A stream that attends to what both states left: it knows of the backbone's alone."""
-        backbones, sides = encoder_hidden_states.chunk(2)
-        self.left = backbones, sides
-        return forward(*args, encoder_hidden_states=backbones, **kwargs)
+    def split_encoder_states(self, forward: Forward, *args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        """Run a decoder, which receives both encoder states joined, on the backbone's alone."""
+        frozen, side = encoder_hidden_states.chunk(2)
+        self.encoder_states = frozen, side
+        return forward(*args, encoder_hidden_states=frozen, **kwargs)
 
-    def once(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """A block whose own state is the side's."""
-        return forward(*map(self._sides, args), **{name: self._sides(arg) for name, arg in kwargs.items()})
+    def run_side_only(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Run a block on the side state, which attends to the side's encoder states."""
+        return forward(*map(self._side_of, args), **{name: self._side_of(value) for name, value in kwargs.items()})
 
-    def twice(
-        self,
-        block: nn.Module,
-        first: bool,
-        last: bool,
-        both: bool,
-        forward: Forward,
-        state: Tensor,
-        *args: Any,
-        **kwargs: Any,
+    def run_frozen_then_side(
+        self, forward: Forward, state: Tensor, *args: Any, is_first: bool, is_last: bool, joins: bool, **kwargs: Any
     ) -> Any:
-        """A block that runs on the backbone's state, and on the side's with what its linears put out for the first."""
-        linears = [part for part in block.modules() if part in self.stream.linears]
-        own: dict[nn.Module, deque[Tensor]] = {linear: deque() for linear in linears}
-        keep = (linear.register_forward_hook(lambda m, _, out: own[m].append(out)) for linear in linears)
-        with torch.no_grad(), hooks(keep):
+        """Run a block on the backbone's state, then on the side state with the first run's linear outputs.
+
+        Args:
+            forward: The block's forward.
+            state: The backbone's state [batch, tokens, width].
+            args: Its other arguments.
+            is_first: The block is the first of its stack: the side state starts as the backbone's.
+            is_last: The block is the last of its stack: the model goes on with the side state.
+            joins: Another stack attends to this one: the model goes on with both states, joined along the batch.
+            kwargs: Its other arguments by name.
+        """
+        with torch.no_grad():
             output = forward(state, *args, **kwargs)
-        with record_function("side"), ExitStack() as stack:
-            for linear in linears:
-                stack.enter_context(instead(linear, partial(self._borrow, linear, own[linear])))
-            for part in block.modules() if self.stream.recompute else ():
-                if not [*part.children()] and part not in self.stream.linears and not isinstance(part, nn.Embedding):
-                    stack.enter_context(instead(part, partial(self._cheap, part)))
-            side = state if first else self.state
-            if self.stream.trunk.narrow and block is self.stream.trunk.stacks[-1][-1] and not first:
-                side = self.stream.trunk.narrow(side)  # the backbone's is narrow already, by the trunk's hook
-            self.state = tensor_of(self.once(forward, side, *args, **kwargs))
-        if not last:
+        self.runs_side = True
+        with record_function("side"):
+            side = state if is_first else self.side_state
+            self.side_state = tensor_of(self.run_side_only(forward, side, *args, **kwargs))
+        self.runs_side = False
+        if not is_last:
             return output
-        # the model goes on with the side's, or, where a stream attends to this one, with both
-        state = torch.cat([tensor_of(output), self.state]) if both else self.state
+        state = torch.cat([tensor_of(output), self.side_state]) if joins else self.side_state
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
-    def _borrow(self, linear: nn.Module, own: deque[Tensor], forward: Forward, x: Tensor) -> Tensor:
-        out = own.popleft().detach()  # what was made without gradient may be a view, which autograd would not change
-        with recomputed(x, self.again[x]) if x in self.again else nullcontext():
+    def run_linear(self, forward: Forward, x: Tensor, linear: nn.Module) -> Tensor:
+        """Run a linear layer and save its output, or add the low-rank product of the side state to the saved one."""
+        outputs = self.frozen_outputs[linear]
+        if self.runs_side:
+            return self._low_rank_on_frozen_output(linear, outputs.popleft(), x)
+        outputs.append(forward(x))
+        return outputs[-1]
+
+    def _low_rank_on_frozen_output(self, linear: nn.Module, output: Tensor, x: Tensor) -> Tensor:
+        output = output.detach()  # autograd refuses in-place changes of a view that was made without gradients
+        with recomputed(x, self.recompute_fn[x]) if x in self.recompute_fn else nullcontext():
             for pair in self.stream.pairs[linear]:
-                out = pair.add_to(out, x)
-        return out
+                output = pair.add_to(output, x)
+        return output
 
-    def _cheap(self, part: nn.Module, forward: Forward, *args: Any) -> Any:
-        """A norm or a non-linearity: what it reads is kept for its own backward pass, and what it puts out need not."""
-        norm: Any = part
-        # transformers' name in RMS norms, which compute in single precision
-        if hasattr(norm, "variance_epsilon") and args[0].dtype == norm.weight.dtype == torch.float32:
-            forward = partial(rms_norm, weight=norm.weight, epsilon=norm.variance_epsilon)
-        out = forward(*args)
-        # a ReLU keeps what it puts out, too
-        if out.requires_grad and out is not args[0] and not hasattr(out.grad_fn, "_saved_result"):
-            self.again[out] = partial(forward, *args)
-        return out
+    def run_recomputable(self, forward: Forward, *args: Any, part: Any) -> Any:
+        """Run a norm or a non-linearity, whose backward pass saves its input: its output can be recomputed."""
+        if not self.runs_side:
+            return forward(*args)
+        # `variance_epsilon` is transformers' name in RMS norms, which compute in fp32
+        if hasattr(part, "variance_epsilon") and args[0].dtype == part.weight.dtype == torch.float32:
+            forward = partial(_rms_norm, part)
+        output = forward(*args)
+        # a ReLU saves its output, so nothing is gained by recomputing it
+        if output.requires_grad and output is not args[0] and not hasattr(output.grad_fn, "_saved_result"):
+            self.recompute_fn[output] = partial(forward, *args)
+        return output
 
-    def _sides(self, argument: Any) -> Any:
-        return self.left[1] if self.left and argument is self.left[0] else argument
+    def _side_of(self, argument: Any) -> Any:
+        frozen, side = self.encoder_states or (None, None)
+        return side if argument is frozen and frozen is not None else argument
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 @contextmanager
-def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """Compute a tensor again for a backward pass that wants it, instead of keeping it."""
-    storage = tensor.untyped_storage()._cdata  # what is saved keeps this function, which must not keep the tensor
+def recomputed(tensor: Tensor, recompute_fn: Callable[[], Tensor]) -> Iterator[None]:
+    """Recompute a tensor in the backward pass, instead of saving it, for operations in a `with` block."""
+    storage = tensor.untyped_storage()._cdata  # the hooks live as long as the graph, and must not hold the tensor
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         return saved.shape if saved.untyped_storage()._cdata == storage else saved
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return packed if isinstance(packed, Tensor) else again().view(packed)
+        return packed if isinstance(packed, Tensor) else recompute_fn().view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

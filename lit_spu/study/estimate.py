@@ -14,6 +14,7 @@ from typing import Any
 
 from torch._subclasses import FakeTensorMode
 
+from lit_spu.backbones.load import only_shapes
 from lit_spu.errors import UserError
 from lit_spu.measure import Kind
 from lit_spu.methods.base import Method
@@ -54,10 +55,10 @@ def estimates(
     """
     found, refused = [], {}
     for name, config in configs.items():
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), only_shapes():
             try:
                 method = build(config, **{**(settings or {}), "backbone": backbone, "task": task})
-                room = method.encoding.room
+                room = method.encoding.max_tokens
                 if room is not None and length > room:
                     raise UserError(f"length={length}: {backbone} reads at most {room} tokens.")
             except UserError as error:

@@ -1,0 +1,293 @@
+"""Backbones: a pretrained model with a head that answers a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_spu.backbones.family import Family
+from lit_spu.backbones.label_words import label_word_error, tokenize_label_words
+from lit_spu.backbones.last_position import gather_position
+from lit_spu.backbones.precision import (
+    Precision,
+    at_least_fp32,
+    compute_in_fp32,
+    convert_to_bf16,
+    quantize_to_int8,
+)
+from lit_spu.backbones.side_model import LayerIndices, scaled_config
+from lit_spu.backbones.stacks import Batch, HiddenStates, Stack, TransformerStacks
+from lit_spu.backbones.target_linears import Role, TargetLinear
+from lit_spu.checkpoints.fingerprint import fingerprint
+from lit_spu.tasks import Encoding, Format, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Head = Literal["classifier", "prompt"]
+
+HEAD_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "first": lambda hidden: hidden[:, 0],
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+"""Steps of a head that are no modules, by the names that Family records use."""
+
+
+class Backbone(nn.Module, ABC):
+    """Base class of pretrained models that answer a task with logits [batch, labels].
+
+    Attributes:
+        model: The Hugging Face model with its own module tree and parameter names.
+        base_model: Its stacks of blocks.
+        encoding: The form in which it reads examples, for the data module.
+        name: The name or folder that it was loaded from.
+        head_type: A classification head, or the language-model head at the prompt's blank.
+        head_is_pretrained: Whether its head was trained before, rather than created for the task.
+        fingerprint: A digest of its pretrained weights.
+    """
+
+    label_token_ids: Tensor
+    language_model: ClassVar[str]  # the suffix of transformers' AutoModelFor… with its language-model head
+    is_causal: ClassVar[bool]  # whether tokens of the last stack attend to earlier tokens only
+    head_dim_multiple: ClassVar[int] = 1  # the width of an attention head is a multiple of this
+    one_token_words: ClassVar[bool] = False  # whether a label word must be one token
+    stacks_class: ClassVar[type[TransformerStacks]] = TransformerStacks
+
+    def __init__(self, model: nn.Module, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.task = task
+        self.encoding = encoding
+        self.name = name
+        self.head_type: Head = head
+        self.head_is_pretrained = False
+        self.base_model = self.stacks_class(find_base_model(model), family)
+        self.has_classifier = head == "classifier" and bool(family.classifier)
+        self.head_steps = [HEAD_FUNCTIONS.get(path) or model.get_submodule(path) for path in self.head_paths]
+        self.label_weight: nn.Parameter | None = None
+        self.label_bias: nn.Parameter | None = None
+        if not self.has_classifier:
+            self.register_buffer("label_token_ids", torch.tensor(self._find_label_tokens(head)), persistent=False)
+        self.fingerprint = fingerprint(nn.ModuleList([*self.base_model.embeddings, *self.blocks]).named_parameters())
+        self.train()
+
+    @property
+    def head_paths(self) -> tuple[str, ...]:
+        """The steps of the head in order: paths of modules, and names in `HEAD_FUNCTIONS`."""
+        family = self.base_model.family
+        return family.classifier if self.has_classifier else family.vocabulary[:-1]
+
+    @classmethod
+    @abstractmethod
+    def prompt_format(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
+        """Return the format of an example for this head, and the text of its blank."""
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the arguments of the base model for a batch."""
+
+    @abstractmethod
+    def label_word_position(self, batch: Batch) -> Tensor:
+        """Return the position [batch] in the last stack where the language-model head predicts the label word."""
+
+    def answer_position(self, batch: Batch) -> Tensor:
+        """Return the position [batch] in the last stack whose hidden state the head reads."""
+        if self.has_classifier:
+            return torch.zeros_like(batch["input_ids"][:, 0])
+        return self.label_word_position(batch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits [batch, labels]."""
+        hidden = self.base_model.forward_at(self.model_inputs(batch), self.answer_position(batch))
+        return self.apply_head(self.select_answer_state(hidden, batch))
+
+    def hidden_states(self, batch: Batch) -> tuple[HiddenStates, ...]:
+        """Return the hidden states of all stacks."""
+        return self.base_model.hidden_states(self.model_inputs(batch))
+
+    def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        """Return the logits [batch, labels] from the hidden states of all stacks."""
+        last = self.base_model.apply_final_modules(hidden_states[-1].blocks[-1])
+        return self.apply_head(self.select_answer_state(last, batch))
+
+    def select_answer_state(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the state [batch, any width] that the head reads, in fp32 at least, as heads are.
+
+        Args:
+            hidden: States of the last stack, [batch, tokens, any width], or [batch, 1, any width] at the answer alone.
+            batch: The batch.
+        """
+        state = hidden if hidden.shape[1] == 1 else gather_position(hidden, self.answer_position(batch))
+        return at_least_fp32(state[:, 0])
+
+    def apply_head(self, state: Tensor) -> Tensor:
+        """Return the logits [batch, labels] from states [batch, width].
+
+        A language-model head computes the logits of the label words alone. In a regression it answers with the point
+        between the ends of the scale that the probabilities of the two label words mark.
+        """
+        if self.has_classifier:
+            state = state.unsqueeze(1)  # a classification head selects the first token itself
+        state = state.to(next((p.dtype for p in self.head_modules.parameters()), state.dtype))
+        for step in self.head_steps:
+            state = step(state)
+        if self.has_classifier:
+            return state
+        weight, bias = self.label_head_weights()
+        logits = F.linear(state.to(weight.dtype), weight, bias)
+        if self.task.score_range is None:
+            return logits
+        low, high = self.task.score_range
+        return low + (high - low) * logits.softmax(-1)[:, 1:]
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the cross-entropy over the labels, or the squared error of a regression; a scalar, fp32 at least."""
+        logits = at_least_fp32(logits)
+        if self.task.regression:
+            return F.mse_loss(logits.squeeze(-1), batch["labels"])
+        return F.cross_entropy(logits, batch["labels"])
+
+    def predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predictions [batch] and probabilities [batch, labels]; in a regression, the values for both."""
+        if self.task.regression:
+            return logits.squeeze(-1), logits
+        return logits.argmax(-1), logits.softmax(-1)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of blocks in the order in which they run."""
+        return self.base_model.stacks
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, from the embeddings up."""
+        return self.base_model.blocks
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The normalisation layers of all blocks."""
+        return self.base_model.norms
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states that the head reads."""
+        return self.base_model.output_width
+
+    @property
+    def head_modules(self) -> nn.ModuleList:
+        """The modules of the head."""
+        return nn.ModuleList(step for step in self.head_steps if isinstance(step, nn.Module))
+
+    def target_linears(self, *roles: Role) -> list[TargetLinear]:
+        """Return the linear layers of all blocks that have one of these roles, from the embeddings up."""
+        return self.base_model.target_linears(*roles)
+
+    def full_path(self, target: TargetLinear) -> str:
+        """Return the path of a target linear in the whole model."""
+        prefix = "" if self.base_model.model is self.model else f"{self.model.base_model_prefix}."
+        return prefix + target.path
+
+    def make_student(self, reduction: int, layer_indices: LayerIndices) -> Self:
+        """Return a whole model of this architecture at 1/`reduction` of the width, with random weights.
+
+        Its embeddings are as narrow as its blocks. Its tokenizer and its label words are this backbone's.
+
+        Args:
+            reduction: This backbone's width divided by the student's.
+            layer_indices: The blocks of each stack that have a counterpart in the student.
+
+        Raises:
+            UserError: If `reduction` does not divide the widths.
+        """
+        model = type(self.model)(scaled_config(self.base_model, reduction, layer_indices))
+        return type(self)(model, self.base_model.family, self.task, self.head_type, self.encoding, self.name)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def freeze(self, precision: Precision = "fp32") -> None:
+        """Freeze all pretrained weights and hold them in this precision. A new classification head stays trainable."""
+        self.requires_grad_(False)
+        if self.has_classifier:
+            self.head_modules.requires_grad_(True)
+        if precision == "int8":
+            quantize_to_int8(self.base_model)
+        if precision == "bf16":
+            convert_to_bf16(self.base_model, set(self.head_modules))
+
+    def unfreeze(self, module: nn.Module) -> None:
+        """Train a module of a frozen backbone in fp32."""
+        module.requires_grad_(True)
+        if any(parameter.dtype is torch.bfloat16 for parameter in module.parameters()):
+            compute_in_fp32(module.float())
+
+    def share_frozen_weights(self, other: Backbone) -> None:
+        """Hold frozen weights that are equal in both backbones once, in the tensors of the other."""
+        others = dict(other.named_parameters())
+        for name, parameter in self.named_parameters():
+            twin = others.get(name)
+            frozen = twin is not None and not (parameter.requires_grad or twin.requires_grad)
+            if twin is not None and frozen and torch.equal(parameter, twin):
+                parameter.data = twin.data
+
+    def untie_head(self) -> None:
+        """Train a language-model head apart from the embeddings, with weights for the label words alone."""
+        if self.has_classifier:
+            return
+        weight, bias = self.label_head_weights()
+        self.label_weight = nn.Parameter(weight.detach().clone())
+        self.label_bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.head_modules.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode on modules with trained weights. Frozen ones stay in evaluation mode, without dropout."""
+        super().train(False)
+        self.training = self.model.training = mode
+        if mode and any(p.requires_grad for p in self.base_model.model.parameters()):
+            self.base_model.model.train()
+            for part in (*self.base_model.embeddings, *self.blocks):
+                part.train(any(p.requires_grad for p in part.parameters()))
+        self.head_modules.train(mode and self.head_is_trained)
+        return self
+
+    @property
+    def head_is_trained(self) -> bool:
+        """Whether a weight of the head is trained."""
+        return self.label_weight is not None or any(p.requires_grad for p in self.head_modules.parameters())
+
+    # -- label words --------------------------------------------------------------------------------------------------
+
+    def label_head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return the label words' rows of the vocabulary layer, fp32 at least: [labels, width] and [labels]."""
+        if self.label_weight is not None:
+            return self.label_weight, self.label_bias
+        linear = self.model.get_submodule(self.base_model.family.vocabulary[-1])
+        bias = None if linear.bias is None else at_least_fp32(linear.bias[self.label_token_ids])
+        return at_least_fp32(linear.weight[self.label_token_ids]), bias
+
+    def label_word_candidates(self, head: Head) -> Sequence[Sequence[str]]:
+        """Return lists of words for the labels, the preferred list first."""
+        return (self.task.label_words,)
+
+    def _find_label_tokens(self, head: Head) -> list[int]:
+        candidates = self.label_word_candidates(head)
+        tokens, rejected = tokenize_label_words(self.encoding.tokenizer, candidates, self.one_token_words)
+        if not tokens:
+            classifier = bool(self.base_model.family.classifier)
+            raise label_word_error(self.task.name, self.name, rejected, self.one_token_words, classifier)
+        return tokens
+
+
+def find_base_model(model: Any) -> nn.Module:
+    """Return the model below the head. A model without a base model is its own."""
+    base: nn.Module = getattr(model, model.base_model_prefix, model)
+    return base

@@ -1,0 +1,45 @@
+"""The record of a model family: names of its modules and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lit_spu.backbones.target_linears import Role
+
+if TYPE_CHECKING:
+    from lit_spu.backbones.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one Hugging Face `model_type`.
+
+    Paths in `stacks`, `embeddings`, `unused` and `final_modules` start at the base model, those of the heads at the
+    model with the head. A head is a chain of modules and of functions in `backbone.HEAD_FUNCTIONS`; `vocabulary` ends
+    in the linear layer over the vocabulary.
+    """
+
+    architecture: type[Backbone]
+    stacks: tuple[str, ...]  # the lists of blocks, in the order in which they run
+    embeddings: tuple[str, ...]  # modules before the blocks; a side network has none
+    widths: tuple[str, ...]  # settings that shrink with a side network
+    vocabulary: tuple[str, ...]  # from the hidden state at the answer to the logits of the vocabulary
+    classifier: tuple[str, ...] = ()  # from the last hidden states to the logits of the labels
+    depths: tuple[str, ...] = ("num_hidden_layers",)  # settings for the number of blocks of each stack
+    head_dim: str | None = None  # the setting for the width of one attention head, if there is one
+    hidden_size: str = "hidden_size"  # the setting for the width of the last hidden states
+    final_modules: tuple[str, ...] = ()  # modules after the last block of the last stack
+    unused: tuple[str, ...] = ()  # modules of the base model that no head reads
+    position_offset: int = 0  # position embeddings that no token uses
+    # Name of the module of a block that widens its state. Side networks recompute it in the backward pass. It is unset
+    # where that saves nothing: a ReLU saves only its result, which the next linear layer saves as well.
+    feed_forward: str = ""
+    # Path of a block's self-attention module. If set, the last block can run at one position (see `last_position`).
+    # The module must compute queries, keys and values by separate linear layers, without rotary embeddings.
+    self_attention: str = ""
+    # Path of a block's cross-attention module, a T5Attention (see `absorbed_cross_attention`).
+    cross_attention: str = ""
+    # Name patterns of a block's linear layers by role; `c_attn:1/3` is the second third of a fused layer's outputs.
+    target_linears: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)

@@ -1,0 +1,61 @@
+"""Target linears: the linear layers of a block, found by what they do."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+Role = Literal["query", "key", "value", "output", "up", "down"]
+"""Role of a linear layer in a block: it makes queries, keys or values, joins the heads, widens or narrows a state."""
+
+
+class TargetLinear(NamedTuple):
+    """A linear layer of a block, or one part of a fused layer.
+
+    A fused layer computes `num_parts` equal parts side by side (GPT-2: queries, keys and values). Adapters on it are
+    attached by hooks, so the Hugging Face module tree is unchanged.
+    """
+
+    path: str  # in the base model
+    linear: Any  # nn.Linear, or transformers' Conv1D, which holds its weight transposed
+    role: Role
+    part: int = 0
+    num_parts: int = 1
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the layer holds its weight as [inputs, outputs]."""
+        return not isinstance(self.linear, nn.Linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of its outputs, a view [outputs, inputs]."""
+        return self.select_rows(self.linear.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of its outputs, a view [outputs]."""
+        return None if self.linear.bias is None else self.linear.bias.chunk(self.num_parts)[self.part]
+
+    def select_rows(self, weight: Tensor) -> Tensor:
+        """Return its rows, a view [outputs, inputs], of a tensor that has the layout of the layer's weight."""
+        weight = weight.T if self.is_transposed else weight
+        return weight if self.num_parts == 1 else weight.chunk(self.num_parts)[self.part]
+
+    def select_outputs(self, output: Tensor) -> Tensor:
+        """Return its outputs, a view [..., outputs], of the output [..., outputs * num_parts] of the layer."""
+        if self.num_parts == 1:
+            return output
+        width = output.shape[-1] // self.num_parts
+        return output.narrow(-1, self.part * width, width)
+
+    def __str__(self) -> str:
+        return self.path if self.num_parts == 1 else f"{self.path}.{self.role}"
+
+
+def parse_pattern(pattern: str) -> tuple[str, int, int]:
+    """Split a pattern such as `c_attn:1/3` into a module name, a part and the number of parts."""
+    name, _, fraction = pattern.partition(":")
+    part, _, num_parts = fraction.partition("/")
+    return name, int(part or 0), int(num_parts or 1)

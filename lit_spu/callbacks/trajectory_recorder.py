@@ -1,0 +1,30 @@
+"""Recording of a MeZO run's trajectory, from which its weights can be computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lit_spu.optim.replay import trajectory_header
+from lit_spu.optim.trajectory import Recorder
+
+
+class TrajectoryRecorder(Callback):
+    """Write `trajectory.mezo` into the run directory, unless the Trainer has neither a logger nor checkpoints."""
+
+    def __init__(self) -> None:
+        self._recorder: Recorder | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning broadcasts it
+        writes_files = trainer.loggers or trainer.checkpoint_callbacks
+        self._recorder = None
+        if writes_files and trainer.is_global_zero:
+            optimizer: Any = trainer.optimizers[0]
+            self._recorder = Recorder(folder, trajectory_header(pl_module.checkpoint_dict(), optimizer), optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        if self._recorder:
+            self._recorder.append()

@@ -1,0 +1,65 @@
+"""Report of the score before training, beside that of constant answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_spu.tasks.metrics import task_metrics
+
+
+class ZeroShotReport(Callback):
+    """Log `zero_shot/<metric>` of the sanity check before training, and warn if it is at chance.
+
+    It needs a sanity check of the whole validation set (`trainer.num_sanity_val_steps: -1`). Chance is the best score
+    of a constant answer, and a score within two standard errors of it counts as chance.
+    """
+
+    def __init__(self) -> None:
+        self.score: float | None = None
+        self._constant_answers: list[Any] = []  # metrics by label
+        self._num_examples = 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking or dataloader_idx:
+            return
+        labels, task = batch["labels"], pl_module.task
+        if not self._constant_answers:
+            self._constant_answers = [task_metrics(task).to(pl_module.device) for _ in task.labels]
+        self._num_examples += len(labels) * trainer.world_size
+        for label, metrics in enumerate(self._constant_answers):
+            for name in task.metrics:
+                metrics[name].update(torch.full_like(labels, label), labels)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
+            metric = pl_module.task.metrics[0]
+            self.score = float(pl_module.metrics["val/"][metric].compute().nan_to_num(0.0))
+            self._report(metric, self.score)
+
+    def _report(self, metric: str, score: float) -> None:
+        chance = max((float(metrics[metric].compute()) for metrics in self._constant_answers), default=0.0)
+        text = f"Before training, {metric} is {score:.4f}; a constant answer has {chance:.4f}."
+        if score > chance + 1 / math.sqrt(self._num_examples):
+            rank_zero_info(text)
+        else:
+            rank_zero_warn(
+                f"{text} MeZO needs a prompt that the model can answer before training, and this one it cannot: is the"
+                " language-model head a trained one, and does the template fit the task?"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.score is not None:
+            pl_module.log(f"zero_shot/{pl_module.task.metrics[0]}", self.score)

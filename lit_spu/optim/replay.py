@@ -1,0 +1,66 @@
+"""The header of a trajectory, and the check that an optimizer can replay it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lit_spu.checkpoints.fingerprint import fingerprint
+from lit_spu.errors import UserError
+from lit_spu.optim.mezo import MeZO
+from lit_spu.optim.perturbation import key_of
+from lit_spu.optim.trajectory import Trajectory
+
+
+def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZO) -> dict[str, Any]:
+    """Return all that is needed to replay an optimizer's steps.
+
+    Args:
+        checkpoint: The method's part of a checkpoint (`Method.checkpoint_dict`).
+        optimizer: The optimizer before its first step.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    noise = optimizer.noise.sample(key_of("header"), torch.empty(64, 64, device=device))
+    settings = {name: value for name, value in checkpoint.items() if name != "state_dict"}
+    return settings | {
+        "groups": len(optimizer.param_groups),
+        "directions": optimizer.directions,
+        "seed": optimizer.seed,
+        "start": optimizer.start,
+        "noise": fingerprint([(f"{optimizer.noise} {optimizer.share}", noise)]),
+        "device": device.type,
+        "torch": str(torch.__version__),
+    }
+
+
+def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], optimizer: MeZO) -> None:
+    """Check that an optimizer that has taken no step would repeat a run.
+
+    Args:
+        trajectory: The run's trajectory.
+        checkpoint: The method's part of a checkpoint.
+        optimizer: Its optimizer.
+
+    Raises:
+        UserError: If the backbone, the initial weights or the noise differ from the run's.
+    """
+    own, recorded, file = trajectory_header(checkpoint, optimizer), trajectory.header, trajectory.file
+    if own["backbone"]["fingerprint"] != recorded["backbone"]["fingerprint"]:
+        raise UserError(
+            f"{file} starts from the backbone {recorded['backbone']['name']!r} (fingerprint"
+            f" {recorded['backbone']['fingerprint']}), not from {own['backbone']['name']!r}"
+            f" ({own['backbone']['fingerprint']})."
+        )
+    if any(own[name] != recorded[name] for name in ("method", "groups", "directions", "start")):
+        raise UserError(
+            f"{file} starts from other weights than these ({recorded['method']}, {recorded['start']}; here"
+            f" {own['method']}, {own['start']}): use the run's own settings, and seed {recorded['seed']}."
+        )
+    if own["noise"] != recorded["noise"]:
+        raise UserError(
+            f"{file}: the noise differs here. It depends on model.noise and model.share; normal and low-rank noise also"
+            f" depend on the device ({recorded['device']}) and the version of torch ({recorded['torch']}; here"
+            f" {own['torch']}). The noise `table` is the same everywhere."
+        )
