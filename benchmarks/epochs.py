@@ -8,10 +8,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from lit_spu.backbones.activation_cache import ActivationCache
 
 from benchmarks.data import random_texts
 from benchmarks.methods import CONFIGS, FORWARD, FULL, forward_pass
+from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import interleave
 from lit_spu.methods.base import Method
 from lit_spu.methods.frozen import HiddenStateReader

@@ -70,7 +70,7 @@ def test_peft_answers_the_same_and_back(tiny: Tiny, tmp_path: Path, family: str,
         warnings.simplefilter("ignore")  # peft on its own settings
         twin = peft.PeftModel.from_pretrained(plain.model, str(tmp_path / "out")).eval()
     with torch.no_grad():  # the library puts a head of its own in the place of the plain model's
-        theirs = twin(**plain.inputs(batch)).logits if plain.classifies else answers(plain, batch)
+        theirs = twin(**plain.model_inputs(batch)).logits if plain.has_classifier else answers(plain, batch)
     torch.testing.assert_close(theirs, expected, atol=2e-6, rtol=1e-5)
     if kind == "siva":  # what SVD took from the weights is given back: a pair of twice the rank
         back: Method = LoRA(rank=6, alpha=16, adapter=str(tmp_path / "out"), backbone=tiny(family))
@@ -146,7 +146,7 @@ def test_transformers_loads_what_was_merged(
     torch.manual_seed(5)  # a head that is not loaded would be another one
     again = load_backbone(str(tmp_path / "out"), method.task)
     torch.testing.assert_close(answers(again, batch), expected, atol=2e-6, rtol=1e-5)
-    if again.classifies:
+    if again.has_classifier:
         assert again.model.config.id2label == {0: "negative", 1: "positive"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from lit_spu.errors import UserError
 Batch = Mapping[str, Tensor]
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stack:
     """One stack of blocks. An encoder-decoder has two."""
 
     blocks: tuple[nn.Module, ...]

@@ -66,21 +66,19 @@ def test_scores_equal_the_plain_model(tiny: Tiny, family: str, head: str) -> Non
 def test_taps_are_the_hidden_states_and_the_head_can_be_run_apart(tiny: Tiny, family: str) -> None:
     backbone = load(tiny(family))
     batch = encode(backbone)
-    hooks = [(len(block._forward_hooks), len(block._forward_pre_hooks)) for block in backbone.blocks]
-    taps = backbone.trunk(batch)
-    assert hooks == [(len(block._forward_hooks), len(block._forward_pre_hooks)) for block in backbone.blocks]
-    assert [len(tap.blocks) for tap in taps] == [stream.depth for stream in backbone.streams]
+    taps = backbone.hidden_states(batch)
+    assert [len(tap.blocks) for tap in taps] == [stack.depth for stack in backbone.stacks]
     config = backbone.model.config
     if not config.is_encoder_decoder and family != "deberta-v2":
-        plain = backbone.base_model.model(**backbone.inputs(batch), output_hidden_states=True)
+        plain = backbone.base_model.model(**backbone.model_inputs(batch), output_hidden_states=True)
         for ours, theirs in zip((taps[0].embeddings, *taps[0].blocks[:-1]), plain.hidden_states, strict=False):
             assert torch.equal(ours, theirs)
-    hidden = backbone.base_model.run(backbone.inputs(batch))
-    scores = backbone.head(backbone.read(hidden, batch))
+    hidden = backbone.base_model.forward(backbone.model_inputs(batch))
+    scores = backbone.apply_head(backbone.select_answer_state(hidden, batch))
     torch.testing.assert_close(scores, backbone(batch), atol=1e-12, rtol=0)
     # a few tokens attend without keys and values in both
     same_way = backbone(batch) if config.is_encoder_decoder else scores
-    assert torch.equal(backbone.scores(taps, batch), same_way)
+    assert torch.equal(backbone.logits_from(taps, batch), same_way)
 
 
 @pytest.mark.parametrize("head", ["classifier", "prompt"])
@@ -88,13 +86,13 @@ def test_taps_are_the_hidden_states_and_the_head_can_be_run_apart(tiny: Tiny, fa
 def test_a_student_is_the_same_model_narrower(tiny: Tiny, family: str, head: str) -> None:
     backbone = load(tiny(family), head)
     batch = encode(backbone)
-    everything = [range(stream.depth) for stream in backbone.streams]
-    twin = backbone.student(1, everything).double().eval()
+    everything = [range(stack.depth) for stack in backbone.stacks]
+    twin = backbone.make_student(1, everything).double().eval()
     twin.load_state_dict(backbone.state_dict())
     torch.testing.assert_close(twin(batch), backbone(batch), atol=1e-12, rtol=0)
-    student = backbone.student(2, [[1, 3]] * len(everything))
-    assert [stream.depth for stream in student.streams] == [2] * len(everything)
-    assert student.streams[0].width * 2 == backbone.streams[0].width
+    student = backbone.make_student(2, [[1, 3]] * len(everything))
+    assert [stack.depth for stack in student.stacks] == [2] * len(everything)
+    assert student.stacks[0].width * 2 == backbone.stacks[0].width
     assert student(batch).shape == backbone(batch).shape
 
 
@@ -126,9 +124,11 @@ def test_regression_by_label_words_stays_in_its_range(tiny: Tiny, family: str) -
     scores = backbone(batch)
     assert scores.shape == (4, 1)
     assert bool(((scores > 0) & (scores < 5)).all())
-    weight, bias = backbone.word_rows()
-    backbone.rows = torch.nn.Parameter(torch.zeros_like(weight))  # both words as likely: the middle of the range
-    backbone.row_bias = None if bias is None else torch.nn.Parameter(torch.zeros_like(bias))
+    weight, bias = backbone.label_head_weights()
+    backbone.label_weight = torch.nn.Parameter(
+        torch.zeros_like(weight)
+    )  # both words as likely: the middle of the range
+    backbone.label_bias = None if bias is None else torch.nn.Parameter(torch.zeros_like(bias))
     torch.testing.assert_close(backbone(batch), torch.full((4, 1), 2.5, dtype=torch.float64))
 
 
@@ -154,8 +154,8 @@ def test_an_untied_head_starts_equal_and_leaves_the_embeddings_alone(tiny: Tiny,
     backbone.untie_head()
     torch.testing.assert_close(backbone(batch), before, atol=1e-14, rtol=0)
     backbone.loss(backbone(batch), batch).backward()
-    assert backbone.rows is not None
-    assert backbone.rows.grad is not None
+    assert backbone.label_weight is not None
+    assert backbone.label_weight.grad is not None
     assert all(p.grad is None for p in backbone.base_model.model.parameters())
 
 
@@ -179,9 +179,9 @@ def test_a_model_without_its_head_is_refused(tiny: Tiny, tmp_path: Path) -> None
 def test_wrong_names_are_answered(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean mini-bert"):
         load_backbone("mini-brt", TASKS["sst2"])
-    with pytest.raises(UserError, match="neither embedded"):
+    with pytest.raises(UserError, match="is no embedded model"):
         load_backbone(str(tmp_path), TASKS["sst2"])
-    with pytest.raises(UserError, match=r"cannot answer in .* Description = "):
+    with pytest.raises(UserError, match=r"do not fit .* Description = "):
         load_backbone(tiny("bert"), TASKS["trec"], "prompt")  # none of its label words is in the vocabulary
 
 
@@ -189,7 +189,9 @@ def test_t5_falls_back_to_label_words_where_its_own_names_start_alike(tiny: Tiny
     def words(**changes: Any) -> list[str]:
         task = replace(TASKS["sst2"], **changes)
         backbone = load_backbone(tiny("t5"), task)
-        return [str(word) for word in backbone.encoding.tokenizer.convert_ids_to_tokens(backbone.words.tolist())]
+        return [
+            str(word) for word in backbone.encoding.tokenizer.convert_ids_to_tokens(backbone.label_token_ids.tolist())
+        ]
 
     assert words() == ["negative", "positive"]
     assert words(labels=("not good", "not bad")) == ["terrible", "great"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lit_spu.backbones import Role, load_backbone
-from lit_spu.backbones.base import Family
+from lit_spu.backbones.family import Family
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
 from tests.conftest import FAMILIES
@@ -36,7 +36,7 @@ def test_every_linear_of_a_block_is_a_site_once(tiny: Tiny, family: str) -> None
     for linear in linears:
         parts = [target for target in targets if target.linear is linear]
         whole = linear.get_parameter("weight")
-        assert torch.equal(torch.cat([target.weight for target in parts]), whole.T if parts[0].transposed else whole)
+        assert torch.equal(torch.cat([target.weight for target in parts]), whole.T if parts[0].is_transposed else whole)
     assert len({str(target) for target in targets}) == len(targets)
     assert all(backbone.base_model.model.get_submodule(target.path) is target.linear for target in targets)
 
@@ -72,13 +72,13 @@ def test_a_key_of_a_fused_linear_is_the_key(tiny: Tiny) -> None:
     backbone = load_backbone(tiny("gpt2"), TASKS["sst2"]).eval()
     x = {"input_ids": torch.arange(1, 7).view(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
     with torch.no_grad():
-        before = backbone.base_model.run(x)
+        before = backbone.base_model.forward(x)
         role: Role
         for role, same in (("key", True), ("query", False), ("value", False)):
             target = backbone.target_linears(role)[0]
             assert target.bias is not None
             target.bias.add_(1.0)
-            assert torch.allclose(backbone.base_model.run(x), before, atol=1e-5) is same
+            assert torch.allclose(backbone.base_model.forward(x), before, atol=1e-5) is same
             target.bias.sub_(1.0)
 
 
@@ -87,7 +87,7 @@ def test_a_role_that_no_linear_plays_is_an_error(tiny: Tiny, monkeypatch: pytest
     family = backbone.base_model.family
     without = {role: patterns for role, patterns in family.target_linears.items() if role != "value"}
     backbone.base_model.family = Family(**{**vars(family), "target_linears": without})
-    with pytest.raises(UserError, match=re.escape("bert have no linear for value")):
+    with pytest.raises(UserError, match=re.escape("bert have no linear layer for value")):
         backbone.target_linears("query", "value")
 
 

@@ -30,7 +30,7 @@ from lit_spu.callbacks.selective_update import SelectiveUpdate
 from lit_spu.errors import UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.base import Method
-from lit_spu.nn.bypass import bypassed
+from lit_spu.nn.bypass import bypass_backward
 from tests import runs
 from tests.conftest import encode
 from tests.runs import StopBehind, same, weights
@@ -207,7 +207,7 @@ def test_the_scores_are_those_of_the_whole_model(tiny: Tiny) -> None:
         method.backbone.blocks[1].register_forward_hook(lambda _m, _i, out: entered.append(out)),
         method.backbone.blocks[3].register_forward_pre_hook(lambda _m, args: left.append(args[0])),
     )
-    with bypassed(block):
+    with bypass_backward(block):
         around = method(batch)
     for handle in handles:
         handle.remove()

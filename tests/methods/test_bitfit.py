@@ -33,7 +33,7 @@ def test_linears_without_a_bias_get_one_that_changes_nothing_yet(tiny: Tiny) -> 
     )
     batch = encode(plain)
     with torch.no_grad():  # biases at keys and values have them made
-        scores = plain.head(plain.read(plain.base_model.run(plain.inputs(batch)), batch))
+        scores = plain.apply_head(plain.select_answer_state(plain.base_model.forward(plain.model_inputs(batch)), batch))
         assert torch.equal(method(batch), scores)
     encoder, decoder = 4 * (4 * 32 + 64 + 32), 4 * (8 * 32 + 64 + 32)
     assert sum(trained(method).values()) == encoder + decoder

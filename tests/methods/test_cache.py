@@ -11,10 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_spu.backbones.cache import InFiles
+from lit_spu.backbones.activation_store import FileStore
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.methods.base import HiddenStateReader
+from lit_spu.methods.frozen import HiddenStateReader
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.ladder import LadderSideTuning
 from tests.ddp import run
@@ -95,15 +95,15 @@ def test_other_batches_change_the_last_bits_alone(data: Callable[..., GLUE], fit
 
 def test_after_the_run_and_without_a_trainer_nothing_is_kept(data: Callable[..., GLUE], fit: Run) -> None:
     method = LadderSideTuning(reduction=4, activation_cache="memory")
-    assert method.kept is None
+    assert method.cache is None
     fit(method, data(**WIDE))
-    assert method.kept is None
+    assert method.cache is None
 
 
 def test_what_has_no_room_is_refused_before_training(
     data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_spu.backbones.cache.InMemory.free", lambda self: 1000)
+    monkeypatch.setattr("lit_spu.backbones.activation_cache.MemoryStore.free", lambda self: 1000)
     method = LadderSideTuning(reduction=4, activation_cache="memory")
     with pytest.raises(UserError, match=r"model.activation_cache: what the backbone computes for \d+ texts takes"):
         fit(method, data(**WIDE))
@@ -131,7 +131,7 @@ def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
     assert kept["metrics"]["val/loss"] == pytest.approx(plain["metrics"]["val/loss"], abs=1e-5)
     indices = sorted(taps.glob("*/*.index"))
     assert len(indices) == 2  # a file of each rank
-    texts = [{key for key, *_ in np.fromfile(path, InFiles._LINE).tolist()} for path in indices]
+    texts = [{key for key, *_ in np.fromfile(path, FileStore._LINE).tolist()} for path in indices]
     assert all(texts)
     assert len(set.union(*texts)) == 61
     again = run(LST, "mini-bert", tmp_path, 2, activation_cache=str(taps))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lit_spu import registry
 from lit_spu.errors import UserError
-from lit_spu.methods.base import FrozenBackbone
+from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.methods.lora import LoRA
 from lit_spu.methods.mezo_lst import MeZOLST
 from tests.conftest import FAMILIES, encode

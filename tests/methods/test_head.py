@@ -35,5 +35,5 @@ def test_nothing_of_the_trunk_is_stored(tiny: Callable[[str], str]) -> None:
         method.loss(batch)
     hidden = batch["input_ids"].numel() * 32 * 4  # bytes of one state; a BERT's own pooler reads it
     assert 0 < counter.nbytes < 1.5 * hidden
-    features = method.backbone.base_model.run(method.backbone.inputs(batch))
-    assert torch.equal(features, method.backbone.base_model.run(method.backbone.inputs(batch)))  # no dropout
+    features = method.backbone.base_model.forward(method.backbone.model_inputs(batch))
+    assert torch.equal(features, method.backbone.base_model.forward(method.backbone.model_inputs(batch)))  # no dropout

@@ -29,11 +29,11 @@ def test_it_starts_as_the_backbone_to_the_bit(tiny: Tiny, family: str) -> None:
     with torch.no_grad():
         # vectors at keys and values have them made, also for a T5's decoder
         made = (
-            plain.base_model.run
+            plain.base_model.forward
             if family.startswith("t5")
-            else partial(plain.base_model.run_at, position=plain.position(batch))
+            else partial(plain.base_model.forward_at, position=plain.answer_position(batch))
         )
-        scores = plain.head(plain.read(made(plain.inputs(batch)), batch))
+        scores = plain.apply_head(plain.select_answer_state(made(plain.model_inputs(batch)), batch))
         assert torch.equal(method(batch), scores)
 
 
@@ -47,5 +47,5 @@ def test_the_feed_forward_of_t5_is_not_missed(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("settings", [{"outputs": (), "inputs": ()}, {"outputs": ("key", "down"), "inputs": ("down",)}])
 def test_each_role_is_scaled_once_and_at_least_one(tiny: Tiny, settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="give each role to one of them, and at least one role"):
+    with pytest.raises(UserError, match="put each role in one of the lists, and at least one role"):
         IA3(backbone=tiny("bert"), **settings)

@@ -95,7 +95,7 @@ def test_cross_attention_leaves_the_backbone_alone_and_padding_out(tiny: Tiny, f
 
 def test_taps_are_left_out_whole(tiny: Tiny) -> None:
     method = KLadder(k=1, hidden_state_dropout=0.25, fusion="additive", backbone=tiny("bert"), reduction=2)
-    ladder, (taps,) = method.side.ladders[0], method.backbone.trunk(encode(method.backbone))
+    ladder, (taps,) = method.side.ladders[0], method.backbone.hidden_states(encode(method.backbone))
     state = torch.zeros(4, taps.embeddings.shape[1], 16)
     read = [ladder.down[str(j)](taps.blocks[j]) for j in range(4)]  # type: ignore[index,operator]
     kept = torch.zeros(4, 3)
@@ -119,7 +119,7 @@ def test_what_the_windows_read_is_logged(
 ) -> None:
     method = KLadder(k=1, fusion=fusion, backbone=backbone, reduction=4)
     logged = fit(method, data(limit_train=16)).callback_metrics
-    depths = [stream.depth for stream in method.backbone.streams]
+    depths = [stack.depth for stack in method.backbone.stacks]
     of = [""] if len(depths) == 1 else [f"stream {number}/" for number in range(len(depths))]
     for prefix, depth in zip(of, depths, strict=True):
         for i in range(depth):

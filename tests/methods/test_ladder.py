@@ -27,11 +27,11 @@ def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], 
     with SavedForBackward(method.parameters()) as whole:
         loss = method.loss(batch)
     with torch.no_grad():
-        taps = method.backbone.trunk(batch)
+        taps = method.backbone.hidden_states(batch)
     with SavedForBackward(method.parameters()) as side:
-        hidden = method.side(taps, method.backbone.inputs(batch), method.backbone.position(batch))
-        state = method.side.up(method.backbone.read(hidden, batch))
-        method.backbone.loss(method.backbone.head(state), batch)
+        hidden = method.side(taps, method.backbone.model_inputs(batch), method.backbone.answer_position(batch))
+        state = method.side.up(method.backbone.select_answer_state(hidden, batch))
+        method.backbone.loss(method.backbone.apply_head(state), batch)
     assert whole.nbytes == side.nbytes
     assert all(tensor in side for tap in taps for tensor in (tap.embeddings, *tap.blocks))
     loss.backward()
@@ -58,7 +58,7 @@ def test_recomputing_the_feed_forwards_changes_memory_alone(tiny: Callable[[str]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
     # what a block's state is widened to, kept once less at least by each of 4 blocks; an encoder's last has one token
     inner = 64 // 2
-    least = 3 * batch["input_ids"].numel() * inner * 4 if method.side.trunk.family.feed_forward else 0
+    least = 3 * batch["input_ids"].numel() * inner * 4 if method.side.side_model.family.feed_forward else 0
     assert saved[0] - saved[1] >= least
 
 
@@ -105,7 +105,7 @@ def pruned(method: LadderSideTuning, how: str, data: GLUE | None = None) -> Ladd
     other.backbone.load_state_dict(method.backbone.state_dict())
     trunk = other.backbone.eval().base_model
     scores = pruning.magnitude(trunk) if how == "magnitude" else pruning.fisher(other.backbone, data.draw(8))  # type: ignore[union-attr]
-    pruning.init_from_pruned(other.side.trunk, trunk, other.side.kept, scores)
+    pruning.init_from_pruned(other.side.side_model, trunk, other.side.layer_indices, scores)
     return other
 
 
@@ -129,8 +129,8 @@ def test_the_backbones_dropout_is_off_unless_it_is_asked_for(tiny: Callable[[str
     for asked in (False, True):
         method = LadderSideTuning(backbone="mini-bert", reduction=4, backbone_dropout=asked).train()
         batch = encode(method.backbone)
-        once, again = (method.backbone.trunk(batch)[0].blocks[-1] for _ in range(2))
+        once, again = (method.backbone.hidden_states(batch)[0].blocks[-1] for _ in range(2))
         assert torch.equal(once, again) is not asked
         method.eval()
-        once, again = (method.backbone.trunk(batch)[0].blocks[-1] for _ in range(2))
+        once, again = (method.backbone.hidden_states(batch)[0].blocks[-1] for _ in range(2))
         assert torch.equal(once, again)

@@ -43,7 +43,7 @@ def distilbert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def trained(method: Method) -> int:
     """The trainable parameters without the head's."""
-    head = {id(p) for step in method.backbone.steps if isinstance(step, nn.Module) for p in step.parameters()}
+    head = {id(p) for step in method.backbone.head_steps if isinstance(step, nn.Module) for p in step.parameters()}
     return sum(p.numel() for p in method.parameters() if p.requires_grad and id(p) not in head)
 
 
@@ -118,7 +118,7 @@ def peft_twin(method: Method, folder: str) -> tuple[Backbone, list[tuple[nn.Para
     peft = pytest.importorskip("peft")
     plain = load_backbone(folder, method.task).eval()
     plain.load_state_dict(method.backbone.state_dict())
-    adapters = {plain.path(adapter.target): adapter for adapter in method.adapters}
+    adapters = {plain.full_path(adapter.target): adapter for adapter in method.adapters}
     if isinstance(method, LoRA):
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(adapters))
     else:
@@ -137,7 +137,7 @@ def peft_twin(method: Method, folder: str) -> tuple[Backbone, list[tuple[nn.Para
     with torch.no_grad():
         for theirs, ours in pairs:
             theirs.copy_(ours.view_as(theirs))
-    for step in plain.steps if plain.classifies else ():
+    for step in plain.head_steps if plain.has_classifier else ():
         if isinstance(step, nn.Module):
             step.requires_grad_(True)
     return plain, pairs
@@ -175,7 +175,7 @@ def test_it_equals_the_peft_library(
     optimizers = [optimizer([p for p in m.parameters() if p.requires_grad]) for m in (method, plain)]
     for step in range(10):
         ours, theirs = method.loss(batch), plain.loss(plain(batch), batch)
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=8 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=8 * (step + 1) * torch.finfo(dtype).eps)
         for loss, its in zip((ours, theirs), optimizers, strict=True):
             its.zero_grad()
             loss.backward()

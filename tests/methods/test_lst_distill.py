@@ -65,7 +65,7 @@ def test_the_student_answers_without_its_teacher(tiny: Tiny, family: str, monkey
 def test_each_block_of_the_student_follows_its_own_of_the_teacher(tiny: Tiny) -> None:
     method = LSTDistillation(backbone=tiny("bert"), reduction=2, drop_layers=[0, 2]).double().eval()
     batch = encode(method.backbone)
-    (taught,), (own,) = method.backbone.trunk(batch), method.student.trunk(batch)
+    (taught,), (own,) = method.backbone.hidden_states(batch), method.student.hidden_states(batch)
     real = batch["attention_mask"].bool()
     expected = [(0, 1), (1, 3)]
     errors = []

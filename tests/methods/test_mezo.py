@@ -151,11 +151,13 @@ def test_a_metric_is_an_objective(tiny: Tiny) -> None:
     method = MeZO(backbone=tiny("bert"), objective="accuracy").eval()
     scores = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [1.0, 0.0]])
     labels = {"labels": torch.tensor([0, 1, 1, 1])}
-    assert float(method.objective_of(scores, labels)) == 0.5
+    assert float(method.objective_from(scores, labels)) == 0.5
     cola = MeZO(backbone=tiny("bert"), task="cola", objective="matthews", head="classifier").eval()
-    assert float(cola.objective_of(torch.tensor([[1.0, 0.0]] * 4), labels)) == 1.0
+    assert float(cola.objective_from(torch.tensor([[1.0, 0.0]] * 4), labels)) == 1.0
     batch = encode(method.backbone)
-    assert float(method.value(batch)) == 1 - float((method(batch).argmax(-1) == batch["labels"]).float().mean())
+    assert float(method.objective_value(batch)) == 1 - float(
+        (method(batch).argmax(-1) == batch["labels"]).float().mean()
+    )
 
 
 def test_accuracy_itself_is_learnt(data: Callable[..., GLUE], fit: Run) -> None:
@@ -189,7 +191,9 @@ def test_one_at_chance_is_warned_of(data: Callable[..., GLUE], fit: Run) -> None
     """A language-model head that was not loaded is the known trap."""
     method = MeZO()
     torch.nn.init.zeros_(method.backbone.model.get_submodule("cls").predictions.transform.dense.weight)
-    with pytest.warns(UserWarning, match=r"Before training, accuracy is .* a constant answer has .* next to nothing"):
+    with pytest.warns(
+        UserWarning, match=r"Before training, accuracy is .* a constant answer has .* this one it cannot"
+    ):
         fit(method, data(limit_validation=100), num_sanity_val_steps=-1, max_steps=1)
 
 
@@ -246,7 +250,7 @@ def test_training_goes_on_from_a_trajectory(fit: Run, data: Callable[..., GLUE],
     torch.manual_seed(3)
     method = MeZO(lr=1e-3, trajectory=str(tmp_path / "half"))
     looks: list[int] = []
-    method.value = lambda batch: looks.append(1) or MeZO.value(method, batch)  # type: ignore[method-assign, func-returns-value]
+    method.objective_value = lambda batch: looks.append(1) or MeZO.objective_value(method, batch)  # type: ignore[method-assign, func-returns-value]
     fit(method, data(), max_epochs=2, **into(tmp_path / "again"))
     assert same(weights(method), weights(whole))
     assert len(looks) == 2 * 4
@@ -360,7 +364,7 @@ def test_ranks_that_differ_are_found(data: Callable[..., GLUE], fit: Run, monkey
     monkeypatch.setattr(method, "check_every", 3)
     monkeypatch.setattr(Trainer, "world_size", 2)
     monkeypatch.setattr(method, "all_gather", lambda own: torch.stack([own, own + (method.trainer.global_step >= 3)]))
-    with pytest.raises(RuntimeError, match="The weights differ between the ranks behind step 3"):
+    with pytest.raises(RuntimeError, match="The weights differ between the ranks after step 3"):
         fit(method, data())
 
 

@@ -62,7 +62,7 @@ def test_each_part_moves_by_its_own_rule(data: Callable[..., GLUE], fit: Run) ->
     trainer = fit(method, data(), watch)
     assert trainer.global_step == 4
     assert watch.moved == [{"backbone", "side"}] * 4
-    mezo = MeZO(twin.perturbed(), lr=1e-3, seed=seed)
+    mezo = MeZO(twin.perturbed_parameters(), lr=1e-3, seed=seed)
     adamw = torch.optim.AdamW(twin.side.parameters(), 1e-2, weight_decay=0.0, fused=True)
     rate = schedules.linear(adamw, 0.0, 4)
     for batch in watch.batches:
@@ -82,7 +82,7 @@ def test_nothing_of_the_backbone_is_kept_for_the_backward_pass() -> None:
         with SavedForBackward(exclude=method.parameters()) as saved:
             method.eval().loss(batch)
         kept.append(saved.nbytes)
-    assert kept[0] <= kept[1] < kept[0] + 16 * len(batch["labels"]) * method.backbone.streams[0].width
+    assert kept[0] <= kept[1] < kept[0] + 16 * len(batch["labels"]) * method.backbone.stacks[0].width
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ Run = Callable[..., Trainer]
 
 
 def runs_of(method: MeZOSide, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often a step runs the backbone's trunk."""
-    runs, trunk = [], method.backbone.trunk
-    monkeypatch.setattr(method.backbone, "trunk", lambda given: runs.append(1) or trunk(given))  # type: ignore[func-returns-value]
-    method.take_step(batch, MeZO(method.perturbed(), directions=16, lr=1e-3))
+    """How often a step runs the backbone."""
+    runs, hidden_states = [], method.backbone.hidden_states
+    monkeypatch.setattr(method.backbone, "hidden_states", lambda given: runs.append(1) or hidden_states(given))  # type: ignore[func-returns-value]
+    method.take_step(batch, MeZO(method.perturbed_parameters(), directions=16, lr=1e-3))
     return len(runs)
 
 
@@ -32,15 +32,14 @@ def test_one_pass_of_the_backbone_serves_all_directions(monkeypatch: pytest.Monk
     method = MeZOSide(reduction=4).eval()
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
     assert runs_of(method, encode(method.backbone), monkeypatch) == 1
-    assert method.kept is None
     moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if name.startswith("side.")}
 
 
 def test_with_a_cache_none_does(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     method, runs = MeZOSide(reduction=4, activation_cache="memory", lr=1e-3, directions=4), []
-    trunk = method.backbone.trunk
-    monkeypatch.setattr(method.backbone, "trunk", lambda given: runs.append(1) or trunk(given))  # type: ignore[func-returns-value]
+    hidden_states = method.backbone.hidden_states
+    monkeypatch.setattr(method.backbone, "hidden_states", lambda given: runs.append(1) or hidden_states(given))  # type: ignore[func-returns-value]
     fit(method, data(), limit_val_batches=0, num_sanity_val_steps=0, max_epochs=3)
     assert len(runs) == 4  # the batches of the first epoch
 
@@ -51,7 +50,7 @@ def test_a_step_is_that_of_the_plain_loss(data: Callable[..., GLUE]) -> None:
     for once in (True, False):
         torch.manual_seed(0)
         method = MeZOSide(reduction=4).eval()
-        optimizer, batch = MeZO(method.perturbed(), directions=3, lr=1e-2), encode(method.backbone)
+        optimizer, batch = MeZO(method.perturbed_parameters(), directions=3, lr=1e-2), encode(method.backbone)
         if once:
             method.take_step(batch, optimizer)
         else:

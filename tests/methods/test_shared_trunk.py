@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.methods.base import HiddenStateReader
+from lit_spu.methods.frozen import HiddenStateReader
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.lst_distill import LSTDistillation

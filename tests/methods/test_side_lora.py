@@ -70,7 +70,7 @@ def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
     pairs: dict[str, list[Any]] = {}
     for adapter in side.adapters:
         pairs.setdefault(adapter.target.path, []).append(adapter)
-    entered = {id(m) for block in side.backbone.base_model.stacks[-1][4 - reentry :] for m in block.modules()}
+    entered = {id(m) for block in side.backbone.base_model.stacks[-1].blocks[4 - reentry :] for m in block.modules()}
     out_of: dict[str, list[Tensor]] = {path: [] for path in targets.values()}
     for path, linear in ((p, plain.base_model.model.get_submodule(p)) for p in out_of):
         linear.register_forward_hook(lambda _m, _i, out, path=path: out_of[path].append(out.clone()))
@@ -79,8 +79,8 @@ def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
         path, x = targets[id(linear)], args[0]
         wanted = linear_of(linear, x) if id(linear) in entered else out_of[path].pop(0)
         for pair in pairs[path]:
-            width = wanted.shape[-1] // pair.target.slots
-            wanted[..., pair.target.slot * width :][..., :width] += pair.scale * x @ pair.a.T @ pair.b.T
+            width = wanted.shape[-1] // pair.target.num_parts
+            wanted[..., pair.target.part * width :][..., :width] += pair.scale * x @ pair.a.T @ pair.b.T
         torch.testing.assert_close(out, wanted, atol=1e-12, rtol=0)
         seen[path] += 1
 
@@ -107,7 +107,9 @@ def test_the_last_block_at_one_position_is_the_whole_one_there(
     side = disturbed(twin(tiny(family), SideLoRA, reentry=reentry, head=head))
     batch, stem = encode(side.backbone), side.backbone.base_model
     with side.stream.beside():
-        whole = side.backbone.head(side.backbone.read(stem.run(side.backbone.inputs(batch)), batch))
+        whole = side.backbone.apply_head(
+            side.backbone.select_answer_state(stem.run(side.backbone.model_inputs(batch)), batch)
+        )
     widths: list[int] = []
     handle = side.backbone.norms[-1].register_forward_hook(lambda _m, _i, out: widths.append(out.shape[1]))
     found = side(batch)
@@ -132,7 +134,7 @@ def test_the_side_of_a_decoder_attends_to_the_side_of_the_encoder(tiny: Tiny, re
             target.linear.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
     with torch.no_grad():
         side(batch)
-        inputs = plain.inputs(batch)
+        inputs = plain.model_inputs(batch)
         expected = plain.base_model.model.encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
     backbones, sides = left[0].chunk(2)
     torch.testing.assert_close(backbones, expected, atol=1e-12, rtol=0)

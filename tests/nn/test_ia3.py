@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_spu.backbones.base import TargetLinear
+from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.nn.ia3 import Scale
 
 
@@ -29,7 +29,7 @@ def test_it_scales_what_goes_in_or_comes_out(kind: str, inputs: bool) -> None:
     scale = scaled(kind, inputs)
     linear, x = scale.target.linear, torch.randn(2, 4, 6, dtype=torch.float64)
     vector = torch.ones(6 if inputs else 9, dtype=torch.float64)
-    vector[scale.target.slot * len(scale.scale) :][: len(scale.scale)] = scale.scale.detach()
+    vector[scale.target.part * len(scale.scale) :][: len(scale.scale)] = scale.scale.detach()
     wanted = linear(x * vector) if inputs else linear(x) * vector
     scale.attach()
     torch.testing.assert_close(linear(x), wanted, atol=1e-12, rtol=0)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_spu.backbones import HiddenStates, load_backbone
-from lit_spu.backbones.base import TransformerStacks
 from lit_spu.backbones.families import FAMILIES as RECORDS
+from lit_spu.backbones.stacks import TransformerStacks
 from lit_spu.errors import UserError
 from lit_spu.nn.fusion import Gated
 from lit_spu.nn.ladder import Ladder, Projection, SideNetwork
@@ -30,17 +30,19 @@ def build(folder: str, reduction: int = 2, drop: Sequence[int] = (), **ladder: A
     backbone.freeze()
     side = SideNetwork(backbone, reduction, drop)
     if ladder:
-        side.climb(partial(Ladder, **ladder))
+        side.set_ladders(partial(Ladder, **ladder))
     for parameter in side.parameters():  # larger than at the start, so that every path shows in the scores
         nn.init.normal_(parameter, std=0.3)
     return backbone, side.double().eval()
 
 
-def scores(backbone: Any, side: Any, batch: dict[str, Tensor], taps: Sequence[HiddenStates] | None = None) -> Tensor:
+def scores(
+    backbone: Any, side: Any, batch: dict[str, Tensor], hidden_states: Sequence[HiddenStates] | None = None
+) -> Tensor:
     with torch.no_grad():
-        taps = taps or backbone.trunk(batch)
-    hidden = side(taps, backbone.inputs(batch), backbone.position(batch))
-    result: Tensor = backbone.head(side.up(backbone.read(hidden, batch)))
+        hidden_states = hidden_states or backbone.hidden_states(batch)
+    hidden = side(hidden_states, backbone.model_inputs(batch), backbone.answer_position(batch))
+    result: Tensor = backbone.apply_head(side.up(backbone.select_answer_state(hidden, batch)))
     return result
 
 
@@ -81,8 +83,8 @@ def test_trainable_counts_are_the_published_ones(
 def stand_in(model: Any) -> Any:
     """As much of a backbone as a side network reads of it, without weights."""
     record = RECORDS[model.config.model_type]
-    stem = record.shape.stacks_class(model, record)
-    return SimpleNamespace(base_model=stem, streams=stem.streams, width=stem.output_width)
+    base_model = record.architecture.stacks_class(model, record)
+    return SimpleNamespace(base_model=base_model, stacks=base_model.stacks, width=base_model.output_width)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,8 +98,8 @@ def test_a_copy_at_full_width_is_the_backbone(tiny: Tiny, family: str) -> None:
             tensor.copy_(weights[name])
         for ladder in side.ladders:
             ladder.fusion.alpha.fill_(1e6)
-            ladder.first.weight.copy_(torch.eye(ladder.first.in_features))
-            ladder.first.bias.zero_()
+            ladder.embedding_projection.weight.copy_(torch.eye(ladder.embedding_projection.in_features))
+            ladder.embedding_projection.bias.zero_()
         side.up.weight.copy_(torch.eye(side.up.in_features))
         side.up.bias.zero_()
     batch = encode(backbone)
@@ -109,18 +111,20 @@ def test_gate_extremes(tiny: Tiny, family: str) -> None:
     backbone, side = build(tiny(family))
     batch = encode(backbone)
     with torch.no_grad():
-        taps = backbone.trunk(batch)
-        noise = [t._replace(blocks=tuple(torch.randn_like(b) for b in t.blocks)) for t in taps]
+        hidden_states = backbone.hidden_states(batch)
+        noise = [t._replace(blocks=tuple(torch.randn_like(b) for b in t.blocks)) for t in hidden_states]
         for ladder in side.ladders:
             ladder.fusion.alpha.fill_(1e6)
-    assert torch.equal(scores(backbone, side, batch, taps), scores(backbone, side, batch, noise))  # the rungs are shut
+    assert torch.equal(
+        scores(backbone, side, batch, hidden_states), scores(backbone, side, batch, noise)
+    )  # the rungs are shut
     with torch.no_grad():
         for ladder in side.ladders:
             ladder.fusion.alpha.fill_(-1e6)
-        last = [n._replace(blocks=(*n.blocks[:-1], t.blocks[-1])) for n, t in zip(noise, taps, strict=True)]
+        last = [n._replace(blocks=(*n.blocks[:-1], t.blocks[-1])) for n, t in zip(noise, hidden_states, strict=True)]
         other = [t._replace(embeddings=torch.randn_like(t.embeddings)) for t in last]
-    assert torch.equal(scores(backbone, side, batch, taps), scores(backbone, side, batch, other))
-    assert not torch.equal(scores(backbone, side, batch, taps), scores(backbone, side, batch, noise))
+    assert torch.equal(scores(backbone, side, batch, hidden_states), scores(backbone, side, batch, other))
+    assert not torch.equal(scores(backbone, side, batch, hidden_states), scores(backbone, side, batch, noise))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,8 +134,8 @@ def test_the_backbone_is_read_and_never_touched(tiny: Tiny, family: str) -> None
     batch = encode(backbone)
     plain = backbone(batch)
     with torch.no_grad():
-        taps = backbone.trunk(batch)
-    assert not any(t.requires_grad for tap in taps for t in (tap.embeddings, *tap.blocks))
+        hidden_states = backbone.hidden_states(batch)
+    assert not any(t.requires_grad for tap in hidden_states for t in (tap.embeddings, *tap.blocks))
     optimizer = torch.optim.AdamW(side.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -155,15 +159,15 @@ def test_padding_changes_nothing(tiny: Tiny, family: str) -> None:
 def test_a_dropped_layer_is_not_read(tiny: Tiny) -> None:
     backbone, side = build(tiny("t5"), drop=(0, 2))
     batch = encode(backbone)
-    taps = backbone.trunk(batch)
+    hidden_states = backbone.hidden_states(batch)
 
     def noised(block: int) -> list[HiddenStates]:
         return [
             t._replace(blocks=tuple(torch.randn_like(b) if i == block else b for i, b in enumerate(t.blocks)))
-            for t in taps
+            for t in hidden_states
         ]
 
-    plain = scores(backbone, side, batch, taps)
+    plain = scores(backbone, side, batch, hidden_states)
     for block in range(4):
         assert torch.equal(scores(backbone, side, batch, noised(block)), plain) == (block in (0, 2))
     biases = [name for name, _ in side.named_parameters() if "relative_attention_bias" in name]
@@ -193,17 +197,17 @@ def test_radius_zero_is_lst_bitwise(tiny: Tiny, family: str) -> None:
 def test_windows_equal_a_zero_padded_loop(tiny: Tiny, radius: int, shared: bool) -> None:
     backbone, side = build(tiny("bert"), drop=(1,), fusion=Gated, radius=radius, shared=shared)
     batch = encode(backbone)
-    taps = backbone.trunk(batch)[0]
+    hidden_states = backbone.hidden_states(batch)[0]
     ladder: Any = side.ladders[0]
-    enter = ladder(taps)
-    state = torch.randn(*taps.embeddings.shape[:2], 16, dtype=torch.float64)
-    for n, i in enumerate(ladder.kept):
+    enter = ladder(hidden_states)
+    state = torch.randn(*hidden_states.embeddings.shape[:2], 16, dtype=torch.float64)
+    for n, i in enumerate(ladder.layer_indices):
         mean = torch.zeros_like(state)
         for slot, share in enumerate(ladder.fusion.slots[i].softmax(0)):
             j = i - radius + slot
             if 0 <= j < 4:
-                mean += share * ladder.down[str(j) if shared else f"{i}<{j}"](taps.blocks[j])
-        start = ladder.first(taps.embeddings) if n == 0 else state
+                mean += share * ladder.down[str(j) if shared else f"{i}<{j}"](hidden_states.blocks[j])
+        start = ladder.embedding_projection(hidden_states.embeddings) if n == 0 else state
         g = torch.sigmoid(ladder.fusion.alpha[i] / 0.1)
         torch.testing.assert_close(enter(n, state), g * start + (1 - g) * mean)
 
@@ -224,7 +228,7 @@ def test_impossible_side_networks_are_refused(tiny: Tiny) -> None:
         build(tiny("bert"), reduction=3)
     with pytest.raises(UserError, match=r"Allowed: 1, 2, 4\."):  # a rotary head is at least a pair wide
         build(tiny("llama"), reduction=8)
-    with pytest.raises(UserError, match="one of each stack must stay"):
+    with pytest.raises(UserError, match="each stack must keep one"):
         build(tiny("t5"), drop=(0, 1, 2, 3))
     with pytest.raises(UserError, match="layers are 0 to 3"):
         build(tiny("bert"), drop=(4,))
@@ -237,7 +241,7 @@ def test_a_projection_keeps_the_scale_of_what_it_reads(wide: int) -> None:
     assert out.std().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_trunks_are_not_modules() -> None:
+def test_transformer_stacks_are_not_modules() -> None:
     assert not issubclass(
         TransformerStacks, nn.Module
     )  # a side network must not enter the backbone's tree, nor the backbone its own

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_spu.backbones.base import TargetLinear
+from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.nn.lora import AddLowRank, LowRank
 
@@ -33,8 +33,8 @@ def trained(where: TargetLinear, **settings: Any) -> LowRank:
 def expected(where: TargetLinear, pair: LowRank, x: Tensor) -> Tensor:
     """W x + b with s·B(A x) added to the outputs of the target."""
     out: Tensor = where.linear(x).detach()
-    width = out.shape[-1] // where.slots
-    out[..., where.slot * width : (where.slot + 1) * width] += 0.7 * x @ pair.a.detach().T @ pair.b.detach().T
+    width = out.shape[-1] // where.num_parts
+    out[..., where.part * width : (where.part + 1) * width] += 0.7 * x @ pair.a.detach().T @ pair.b.detach().T
     return out
 
 
@@ -82,7 +82,7 @@ def test_the_top_singular_vectors_move_into_the_pair(outputs: int, inputs: int) 
     linear = nn.Linear(inputs, outputs).double()
     where, whole = TargetLinear("linear", linear, "up"), linear.weight.detach().clone()
     pair = LowRank(where, 3, 6.0).double()
-    pair.take_top()
+    pair.init_from_svd()
     u, s, v = torch.linalg.svd(whole, full_matrices=False)
     torch.testing.assert_close(pair.product.detach(), u[:, :3] * s[:3] @ v[:3], atol=1e-10, rtol=0)
     torch.testing.assert_close(pair.a.norm(dim=1), (s[:3] / 2).sqrt(), atol=1e-10, rtol=0, check_dtype=False)

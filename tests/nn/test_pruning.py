@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lit_spu.backbones import Backbone, Role, load_backbone
 from lit_spu.backbones.families import FAMILIES as RECORDS
+from lit_spu.backbones.side_model import make_side_model
+from lit_spu.backbones.stacks import TransformerStacks
 from lit_spu.errors import UserError
 from lit_spu.nn import pruning
 from lit_spu.tasks import TASKS
@@ -28,7 +30,7 @@ def load(folder: str) -> Backbone:
 
 
 def everything(backbone: Backbone) -> list[list[int]]:
-    return [list(range(stream.depth)) for stream in backbone.streams]
+    return [list(range(stack.depth)) for stack in backbone.stacks]
 
 
 def largest(scores: Array, count: int) -> Array:
@@ -41,8 +43,8 @@ def largest(scores: Array, count: int) -> Array:
 def test_at_full_width_it_is_the_backbone(tiny: Tiny, family: str, order: Any) -> None:
     backbone = load(tiny(family))
     for reduced in (
-        backbone.base_model.shrunk(1, everything(backbone)),
-        backbone.student(1, everything(backbone)).base_model,
+        make_side_model(backbone.base_model, 1, everything(backbone)),
+        backbone.make_student(1, everything(backbone)).base_model,
     ):
         reduced.model.double()
         if order == "published" and family in ("llama", "qwen2"):
@@ -63,13 +65,13 @@ def test_at_full_width_it_is_the_backbone(tiny: Tiny, family: str, order: Any) -
 def test_every_weight_is_the_backbones_own(tiny: Tiny, family: str) -> None:
     """At half the width: each row of numbers is one that the backbone has, and nothing is left as it was made."""
     backbone = load(tiny(family))
-    side = backbone.student(2, [[0, 2, 3]] * len(backbone.streams)).base_model
+    side = backbone.make_student(2, [[0, 2, 3]] * len(backbone.stacks)).base_model
     side.model.double()
     with torch.no_grad():
         for parameter in side.model.parameters():
             parameter.fill_(torch.nan)
     pruning.init_from_pruned(
-        side, backbone.base_model, [[0, 2, 3]] * len(backbone.streams), pruning.magnitude(backbone.base_model)
+        side, backbone.base_model, [[0, 2, 3]] * len(backbone.stacks), pruning.magnitude(backbone.base_model)
     )
     known = torch.cat([p.flatten() for p in backbone.base_model.model.parameters()])
     assert all(bool(torch.isin(p, known).all()) for p in side.model.parameters())
@@ -137,7 +139,7 @@ def test_a_t5_is_pruned_as_by_hand(tiny: Tiny, family: str, order: Any) -> None:
     with torch.no_grad():
         for parameter in backbone.base_model.model.parameters():  # norms start at one, and tell no places apart
             parameter.add_(0.1 * torch.randn_like(parameter))
-    side = backbone.base_model.shrunk(2, everything(backbone))
+    side = make_side_model(backbone.base_model, 2, everything(backbone))
     side.model.double()
     pruning.init_from_pruned(
         side, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model), order
@@ -152,15 +154,20 @@ def test_a_t5_is_pruned_as_by_hand(tiny: Tiny, family: str, order: Any) -> None:
 def test_a_dropped_block_gives_nothing_and_its_stack_keeps_its_positions(tiny: Tiny) -> None:
     backbone = load(tiny("t5"))
     some = [[1, 3], [2]]
-    whole, part = backbone.base_model.shrunk(2, everything(backbone)), backbone.base_model.shrunk(2, some)
+    whole, part = (
+        make_side_model(backbone.base_model, 2, everything(backbone)),
+        make_side_model(backbone.base_model, 2, some),
+    )
     for side, kept in ((whole, everything(backbone)), (part, some)):
         side.model.double()
         pruning.init_from_pruned(side, backbone.base_model, kept, pruning.magnitude(backbone.base_model), "published")
     for stream, numbers in enumerate(some):
         for place, number in enumerate(numbers):
-            theirs = dict(whole.stacks[stream][number].named_parameters())
-            for name, parameter in part.stacks[stream][place].named_parameters():
-                other = theirs.get(name, dict(whole.stacks[stream][0].named_parameters())[name] if place == 0 else None)
+            theirs = dict(whole.stacks[stream].blocks[number].named_parameters())
+            for name, parameter in part.stacks[stream].blocks[place].named_parameters():
+                other = theirs.get(
+                    name, dict(whole.stacks[stream].blocks[0].named_parameters())[name] if place == 0 else None
+                )
                 assert other is not None
                 assert torch.equal(parameter, other), name
 
@@ -168,11 +175,12 @@ def test_a_dropped_block_gives_nothing_and_its_stack_keeps_its_positions(tiny: T
 def test_heads_that_share_keys_and_turned_pairs_stay_together(tiny: Tiny) -> None:
     """Llama: a group of queries keeps the places of its keys, and of each pair i and i + width/2 both or none."""
     backbone = load(tiny("llama"))
-    side = backbone.base_model.shrunk(2, everything(backbone))
+    side = make_side_model(backbone.base_model, 2, everything(backbone))
     side.model.double()
     pruning.init_from_pruned(side, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model))
     theirs, ours = (
-        {s.role: s.weight for s in trunk.block_target_linears(0, 1, *ROLES)} for trunk in (backbone.base_model, side)
+        {s.role: s.weight for s in base_model.block_target_linears(0, 1, *ROLES)}
+        for base_model in (backbone.base_model, side)
     )
 
     def places(narrow: Tensor, wide: Tensor) -> list[int]:
@@ -210,7 +218,7 @@ def test_what_a_narrow_t5_computes_is_what_the_kept_places_compute(tiny: Tiny) -
     with torch.no_grad():
         only(backbone.base_model.model.shared.weight, vocabulary, residual)
         for stream, stack in enumerate(backbone.base_model.stacks):
-            for number in range(len(stack)):
+            for number in range(stack.depth):
                 parts = {
                     r: backbone.base_model.block_target_linears(stream, number, r)
                     for r in backbone.base_model.family.target_linears
@@ -226,7 +234,7 @@ def test_what_a_narrow_t5_computes_is_what_the_kept_places_compute(tiny: Tiny) -
                 rows = some(32, 64)
                 only(up.weight, rows, residual)
                 only(down.weight, residual, rows)
-    student = backbone.student(2, everything(backbone)).double().eval()
+    student = backbone.make_student(2, everything(backbone)).double().eval()
     kept = pruning.init_from_pruned(
         student.base_model, backbone.base_model, everything(backbone), pruning.magnitude(backbone.base_model)
     )
@@ -236,7 +244,7 @@ def test_what_a_narrow_t5_computes_is_what_the_kept_places_compute(tiny: Tiny) -
             if name.endswith("layer_norm.weight"):
                 parameter.mul_(2**0.5)  # the mean square is over half as many places
         batch = encode(backbone)
-        wide, narrow = (one.base_model.run(one.inputs(batch)) for one in (backbone, student))
+        wide, narrow = (one.base_model.forward(one.model_inputs(batch)) for one in (backbone, student))
     torch.testing.assert_close(narrow, wide[..., residual], atol=1e-6, rtol=1e-6)  # eps is added in another place
 
 
@@ -244,8 +252,8 @@ def test_what_a_narrow_t5_computes_is_what_the_kept_places_compute(tiny: Tiny) -
 
 
 def test_of_equal_ones_the_first_are_kept() -> None:
-    assert pruning.top(torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]), 3).tolist() == [0, 1, 4]
-    assert pruning.top(torch.full((5,), -torch.inf), 2).tolist() == [0, 1]
+    assert pruning.top_indices(torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]), 3).tolist() == [0, 1, 4]
+    assert pruning.top_indices(torch.full((5,), -torch.inf), 2).tolist() == [0, 1]
 
 
 def test_products_of_tiny_scores_are_told_apart(tiny: Tiny) -> None:
@@ -253,7 +261,7 @@ def test_products_of_tiny_scores_are_told_apart(tiny: Tiny) -> None:
     scores = pruning.magnitude(backbone.base_model)
     made = []
     for size in (1.0, 1e-30):  # whose cubes no fp32 holds
-        side = backbone.base_model.shrunk(2, everything(backbone))
+        side = make_side_model(backbone.base_model, 2, everything(backbone))
         pruning.init_from_pruned(
             side, backbone.base_model, everything(backbone), {name: size * s for name, s in scores.items()}
         )
@@ -293,8 +301,8 @@ def test_what_cannot_be_narrowed_is_told(tiny: Tiny) -> None:
         vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=64, head_dim=8, pad_token_id=0,
     )  # fmt: skip
-    from lit_spu.backbones.base import TransformerStacks
-
-    trunk = TransformerStacks(transformers.Qwen3Model(config), RECORDS["qwen3"])
-    with pytest.raises(UserError, match=r"model.init: how self_attn.q_norm.weight of a qwen3 narrows from 8 to 4"):
-        pruning.init_from_pruned(trunk.shrunk(2, [[0, 1]]), trunk, [[0, 1]], pruning.magnitude(trunk))
+    base_model = TransformerStacks(transformers.Qwen3Model(config), RECORDS["qwen3"])
+    with pytest.raises(UserError, match=r"model.init: self_attn.q_norm.weight of a qwen3 would shrink from 8 to 4"):
+        pruning.init_from_pruned(
+            make_side_model(base_model, 2, [[0, 1]]), base_model, [[0, 1]], pruning.magnitude(base_model)
+        )

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lit_spu.backbones import load_backbone
-from lit_spu.backbones.cross_attention import by_few
-from lit_spu.backbones.seq2seq import Seq2SeqStacks
+from lit_spu.backbones.absorbed_cross_attention import absorbed_cross_attention, install
 from lit_spu.tasks import TASKS
 from tests.conftest import encode
 
@@ -44,11 +44,25 @@ def answer(module: Callable[..., Any], mask: Tensor | None, hidden_states: Tenso
     return out
 
 
+class Products(TorchDispatchMode):
+    """Counts the floating-point operations of products. torch's FlopCounterMode sets global module hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.count += int(formula(*args, **(kwargs or {}), out_val=output))
+        return output
+
+
 def work(call: Callable[[], Any]) -> int:
-    """Floating-point operations."""
-    with FlopCounterMode(display=False) as counter:
+    """Return the number of floating-point operations."""
+    with Products() as products:
         call()
-    return int(counter.get_total_flops())
+    return products.count
 
 
 MASKS = {
@@ -64,7 +78,7 @@ def test_it_is_transformers_own_with_less_work(mask: str, queries: int) -> None:
     learned = [*states.values(), *module.parameters()]
     found, counted = [], []
     for few in (False, True):
-        forward = partial(by_few, module, module.forward) if few else module.forward
+        forward = partial(absorbed_cross_attention, module, module.forward) if few else module.forward
         call = partial(answer, forward, MASKS[mask], **states)
         counted.append(work(call))
         out = call()
@@ -78,7 +92,7 @@ def test_it_is_transformers_own_with_less_work(mask: str, queries: int) -> None:
 def test_dropout_leaves_out_the_same_maps_as_transformers_own() -> None:
     module, states = attention("eager", dropout=0.5).train(), given(1)
     found = []
-    for forward in (module.forward, partial(by_few, module, module.forward)):
+    for forward in (module.forward, partial(absorbed_cross_attention, module, module.forward)):
         torch.manual_seed(3)
         found.append(answer(forward, None, **states))
     torch.testing.assert_close(*found, atol=1e-12, rtol=0)
@@ -103,7 +117,7 @@ def test_what_stands_at_keys_or_values_runs(which: str, change: Callable[[nn.Lin
     module, states = attention(), given(1)
     before = answer(module, None, **states)
     change(getattr(module, which))
-    ours = answer(partial(by_few, module, module.forward), None, **states)
+    ours = answer(partial(absorbed_cross_attention, module, module.forward), None, **states)
     assert torch.equal(ours, answer(module, None, **states))
     # a constant in every key is one in every score
     assert torch.allclose(ours, before) == (which == "k" and change is biased)
@@ -111,23 +125,60 @@ def test_what_stands_at_keys_or_values_runs(which: str, change: Callable[[nn.Lin
 
 def test_many_tokens_attend_as_they_do() -> None:
     module, states = attention(), given(12)
-    ours = partial(by_few, module, module.forward)
+    ours = partial(absorbed_cross_attention, module, module.forward)
     assert work(lambda: answer(ours, None, **states)) == work(lambda: answer(module, None, **states))
     assert torch.equal(answer(ours, None, **states), answer(module, None, **states))
 
 
+def test_the_key_value_cache_of_generation_is_left_to_transformers() -> None:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    module, states = attention(), given(1)
+    install(module)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    module(states["hidden_states"], key_value_states=states["key_value_states"], past_key_values=cache)
+    assert cache.cross_attention_cache.get_seq_length(0) == 12
+
+
+@pytest.mark.parametrize("hook", ["forward", "forward_pre", "full_backward", "full_backward_pre", "global"])
+def test_any_hook_on_the_keys_runs(hook: str) -> None:
+    module, states = attention(), given(1)
+    install(module)
+    calls = []
+
+    def count(*_: Any) -> None:
+        calls.append(1)
+
+    if hook == "global":
+        handle = torch.nn.modules.module.register_module_forward_hook(count)
+    else:
+        handle = getattr(module.k, f"register_{hook}_hook")(count)
+    try:
+        answer(module, None, **states).sum().backward()
+    finally:
+        handle.remove()
+    assert calls
+    calls.clear()
+    answer(module, None, **states).sum().backward()
+    assert not calls
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_t5_answers_so_unless_its_blocks_run_again(tiny: Callable[[str], str], recompute: bool) -> None:
+def test_a_t5_does_less_work_also_with_gradient_checkpointing(tiny: Callable[[str], str], recompute: bool) -> None:
     backbone = load_backbone(tiny("t5"), TASKS["sst2"], "prompt").double()
     batch = encode(backbone)
-    inputs, position = backbone.inputs(batch), backbone.position(batch)
-    trunk = backbone.base_model
-    assert isinstance(trunk, Seq2SeqStacks)
-    plain = work(lambda: trunk.run(inputs))
+    inputs = backbone.model_inputs(batch)
+    plain = {name: parameter.clone() for name, parameter in backbone.state_dict().items()}
+    cheap = work(lambda: backbone.base_model.forward(inputs))
+    for block in backbone.stacks[-1].blocks:
+        del block.get_submodule("layer.1.EncDecAttention").forward
+    assert cheap < work(lambda: backbone.base_model.forward(inputs))
+    expected = torch.autograd.grad(backbone.loss(backbone(batch), batch), list(backbone.model.parameters()))
+    other = load_backbone(tiny("t5"), TASKS["sst2"], "prompt").double()
+    other.load_state_dict(plain)
     if recompute:
-        trunk.recompute()
-    backbone.train()
-    for run in (lambda: trunk.run_at(inputs, position), lambda: trunk.taps(inputs)):
-        assert (work(run) < plain) == (not recompute)
-    backbone(batch).sum().backward()  # what is recomputed is what was computed
-    assert not any("forward" in vars(module) for module in trunk.model.modules())
+        other.base_model.enable_gradient_checkpointing()
+    other.train()
+    grads = torch.autograd.grad(other.loss(other(batch), batch), list(other.model.parameters()))
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, atol=1e-12, rtol=0)

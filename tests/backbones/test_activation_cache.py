@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_spu.backbones import Backbone, Batch, HiddenStates, load_backbone
-from lit_spu.backbones.cache import ActivationCache, InFiles, InMemory
+from lit_spu.backbones.activation_cache import ActivationCache
+from lit_spu.backbones.activation_store import FileStore, MemoryStore
 from lit_spu.errors import UserError
 from lit_spu.tasks import load_task
 from tests.conftest import FAMILIES, SENTENCES, encode
@@ -37,10 +38,10 @@ def same(found: tuple[HiddenStates, ...], wanted: tuple[HiddenStates, ...], batc
 
 
 def forbid(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trunk(batch: Batch) -> Any:
+    def hidden_states(batch: Batch) -> Any:
         raise AssertionError("the backbone ran")
 
-    monkeypatch.setattr(backbone, "trunk", trunk)
+    monkeypatch.setattr(backbone, "hidden_states", hidden_states)
 
 
 @pytest.mark.parametrize("files", [False, True])
@@ -52,7 +53,7 @@ def test_it_gives_what_the_backbone_computed_and_then_runs_it_no_more(
     cache = ActivationCache(backbone, tmp_path if files else None)
     batch = encode(backbone)
     with torch.no_grad():
-        wanted = backbone.trunk(batch)
+        wanted = backbone.hidden_states(batch)
         first = cache(batch)
         forbid(backbone, monkeypatch)
         second = cache(batch)
@@ -72,7 +73,7 @@ def test_half_and_quarter_of_the_bytes_are_as_exact_as_their_formats(tiny: Tiny)
     backbone = frozen(tiny("bert"))
     batch = encode(backbone)
     with torch.no_grad():
-        exact = list(states(backbone.trunk(batch), batch))
+        exact = list(states(backbone.hidden_states(batch), batch))
         for kept, state in zip(states(ActivationCache(backbone, precision="bf16")(batch), batch), exact, strict=True):
             assert torch.equal(kept, state.bfloat16().float())
         for kept, state in zip(states(ActivationCache(backbone, precision="int8")(batch), batch), exact, strict=True):
@@ -86,7 +87,7 @@ def test_a_backbone_in_bf16_is_given_back_in_bf16(tiny: Tiny) -> None:
     backbone.freeze("bf16")
     batch = encode(backbone)
     with torch.no_grad():
-        wanted, found = backbone.trunk(batch), ActivationCache(backbone, precision="bf16")(batch)
+        wanted, found = backbone.hidden_states(batch), ActivationCache(backbone, precision="bf16")(batch)
     assert found[0].blocks[0].dtype is torch.bfloat16
     assert same(found, wanted, batch)
 
@@ -99,7 +100,7 @@ def test_runs_share_a_folder_while_they_write(tiny: Tiny, tmp_path: Path, monkey
         one(batches[0])
         other(batches[1])
         one(batches[2])
-        wanted = [backbones[0].trunk(batch) for batch in batches]
+        wanted = [backbones[0].hidden_states(batch) for batch in batches]
         for cache, backbone in zip((one, other), backbones, strict=True):
             forbid(backbone, monkeypatch)
             for batch, want in zip(batches, wanted, strict=True):
@@ -118,7 +119,7 @@ def test_what_a_killed_run_left_half_written_is_computed_again(tiny: Tiny, tmp_p
         again = ActivationCache(backbone, tmp_path)
         kept = again.plan([batch])
         found = again(batch)
-    assert (kept.texts, kept.new) == (4, 1)
+    assert (kept.num_texts, kept.num_new) == (4, 1)
     assert same(found, wanted, batch)
 
 
@@ -126,18 +127,18 @@ def test_another_backbone_finds_nothing(tiny: Tiny, tmp_path: Path) -> None:
     backbone = frozen(tiny("bert"))
     batch = encode(backbone)
     ActivationCache(backbone, tmp_path)(batch)
-    assert ActivationCache(backbone, tmp_path).plan([batch]).new == 0
-    assert ActivationCache(backbone, tmp_path, "int8").plan([batch]).new == 4
+    assert ActivationCache(backbone, tmp_path).plan([batch]).num_new == 0
+    assert ActivationCache(backbone, tmp_path, "int8").plan([batch]).num_new == 4
     weight = backbone.blocks[2].get_parameter("output.dense.weight")
     with torch.no_grad():
         weight.view(torch.int32)[3, 5] ^= 1  # one bit
-    assert ActivationCache(backbone, tmp_path).plan([batch]).new == 4
+    assert ActivationCache(backbone, tmp_path).plan([batch]).num_new == 4
     with torch.no_grad():
         weight.view(torch.int32)[3, 5] ^= 1
     with torch.autocast("cpu", torch.bfloat16):
-        assert ActivationCache(backbone, tmp_path).plan([batch]).new == 4
+        assert ActivationCache(backbone, tmp_path).plan([batch]).num_new == 4
     backbone.base_model.model.config.layer_norm_eps *= 2
-    assert ActivationCache(backbone, tmp_path).plan([batch]).new == 4
+    assert ActivationCache(backbone, tmp_path).plan([batch]).num_new == 4
 
 
 def test_the_head_of_a_task_is_not_part_of_what_is_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_the_head_of_a_task_is_not_part_of_what_is_kept(tiny: Tiny, tmp_path: Pa
         backbone = load_backbone(tiny("bert"), load_task(task))
         backbone.freeze()
         store = ActivationCache(backbone, tmp_path).store
-        assert isinstance(store, InFiles)
+        assert isinstance(store, FileStore)
         folders.add(store.folder)
     assert len(folders) == 1
 
@@ -162,29 +163,29 @@ def test_the_plan_is_what_is_written(tiny: Tiny, tmp_path: Path, family: str, pr
     plan = cache.plan([batch, batch])
     cache(batch)
     (file,) = tmp_path.glob("*/*.taps")
-    assert plan.nbytes == file.stat().st_size
-    assert (plan.texts, plan.new) == (4, 4)
+    assert plan.num_bytes == file.stat().st_size
+    assert (plan.num_texts, plan.num_new) == (4, 4)
     again = cache.plan([batch])
-    assert (again.texts, again.new, again.nbytes) == (4, 0, 0)
+    assert (again.num_texts, again.num_new, again.num_bytes) == (4, 0, 0)
 
 
-@pytest.mark.parametrize("store", [InMemory, InFiles])
+@pytest.mark.parametrize("store", [MemoryStore, FileStore])
 def test_what_does_not_fit_is_refused_with_what_would(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: type
 ) -> None:
     backbone = frozen(tiny("bert"))
-    cache = ActivationCache(backbone, tmp_path if store is InFiles else None)
+    cache = ActivationCache(backbone, tmp_path if store is FileStore else None)
     batch = encode(backbone)
-    need = cache.plan([batch]).nbytes
-    monkeypatch.setattr(store, "free", lambda self: 2 * need)
-    cache.plan([batch], processes=2)
-    if store is InMemory:  # which each process has for itself
+    need = cache.plan([batch]).num_bytes
+    monkeypatch.setattr(store, "free_bytes", lambda self: 2 * need)
+    cache.plan([batch], num_processes=2)
+    if store is MemoryStore:  # which each process has for itself
         with pytest.raises(UserError, match="has room for"):
-            cache.plan([batch], processes=3)
+            cache.plan([batch], num_processes=3)
     else:
-        cache.plan([batch], processes=3)
-    monkeypatch.setattr(store, "free", lambda self: need - 1)
-    with pytest.raises(UserError, match=r"4 texts takes .* --model.cache_precision=bf16 .*int8"):
+        cache.plan([batch], num_processes=3)
+    monkeypatch.setattr(store, "free_bytes", lambda self: need - 1)
+    with pytest.raises(UserError, match=r"4 texts take .* --model.cache_precision=bf16 .*int8"):
         cache.plan([batch])
     assert not list(tmp_path.rglob("*.taps"))
 
