@@ -17,7 +17,6 @@ from lit_spu import registry
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
 
-
 ZERO_SHOT = "zero-shot"
 """Name of the row that evaluates the untrained backbone by its prompt."""
 
@@ -165,9 +164,7 @@ def method_configs(patterns: Sequence[str]) -> dict[str, Path]:
         methods = {file.stem: file for file in files if "class_path" in _read_model_section(file)}
         if not methods:
             problem = f"matches {len(files)} files, but none of them sets a method" if files else "matches no file"
-            raise UserError(
-                f"configs: {pattern!r} {problem}. Give files like configs/lst.yaml, or 'configs/*.yaml'."
-            )
+            raise UserError(f"configs: {pattern!r} {problem}. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
         found |= methods
     return found
 

@@ -112,9 +112,7 @@ def read_records(out: Path) -> dict[str, Record]:
 
 def _use_present_names(record: Record) -> Record:
     """Replace names of older versions in a record's keys and texts."""
-    return {
-        rename(name): rename(value) if isinstance(value, str) else value for name, value in record.items()
-    }
+    return {rename(name): rename(value) if isinstance(value, str) else value for name, value in record.items()}
 
 
 def rename(text: str) -> str:

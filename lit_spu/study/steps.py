@@ -38,9 +38,7 @@ def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..
         reduce=lambda value, **_: value,
         backward=lambda loss, _, **inputs: loss.backward(**inputs),
     )
-    trainer: Any = SimpleNamespace(
-        estimated_stepping_batches=10_000, strategy=strategy, global_step=0, world_size=1
-    )
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=10_000, strategy=strategy, global_step=0, world_size=1)
     method.trainer = trainer
     configured = method.configure_optimizers()
     configs = configured if isinstance(configured, list) else [configured]
