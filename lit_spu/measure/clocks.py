@@ -68,7 +68,7 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Time every call once per round, so that other load on the machine slows all calls alike.
+    """Time every call once per round, so that other load on the machine slows all calls equally.
 
     Compare two calls by the median of their ratios in each round. The default clock counts the processor time of this
     process, without other programs. It adds up threads, so measure with one thread.

@@ -250,7 +250,7 @@ def _average_curves(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple
 
 
 def find_unfair_differences(records: Sequence[Record]) -> list[str]:
-    """Describe what differs between the rows of a task and backbone, but must be equal for a fair comparison.
+    """List differences between the rows of a task and backbone that make their comparison unfair.
 
     Compared are steps, batches, devices, data settings and the number of finished runs. Settings may differ between
     seeds (each seed can draw its own split). Records without a setting are skipped: they may be older than it.

@@ -66,7 +66,8 @@ def test_a_short_call_runs_untimed_after_a_long_one() -> None:
         "one": lambda: taking("one", 1),
     }
     seconds = interleave(calls, rounds=2, warmup=1, clock=lambda: now)
-    assert order == ["long", "half", "one"] + ["long", "half", *["one"] * 5] * 2  # the first four are untimed: a fifth of the long call
+    # the first four short calls of a round are untimed: a fifth of the long call
+    assert order == ["long", "half", "one"] + ["long", "half", *["one"] * 5] * 2
     assert seconds == {"long": [20.0] * 2, "half": [10.0] * 2, "one": [1.0] * 2}
 
 
