@@ -1,1 +1,1 @@
-"""What each method costs against full fine-tuning and a plain forward pass, and what the data pipeline gives."""
+"""Compare the costs of all methods with full fine-tuning and a forward pass, and measure the data pipeline."""

@@ -1,4 +1,4 @@
-"""How much of a batch is padding, and how many batches a second come out of the data pipeline."""
+"""Measure the padding in batches and the speed of the data pipeline."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ MAX_LENGTH = 128
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Padded over real tokens of an epoch, by ways to pad, and the speed of the first."""
+    """Ratios of padded to real tokens in an epoch for three kinds of batches, and the speed of bucketed batches."""
 
     name: str
     bucketed: float
     longest_in_batch: float
     to_max_length: float
-    batches_a_second: float
+    batches_per_second: float
 
 
 def synthetic(examples: int, batch_size: int) -> Pipeline:
-    """Random tokens of lengths like those of SST-2's training split."""
+    """Measure batches of random tokens with lengths like those of SST-2's training split."""
     loader = random_texts(examples, batch_size, vocabulary=1000)
     return measure(f"synthetic, {examples} examples", loader, loader.sampler.lengths, batch_size)
 
 
 def random_texts(examples: int, batch_size: int, vocabulary: int) -> Loader:
-    """Many texts of phrases, few of sentences, as in SST-2's training split (synthetic)."""
+    """Make a loader of random texts: many phrases and few sentences, as in SST-2's training split."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.round(rng.lognormal(2.3, 0.7, examples)), 3, MAX_LENGTH).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -47,7 +47,7 @@ def random_texts(examples: int, batch_size: int, vocabulary: int) -> Loader:
 
 
 def glue(folder: Path, tokenizer: Path, batch_size: int) -> Pipeline:
-    """SST-2's training split from a folder in the official layout."""
+    """Measure batches of SST-2's training split from a folder in the official layout."""
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
@@ -60,7 +60,7 @@ def glue(folder: Path, tokenizer: Path, batch_size: int) -> Pipeline:
 
 
 def measure(name: str, loader: Loader, lengths: np.ndarray[Any, np.dtype[np.int64]], batch_size: int) -> Pipeline:
-    """Run one epoch."""
+    """Run one epoch, and count its tokens and batches."""
     padded = real = batches = 0
     start = time.perf_counter()
     for batch in loader:
@@ -76,5 +76,5 @@ def measure(name: str, loader: Loader, lengths: np.ndarray[Any, np.dtype[np.int6
         bucketed=padded / real,
         longest_in_batch=longest / lengths.sum(),
         to_max_length=MAX_LENGTH * len(lengths) / lengths.sum(),
-        batches_a_second=batches / seconds,
+        batches_per_second=batches / seconds,
     )

@@ -1,4 +1,4 @@
-"""Whole epochs on texts of many lengths: what the cache of a side method saves."""
+"""Time whole epochs on texts of different lengths, with and without the activation cache of side methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.data import random_texts
-from benchmarks.methods import CONFIGS, FORWARD, FULL, forward_pass
+from benchmarks.methods import CONFIGS, FORWARD, FULL, make_forward_pass
 from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import interleave
 from lit_spu.methods.base import Method
@@ -20,8 +20,8 @@ from lit_spu.study.steps import training_step
 from lit_spu.tasks import Task
 
 
-def epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size: int = 32) -> dict[str, float]:
-    """Processor seconds of an epoch, by row: medians of interleaved rounds, with one thread."""
+def measure_epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size: int = 32) -> dict[str, float]:
+    """Return the processor seconds of an epoch by row: medians of interleaved rounds, with one thread."""
     torch.set_num_threads(1)
     batches = list(random_texts(texts, batch_size, vocabulary=16))
     calls: dict[str, Callable[[], None]] = {}
@@ -37,24 +37,25 @@ def epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, batch_size
 
         calls[name] = epoch
 
-    def made(config: str) -> Method:
+    def build_method(config: str) -> Method:
         return build(CONFIGS / f"{config}.yaml", backbone=str(backbone), task=task.name, reduction=8)
 
-    full = made(FULL)
-    passes = [forward_pass(full, batch) for batch in batches]
+    full = build_method(FULL)
+    passes = [make_forward_pass(full, batch) for batch in batches]
 
     def forward() -> None:
-        for run in passes:
-            run()
+        for run_forward in passes:
+            run_forward()
 
     with TemporaryDirectory() as folder:
         calls[FORWARD] = forward
         add(FULL, full)
-        add("lst", made("lst"))
-        fresh, filled, filed = (made("lst") for _ in range(3))
-        in_memory, in_files = ActivationCache(filled.backbone), ActivationCache(filed.backbone, Path(folder), "bf16")
+        add("lst", build_method("lst"))
+        fresh, in_ram, on_disk = (build_method("lst") for _ in range(3))
+        ram_cache = ActivationCache(in_ram.backbone)
+        disk_cache = ActivationCache(on_disk.backbone, Path(folder), "bf16")
         add("lst, cached: first epoch", fresh, lambda: ActivationCache(fresh.backbone))
-        add("lst, cached: later epochs", filled, lambda: in_memory)
-        add("lst, cached in files, bf16: later epochs", filed, lambda: in_files)
+        add("lst, cached: later epochs", in_ram, lambda: ram_cache)
+        add("lst, cached in files, bf16: later epochs", on_disk, lambda: disk_cache)
         seconds = interleave(calls, rounds)
-    return {name: median(found) for name, found in seconds.items()}
+    return {name: median(measured) for name, measured in seconds.items()}

@@ -1,4 +1,4 @@
-"""Step time and live bytes of every method, from one interleaved run."""
+"""Measure step time and live bytes of every method in one interleaved run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from lit_spu.tasks import Task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORWARD, FULL, MEZO = "forward", "full", "mezo"
-"""What all else is divided by: the plain backbone's forward pass without gradients, and the config of that name."""
+"""Names of rows. Ratios are to the backbone's forward pass without gradients, and to full fine-tuning."""
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step of one method costs. Ratios are to the forward pass and to full fine-tuning of the same run.
+    """Costs of a training step of one method, with ratios to the forward pass and to full fine-tuning of the same run.
 
-    `allocator_mib` is what the accelerator's own allocator says, above the loaded backbone as `above_mib` is.
+    `above_mib` counts live bytes beyond the loaded backbone. `allocator_mib` is the same as reported by the
+    accelerator's allocator.
     """
 
     name: str
@@ -53,7 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full, recomputed": (FULL, {"gradient_checkpointing": True}),
     **{f"kladder, k={k}": ("kladder", {"k": k}) for k in (2, 3, 4)},
     "kladder, k=4, cross-attention": ("kladder", {"k": 4, "fusion": "cross_attention"}),
-    "lst, kept": ("lst", {"gradient_checkpointing": False}),
+    "lst, nothing recomputed": ("lst", {"gradient_checkpointing": False}),
     "lst, cached": ("lst", {"activation_cache": "memory"}),
     "kladder, cached": ("kladder", {"activation_cache": "memory"}),
     "mezo, rademacher": ("mezo", {"noise": "rademacher"}),
@@ -62,70 +63,75 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo, gaussian, seen rows": ("mezo", {"noise": "gaussian", "rows": "seen"}),
     "mezo_side, cached": ("mezo_side", {"activation_cache": "memory"}),
 }
-"""Rows beyond the configs' own: the config, and what is set otherwise."""
-
+"""Additional rows: the name of a config, and the settings that differ from it."""
 
 PEERS = ("lora", "ia3")
-"""Configs that the peft library can do as well: each has a row of its own."""
+"""Configs with an additional row: the same method in the peft library."""
 
 
-def methods(backbone: Path, task: Task, configs: Path = CONFIGS, only: Sequence[str] = ("*",)) -> dict[str, Method]:
-    """Every method that a config names, with that config's settings, on the backbone in that folder.
+def build_methods(
+    backbone: Path, task: Task, configs: Path = CONFIGS, only: Sequence[str] = ("*",)
+) -> dict[str, Method]:
+    """Build the methods of all configs and variants, by the name of their row.
 
-    Of the rows, those whose names match `only`, and full fine-tuning.
+    Args:
+        backbone: Folder of the backbone.
+        task: The task.
+        configs: Folder of the config files.
+        only: Patterns of row names. Other rows are skipped, except full fine-tuning.
     """
 
-    def wanted(name: str) -> bool:
+    def is_selected(name: str) -> bool:
         return name == FULL or any(fnmatchcase(name, pattern) for pattern in only)
 
     found: dict[str, Method] = {}
     for stem, path in method_configs([f"{configs}/*.yaml"]).items():
         for name, (config, changed) in {stem: (stem, {}), **VARIANTS}.items():
-            if config == stem and wanted(name):
+            if config == stem and is_selected(name):
                 torch.manual_seed(0)
-                # the configs' reduction is for the narrow mini models, as are so many directions
+                # reduction and directions of the configs suit the narrow mini models
                 found[name] = build(
                     path, backbone=str(backbone), task=task.name, **{"reduction": 8, "directions": 1, **changed}
                 )
     for name in PEERS:
-        if name in found and wanted(f"{name} (peft)"):
-            found[f"{name} (peft)"] = under_peft(found[name])
-    if wanted(f"{MEZO} (published)"):  # a twin, whose weights the published algorithm writes
+        if name in found and is_selected(f"{name} (peft)"):
+            found[f"{name} (peft)"] = build_peft_twin(found[name])
+    if is_selected(f"{MEZO} (published)"):  # a separate instance: the published algorithm writes its weights
         found[f"{MEZO} (published)"] = build(configs / f"{MEZO}.yaml", backbone=str(backbone), task=task.name)
     if FULL not in found:
-        raise FileNotFoundError(f"{configs}/{FULL}.yaml: the method that all others are compared with")
+        raise FileNotFoundError(f"{configs}/{FULL}.yaml is missing: all methods are compared with it.")
     return found
 
 
-def under_peft(method: Method) -> Method:
-    """The same pairs or vectors, of the peft library: what trains beside them, and how, stays the same."""
+def build_peft_twin(method: Method) -> Method:
+    """Build the same method with adapters of the peft library. The other trained parameters stay the same."""
     import peft
 
     twin = build(CONFIGS / f"{FULL}.yaml", backbone=method.backbone.name, task=method.task.name)
     twin.backbone.freeze()
     adapters = {twin.backbone.full_path(adapter.target): adapter for adapter in method.adapters}
-    pairs = [adapter for adapter in adapters.values() if isinstance(adapter, LowRank)]
-    learns = {name for name, p in method.backbone.named_parameters() if p.requires_grad}
+    low_rank = [adapter for adapter in adapters.values() if isinstance(adapter, LowRank)]
+    trained = {name for name, p in method.backbone.named_parameters() if p.requires_grad}
     config: peft.PeftConfig
-    if pairs:
-        rank = len(pairs[0].a)
-        config = peft.LoraConfig(r=rank, lora_alpha=int(pairs[0].scale * rank), target_modules=list(adapters))
+    if low_rank:
+        rank = len(low_rank[0].a)
+        config = peft.LoraConfig(r=rank, lora_alpha=int(low_rank[0].scale * rank), target_modules=list(adapters))
     else:
-        inner = [name for name, adapter in adapters.items() if isinstance(adapter, Scale) and adapter.inputs]
-        config = peft.IA3Config(target_modules=list(adapters), feedforward_modules=inner)
+        on_inputs = [name for name, adapter in adapters.items() if isinstance(adapter, Scale) and adapter.inputs]
+        config = peft.IA3Config(target_modules=list(adapters), feedforward_modules=on_inputs)
     parameters = dict(twin.backbone.named_parameters())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library asks transformers for what has another name now
-        peft.get_peft_model(twin.backbone.model, config)  # puts its layers into the model
-    for name in learns:
+        warnings.simplefilter("ignore")  # peft uses a deprecated name of transformers
+        peft.get_peft_model(twin.backbone.model, config)  # inserts its layers into the model
+    for name in trained:
         parameters[name].requires_grad_(True)
     return twin
 
 
-def four_passes(method: Method, batch: Batch, lr: float = 1e-6, epsilon: float = 1e-3) -> Callable[[], None]:
-    """A step of MeZO as it was published (https://arxiv.org/abs/2305.17333, Algorithm 1), as a call.
+def make_published_step(method: Method, batch: Batch, lr: float = 1e-6, epsilon: float = 1e-3) -> Callable[[], None]:
+    """Return a function that runs a step of MeZO as published (https://arxiv.org/abs/2305.17333, Algorithm 1).
 
-    Noise is drawn anew and every weight written for +ε, for −2ε, for +ε and for the update.
+    It draws the noise again and writes every weight four times: for +ε, −2ε, +ε and the update.
     """
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
 
@@ -147,8 +153,8 @@ def four_passes(method: Method, batch: Batch, lr: float = 1e-6, epsilon: float =
     return step
 
 
-def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
-    """The plain backbone's forward pass as a call: all of every block, also where a method would leave some out."""
+def make_forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
+    """Return a function that runs the backbone's forward pass with all blocks, even if the method skips some."""
     backbone = method.backbone
 
     @torch.no_grad()
@@ -160,54 +166,54 @@ def forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
 
 
 def growth(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes in tensors that a step takes beyond those before it, as the device's allocator counts them."""
+    """Return the peak growth of allocated bytes during a step, as counted by the device's allocator."""
     before = torch.accelerator.memory_allocated(device)
     peak = AcceleratorPeak(device)
     step()
     return peak.allocated_bytes() - before
 
 
-def until_done(device: torch.device) -> float:
-    """The time in seconds once a device has done all that it was given."""
+def synchronized_time(device: torch.device) -> float:
+    """Wait until the device has finished its work, and return the time in seconds."""
     torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
+def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     """Measure all methods on one batch: live bytes over two steps (the second with optimizer state), then time.
 
-    Live bytes are those above the loaded backbone: a method's own weights count. Time is the process's own, the median
-    over the rounds, and ratios are medians of the rounds' ratios; both with one thread. On an accelerator it is the
-    time that passes until the device is done. A cached step reads what the first kept: it is one of the second epoch
-    and later.
+    Live bytes are those beyond the loaded backbone, so a method's own weights count. Times are processor times with one
+    thread, or on an accelerator the time until the device has finished. A time is the median over the rounds, a ratio
+    the median of the ratios in each round. A row with an activation cache shows a step of the second or a later epoch:
+    its first step fills the cache.
     """
     torch.set_num_threads(1)
     device = batch["labels"].device
-    backbone = next(iter(found.values())).backbone
+    backbone = next(iter(methods.values())).backbone
     loaded = sum(t.untyped_storage().nbytes() for t in {*backbone.parameters(), *backbone.buffers()})
     calls: dict[str, Callable[[], None]] = {}
     above: dict[str, float] = {}
     allocated: dict[str, float] = {}
-    for name, method in found.items():
+    for name, method in methods.items():
         method.to(device)
         if isinstance(method, HiddenStateReader) and method.activation_cache:
             method.cache = ActivationCache(method.backbone)
         optimizers: list[torch.optim.Optimizer]
         if name == f"{MEZO} (published)":
-            calls[name], optimizers = four_passes(method, batch), []
+            calls[name], optimizers = make_published_step(method, batch), []
         else:
             calls[name], optimizers = training_step(method, batch)
         live = live_bytes(method, calls[name], optimizers)
         above[name] = (live.peak_bytes - loaded) / MIB
         if device.type != "cpu":
             allocated[name] = (live.entry_bytes - loaded + growth(calls[name], device)) / MIB
-    plain = found[FULL]
-    calls[FORWARD] = forward_pass(plain, batch)
-    with LiveBytes(plain) as live:
+    full = methods[FULL]
+    calls[FORWARD] = make_forward_pass(full, batch)
+    with LiveBytes(full) as live:
         calls[FORWARD]()
     above[FORWARD] = live.above_bytes / MIB
     seconds = interleave(
-        calls, rounds, clock=time.process_time if device.type == "cpu" else partial(until_done, device)
+        calls, rounds, clock=time.process_time if device.type == "cpu" else partial(synchronized_time, device)
     )
 
     def ratio(name: str, to: str) -> float:
@@ -216,7 +222,7 @@ def costs(found: Mapping[str, Method], batch: Batch, rounds: int) -> list[Cost]:
     return [
         Cost(
             name=name,
-            trainable=sum(p.numel() for p in found[name].parameters() if p.requires_grad) if name in found else 0,
+            trainable=sum(p.numel() for p in methods[name].parameters() if p.requires_grad) if name in methods else 0,
             milliseconds=1000 * median(seconds[name]),
             to_forward=ratio(name, FORWARD),
             to_full=ratio(name, FULL),

@@ -1,4 +1,4 @@
-"""Backbones of real size with random weights, made from their configs: nothing is downloaded."""
+"""Make backbones of real size with random weights from their configs, without downloads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "<extra_id_0>")
 
 
 def configs() -> Mapping[str, PreTrainedConfig]:
-    """The sizes by name, without dropout: its masks would be noise in time and memory."""
+    """Return the configs by name, without dropout: its masks would be noise in time and memory."""
     from transformers import DistilBertConfig, T5Config
 
     t5 = T5Config(dropout_rate=0.0)
@@ -29,7 +29,7 @@ def configs() -> Mapping[str, PreTrainedConfig]:
 
 
 def save(config: PreTrainedConfig, folder: Path, task: Task) -> Path:
-    """A folder in Hugging Face layout: random weights and a tokenizer that knows little but the task's answers."""
+    """Save a backbone in Hugging Face layout: random weights, and a tokenizer that knows the task's label words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
     from transformers.utils import logging
@@ -39,7 +39,7 @@ def save(config: PreTrainedConfig, folder: Path, task: Task) -> Path:
     logging.disable_progress_bar()
     auto.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
     words = " ".join(("It was", *task.labels, *task.label_words)).split()
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

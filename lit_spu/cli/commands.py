@@ -24,10 +24,11 @@ from lit_spu.export.student import separate
 from lit_spu.export.writers import export, replay
 from lit_spu.measure import MIB, Kind
 from lit_spu.study import report
+from lit_spu.study.columns import BRIEF, COLUMNS
 from lit_spu.study.compare import Forecast, Outcome, Runner, known
 from lit_spu.study.estimate import estimates
 from lit_spu.study.grid import Cell, Study, method_configs
-from lit_spu.study.results import Record, constants, kept, record, rows, unequal, write
+from lit_spu.study.results import Record, constants, find_unfair_differences, make_record, read_records, rows, write
 
 
 def estimate(
@@ -109,14 +110,14 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
     folder, console = Path(out), Console()
     before = [outcome for cell in cells if (outcome := known(cell, folder))]
     outcomes = {outcome.cell: outcome for outcome in before if outcome.done or not retry}
-    before_that = kept(folder)  # their directories may be gone
+    before_that = read_records(folder)  # their directories may be gone
     records = {
         cell: before_that[cell.command] for cell in cells if cell.command in before_that and cell not in outcomes
     }
     left = [cell for cell in cells if cell not in outcomes and cell not in records]
     console.print(f"{len(left)} of {len(cells)} runs to do. Results: {folder}", highlight=False)
     complete = _run(left, Runner(folder, jobs), Forecast(before, jobs), outcomes, console)
-    records |= {cell: record(outcome) for cell, outcome in outcomes.items() if outcome.done}
+    records |= {cell: make_record(outcome) for cell, outcome in outcomes.items() if outcome.done}
     troubles = [outcome for outcome in outcomes.values() if not outcome.done]
     _report(study, [records[cell] for cell in cells if cell in records], troubles, folder, console)
     if not complete:
@@ -135,7 +136,7 @@ def _run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(forecast.says(waiting), total=None)
+        bar = progress.add_task(forecast.describe(waiting), total=None)
         try:
             for outcome in runner.run(left):
                 outcomes[outcome.cell] = outcome
@@ -145,7 +146,7 @@ def _run(
                 trouble = shorten(outcome.problem, 100) if outcome.cell.optional else outcome.problem
                 end = f"{outcome.seconds:.0f} s" if outcome.done else f"no result: {trouble}"
                 progress.console.print(f"{outcome.cell}: {end}", highlight=False, soft_wrap=True)
-                progress.update(bar, description=forecast.says(waiting))
+                progress.update(bar, description=forecast.describe(waiting))
         except KeyboardInterrupt:
             return False
     return True
@@ -158,11 +159,11 @@ def _report(
     if not records:
         return
     found = rows(records, constants(records))
-    differences = unequal(records)
+    differences = find_unfair_differences(records)
     write(records, found, folder)
     page = report.write(study, found, records, troubles, differences, folder)
     for part in report.parts(found, study.reference):
-        shown = {name: heading for name, (heading, _) in report.COLUMNS.items() if name in report.BRIEF}
+        shown = {name: heading for name, (heading, _) in COLUMNS.items() if name in BRIEF}
         table = Table(title=f"{part.task} on {part.backbone}", title_justify="left", box=SIMPLE)
         table.add_column("method")
         for header in (part.rows[0].metric, *shown.values()):

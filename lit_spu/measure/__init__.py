@@ -1,4 +1,4 @@
-"""The one way to measure: callbacks, studies and benchmarks read these instruments, all in bytes and seconds."""
+"""Measure memory and time, in bytes and seconds, for callbacks, studies and benchmarks."""
 
 from lit_spu.measure.accelerator import AcceleratorPeak
 from lit_spu.measure.clocks import Clock, Durations, interleave
@@ -8,7 +8,7 @@ from lit_spu.measure.resident import ResidentPeak
 from lit_spu.measure.saved import SavedForBackward
 
 MIB = 2**20
-"""Bytes in a MiB, the unit of every `…_mib`."""
+"""Bytes in a MiB, the unit of every name that ends in `_mib`."""
 
 __all__ = [
     "MIB",

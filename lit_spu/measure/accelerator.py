@@ -1,4 +1,4 @@
-"""The peak of an accelerator's memory over a window."""
+"""Measure the peak memory of an accelerator."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import torch
 
 
 class AcceleratorPeak:
-    """The most memory that torch's allocator of one device gave out, and held, since the last `reset`.
+    """Peak memory of torch's allocator on one device since the last `reset`.
 
-    Allocated is what tensors took; reserved is what the allocator took from the device for them, and so what other
-    processes cannot have.
+    Allocated bytes belong to tensors. Reserved bytes are those that the allocator took from the device, so that other
+    processes cannot use them.
 
     Args:
-        device: an accelerator.
+        device: An accelerator.
 
     Raises:
-        RuntimeError: if torch keeps no memory counters for the device.
+        RuntimeError: If torch has no memory counters for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         try:
             self.reset()
-        except (AttributeError, NotImplementedError, RuntimeError) as error:  # which one differs by device and version
-            raise RuntimeError(f"torch keeps no memory counters for {device}") from error
+        except (AttributeError, NotImplementedError, RuntimeError) as error:  # depends on device and version
+            raise RuntimeError(f"torch has no memory counters for {device}") from error
 
     def reset(self) -> None:
-        """Begin a new window."""
+        """Forget the peaks so far."""
         torch.accelerator.reset_peak_memory_stats(self._device)
 
     def allocated_bytes(self) -> int:
-        """Most bytes in tensors at once since the last `reset`."""
+        """Return the peak of the bytes in tensors since the last `reset`."""
         return torch.accelerator.max_memory_allocated(self._device)
 
     def reserved_bytes(self) -> int:
-        """Most bytes taken from the device at once since the last `reset`."""
+        """Return the peak of the bytes taken from the device since the last `reset`."""
         return torch.accelerator.max_memory_reserved(self._device)

@@ -1,4 +1,4 @@
-"""Time: instants that are right on an accelerator too, durations without their warm-up, and interleaved rounds."""
+"""Measure time: a clock for any device, durations without warm-up, and interleaved timing of several calls."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Instant: TypeAlias = "float | torch.cuda.Event"
 
 
 class Clock:
-    """Marks instants in the work of one device, and tells the time between two of them.
+    """Clock of the work on one device.
 
-    A CUDA device runs behind the program, so there an instant is an event in its queue: marking it waits for nothing.
-    Other accelerators are synchronised at every instant; on a CPU it is `time.perf_counter`.
+    A CUDA device runs asynchronously, so an instant is an event in its queue. Recording it does not wait. Other
+    accelerators are synchronised at every instant. On a CPU, an instant is `time.perf_counter`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def now(self) -> Instant:
-        """This instant."""
+        """Return the present instant."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -32,7 +32,7 @@ class Clock:
         return time.perf_counter()
 
     def seconds(self, start: Instant, end: Instant) -> float:
-        """Seconds from one instant to a later one; waits until the device has reached it."""
+        """Return the seconds between two instants. Waits until the device has reached the second one."""
         if isinstance(end, float):
             return end - cast(float, start)
         end.synchronize()
@@ -40,10 +40,10 @@ class Clock:
 
 
 class Durations:
-    """How long something took, each time that it happened.
+    """List of durations without the first ones.
 
     Args:
-        warmup: the first so many are not kept: they pay for allocation, compilation and caches.
+        warmup: Number of durations to drop: the first calls pay for allocation, compilation and caches.
     """
 
     def __init__(self, warmup: int = 0) -> None:
@@ -51,14 +51,14 @@ class Durations:
         self._warmup = warmup
 
     def add(self, seconds: float) -> None:
-        """Keep one more, once the warm-up is over."""
+        """Add a duration, or drop it during the warm-up."""
         if self._warmup:
             self._warmup -= 1
         else:
             self.seconds.append(seconds)
 
     def milliseconds(self, quantile: float = 0.5) -> float:
-        """A quantile, interpolated: by default the median. There must be at least one duration."""
+        """Return an interpolated quantile, by default the median. At least one duration is required."""
         return torch.tensor(self.seconds, dtype=torch.float64).quantile(quantile).item() * 1000
 
 
@@ -68,16 +68,22 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Time every call once a round, round after round, so that a busy machine slows all of them alike.
+    """Time every call once per round, so that other load on the machine slows all calls equally.
 
-    Compare two calls by the median of their ratios round by round. The default clock counts the process's own work and
-    ignores what other programs take; it adds up threads, so measure with one.
+    Compare two calls by the median of their ratios in each round. The default clock counts the processor time of this
+    process, without other programs. It adds up threads, so measure with one thread.
 
-    A call that is short beside the longest runs a few times untimed before it is timed, for a fifth of that one's time:
-    the memory that a large call freed goes back to the system in what comes behind it, at that one's expense.
+    The system takes back the memory of a large call during the calls after it, which slows them. So a call that is
+    much shorter than the longest one first runs untimed, for a fifth of the longest call's time.
+
+    Args:
+        calls: Functions by name.
+        rounds: Number of timed rounds.
+        warmup: Number of rounds before them, whose times are dropped.
+        clock: Function that returns the present time in seconds.
 
     Returns:
-        The seconds of each call, one a round after the warm-up.
+        The seconds of each call by name, one per timed round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     untimed = dict.fromkeys(calls, 0)
@@ -88,6 +94,6 @@ def interleave(
             start = clock()
             call()
             seconds[name].append(clock() - start)
-        longest = max(taken[-1] for taken in seconds.values())
-        untimed = {name: int(longest / 5 / max(taken[-1], 1e-9)) for name, taken in seconds.items()}
-    return {name: taken[warmup:] for name, taken in seconds.items()}
+        longest = max(durations[-1] for durations in seconds.values())
+        untimed = {name: int(longest / 5 / max(durations[-1], 1e-9)) for name, durations in seconds.items()}
+    return {name: durations[warmup:] for name, durations in seconds.items()}

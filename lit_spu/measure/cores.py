@@ -1,4 +1,4 @@
-"""The processor's share of this process."""
+"""Count the processor cores of this process."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def cores() -> int:
-    """How many cores this process may use; where the system cannot tell, how many there are."""
+    """Return the number of cores that this process may use, or of all cores if the system cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

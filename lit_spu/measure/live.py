@@ -1,7 +1,7 @@
-"""Live tensor bytes: what a stretch of code holds, by kind; counted at every operator, so the same on every run.
+"""Measure live tensor bytes by kind. They are counted at every operator, so every run yields the same numbers.
 
-Resident memory on a CPU also shows what malloc has not given back (a quarter more, on a full fine-tuning step); these
-bytes are the tensors alone. They leave out scratch space inside one operator and everything inside compiled code.
+Resident memory on a CPU also contains memory that malloc has not returned (a quarter more, in a full fine-tuning step).
+Live bytes are those of tensors alone. They do not contain scratch space inside an operator or inside compiled code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
+
+# private modules: torch has no public module for dispatch modes, or for walking nested values
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
 class Kind(IntEnum):
-    """What a storage is for. One that serves several ends counts as the greatest of them."""
+    """Purpose of a storage. A storage with several purposes counts as the greatest of them."""
 
     REST = 0
     ACTIVATIONS = 1
@@ -37,7 +39,7 @@ class Kind(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class _Lifetime:
-    """One storage, alive at the samples `born <= sample < died`."""
+    """Size and kind of one storage, which is alive at the samples `born <= sample < died`."""
 
     nbytes: int
     born: int
@@ -46,23 +48,26 @@ class _Lifetime:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors while it is entered; the figures are there once it is left.
+    """Context manager that counts the bytes of live tensors. Read the results after it has exited.
 
-    Held are the tensors of `module` and `optimizers`, whatever operators make meanwhile, and whatever from outside they
-    read (a batch), as though it had been there from the start. Storages count once, however many tensors view them. A
-    storage's kind is what it turns out to be, from its birth on: activations are what autograd saves for the backward
-    pass, gradients what arrives in a parameter's `.grad`, the optimizer's what lies in its state.
+    It counts the tensors of `module` and `optimizers`, every tensor that operators make inside the context, and every
+    tensor from outside that they read (such as a batch). Outside tensors count from the start. A storage counts once,
+    however many tensors view it.
+
+    A storage's kind is only known later, but counts for its whole life. Activations are what autograd saves for the
+    backward pass. Gradients are what arrives in a parameter's `.grad`. Optimizer state is what lies in an optimizer's
+    `state`.
 
     Args:
-        module: its parameters and buffers are the weights.
-        optimizers: theirs is the optimizer state.
+        module: Module with the weights: its parameters and buffers.
+        optimizers: Optimizers with the optimizer state.
 
     Attributes:
-        entry_bytes: held on entry.
-        peak_bytes: most held at once, what was held on entry included.
-        mean_bytes: mean over the operators, what was held on entry included.
-        by_kind: bytes of each kind at the peak; they add up to `peak_bytes`.
-        marks: what `mark` named, by the number of operators before it.
+        entry_bytes: Bytes held on entry.
+        peak_bytes: Peak of the bytes held, those on entry included.
+        mean_bytes: Mean over the operators of the bytes held, those on entry included.
+        by_kind: Bytes of each kind at the peak. They add up to `peak_bytes`.
+        marks: Names from `mark`, by the number of operators before them.
     """
 
     def __init__(self, module: nn.Module | None = None, optimizers: Iterable[Optimizer] = ()) -> None:
@@ -80,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def above_bytes(self) -> int:
-        """Most bytes held at once beyond those on entry."""
+        """Return the peak of the bytes held beyond those on entry."""
         return self.peak_bytes - self.entry_bytes
 
     def __enter__(self) -> Self:
@@ -89,7 +94,6 @@ class LiveBytes(TorchDispatchMode):
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(self._classify_gradient)
                 self._hooks.callback(handle.remove)
-        # Detached, because a saved tensor that is its own node's output would otherwise keep that node alive for ever.
         self._hooks.enter_context(saved_tensors_hooks(self._pack, lambda packed: packed))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -107,15 +111,15 @@ class LiveBytes(TorchDispatchMode):
 
     @cached_property
     def timeline(self) -> dict[Kind, list[int]]:
-        """Bytes of each kind after every operator; the entries of one moment add up to what was held then."""
-        return {kind: self._held_by(kind) for kind in Kind}
+        """Return the bytes of each kind after every operator."""
+        return {kind: self._count_timeline(kind) for kind in Kind}
 
     def mark(self, name: str) -> None:
-        """Name what follows, for those who look at the timeline."""
+        """Name the operators from here on, for plots of the timeline."""
         self.marks[self._samples] = name
 
-    def _held_by(self, kind: Kind) -> list[int]:
-        """What storages of a kind held at every sample."""
+    def _count_timeline(self, kind: Kind) -> list[int]:
+        """Return the bytes of one kind at every sample."""
         change = [0] * (self._samples + 1)
         for life in self._lifetimes:
             if life.kind is kind and life.born < self._samples:
@@ -127,33 +131,36 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator, then count."""
+        """Run an operator, and count its inputs and outputs."""
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
-            self._see(tensor, outside=True)
+            self._track(tensor, outside=True)
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
-            self._see(tensor, outside=False)
+            self._track(tensor, outside=False)
         self._sum += self._held
         if self._held > self.peak_bytes:
             self.peak_bytes, self._peak_sample = self._held, self._samples
         self._samples += 1
         return result
 
-    def _see(self, tensor: Tensor, *, outside: bool) -> _Lifetime | None:
-        """The lifetime of the tensor's storage, begun now, or at entry if the tensor comes from `outside`."""
+    def _track(self, tensor: Tensor, *, outside: bool) -> _Lifetime | None:
+        """Return the lifetime of a tensor's storage, or None if it has no storage.
+
+        A new lifetime begins now, or at entry if the tensor comes from `outside`.
+        """
         try:
             storage = tensor.untyped_storage()
-        except NotImplementedError:  # sparse tensors have none; their indices and values are seen for themselves
+        except NotImplementedError:  # a sparse tensor; its indices and values are tracked on their own
             return None
         key, nbytes = id(storage), storage.nbytes()
         if key in self._alive:
             life, _ = self._alive[key]
             if life.nbytes == nbytes:
                 return life
-            self._end(key)  # resized: the storage goes on under another size
+            self._release(key)  # resized: count the storage again with its new size
         life = _Lifetime(nbytes, born=0 if outside else self._samples)
-        self._alive[key] = (life, ref(storage, lambda _: self._end(key)))
+        self._alive[key] = (life, ref(storage, lambda _: self._release(key)))
         self._lifetimes.append(life)
         self._held += nbytes
         if outside:
@@ -162,7 +169,7 @@ class LiveBytes(TorchDispatchMode):
             self._sum += nbytes * self._samples
         return life
 
-    def _end(self, key: int) -> None:
+    def _release(self, key: int) -> None:
         life, _ = self._alive.pop(key)
         life.died = self._samples
         self._held -= life.nbytes
@@ -170,32 +177,35 @@ class LiveBytes(TorchDispatchMode):
     def _parameters(self) -> Iterable[nn.Parameter]:
         return self._module.parameters() if self._module else ()
 
-    def _mark(self, value: object, kind: Kind) -> None:
+    def _set_kind(self, value: object, kind: Kind) -> None:
         for tensor in _tensors(value):
-            life = self._see(tensor, outside=True)
+            life = self._track(tensor, outside=True)
             if life:
                 life.kind = max(life.kind, kind)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        self._mark(tensor, Kind.ACTIVATIONS)
-        return tensor.detach()
+        self._set_kind(tensor, Kind.ACTIVATIONS)
+        return tensor.detach()  # not the tensor itself: a saved output would keep its own autograd node alive
 
     def _classify_gradient(self, parameter: Tensor) -> None:
-        self._mark(parameter.grad, Kind.GRADIENTS)
+        self._set_kind(parameter.grad, Kind.GRADIENTS)
 
     def _classify(self) -> None:
-        """Mark what the module and the optimizers hold now."""
+        """Set the kind of all tensors that the module and the optimizers hold now."""
         for parameter in self._parameters():
-            self._mark(parameter, Kind.WEIGHTS)
-            self._mark(parameter.grad, Kind.GRADIENTS)
+            self._set_kind(parameter, Kind.WEIGHTS)
+            self._set_kind(parameter.grad, Kind.GRADIENTS)
         for buffer in self._module.buffers() if self._module else ():
-            self._mark(buffer, Kind.WEIGHTS)
+            self._set_kind(buffer, Kind.WEIGHTS)
         for optimizer in self._optimizers:
-            self._mark(list(optimizer.state.values()), Kind.OPTIMIZER)
+            self._set_kind(list(optimizer.state.values()), Kind.OPTIMIZER)
 
 
 def _tensors(values: object) -> Iterator[Tensor]:
-    """The tensors with a storage among nested values; a quantised or sharded one has it in its parts."""
+    """Yield the tensors among nested values that have a storage.
+
+    A quantised or sharded tensor has no storage itself: its parts are yielded instead.
+    """
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor) and leaf.device.type != "meta":
             if type(leaf) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(leaf):

@@ -1,4 +1,4 @@
-"""The peak of the process's resident memory over a window."""
+"""Measure the peak of the process's resident memory."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import psutil
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _INTERVAL = 0.005
-"""Seconds between two samples where the kernel keeps no peak that could be reset."""
+"""Seconds between two samples, if the kernel has no peak that can be reset."""
 
 
 class ResidentPeak:
-    """The highest resident memory of this process since the last `reset`.
+    """Peak resident memory of this process since the last `reset`.
 
-    On Linux the kernel's own high-water mark (`VmHWM`), which misses nothing; elsewhere the highest of a sample every
-    5 ms. It counts the whole process, imports and what malloc keeps included: compare differences, not ratios.
+    On Linux, the kernel records the exact peak (`VmHWM`). Elsewhere a thread takes a sample every 5 ms. The peak
+    belongs to the whole process, with imports and memory that malloc has not returned: compare differences, not ratios.
     """
 
     def __init__(self) -> None:
         self.exact = False
-        """Whether the kernel keeps the peak, rather than a thread that samples."""
+        """True if the kernel records the peak, False if a thread takes samples."""
         with suppress(OSError):
-            self._clear()
+            self._reset_kernel_peak()
             self.exact = True
         self._sampled = 0
         self._stop = Event()
@@ -33,9 +33,9 @@ class ResidentPeak:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new window."""
+        """Forget the peak so far."""
         if self.exact:
-            self._clear()
+            self._reset_kernel_peak()
         else:
             self.close()
             self._sampled = _resident_bytes()
@@ -44,7 +44,7 @@ class ResidentPeak:
             self._sampler.start()
 
     def peak_bytes(self) -> int:
-        """Highest resident memory since the last `reset`."""
+        """Return the peak resident bytes since the last `reset`."""
         if self.exact:
             line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
             return int(line.split()[1]) * 1024
@@ -52,14 +52,14 @@ class ResidentPeak:
         return self._sampled
 
     def close(self) -> None:
-        """End the sampling, where there is any."""
+        """Stop the sampling thread, if there is one."""
         self._stop.set()
         if self._sampler:
             self._sampler.join()
             self._sampler = None
 
-    def _clear(self) -> None:
-        _CLEAR_REFS.write_text("5")  # 5: set VmHWM back to what is resident now (Linux, proc(5))
+    def _reset_kernel_peak(self) -> None:
+        _CLEAR_REFS.write_text("5")  # 5 sets VmHWM to the present resident memory (Linux, proc(5))
 
     def _sample(self, stop: Event) -> None:
         while not stop.wait(_INTERVAL):

@@ -1,4 +1,4 @@
-"""What autograd saves for the backward pass: the proof of a method's claim about memory, exact and without a device."""
+"""Count the bytes that autograd saves for the backward pass, exactly and on any device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class SavedForBackward:
-    """Counts the storages that are saved for backward while it is entered, each once.
+    """Context manager that counts the storages saved for the backward pass, each once.
 
-    It keeps what it counted alive until it is itself dropped: count with it, and measure memory in another run. Inside
-    a region of activation checkpointing only what the region itself saves is seen.
+    It holds references to these storages as long as it exists, so do not measure memory in the same run. Of a region
+    under gradient checkpointing, it counts only what the checkpoint itself saves.
 
     Args:
-        exclude: tensors that do not count, such as the parameters: they are there anyway.
+        exclude: Tensors that do not count, such as the parameters.
     """
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
@@ -28,11 +28,11 @@ class SavedForBackward:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that was saved."""
+        """Return the bytes of all saved storages."""
         return sum(storage.nbytes() for storage in self._saved)
 
     def __contains__(self, tensor: Tensor) -> bool:
-        """Whether the tensor, or another view of its storage, was saved."""
+        """Return whether the tensor, or another view of its storage, was saved."""
         return tensor.untyped_storage() in self._saved
 
     def __len__(self) -> int:
@@ -51,4 +51,4 @@ class SavedForBackward:
         storage = tensor.untyped_storage()
         if storage not in self._excluded:
             self._saved.add(storage)
-        return tensor.detach()  # a saved output of its own node must not keep that node alive
+        return tensor.detach()  # not the tensor itself: a saved output would keep its own autograd node alive

@@ -1,1 +1,1 @@
-"""Methods beside one another: what each would take, and what each came to."""
+"""Estimate, run and compare methods: memory estimates, grids of runs, their results and a report."""

@@ -1,4 +1,4 @@
-"""Running a study: each cell in a process of its own, so that its peaks are its own, and none twice."""
+"""Run the cells of a study, each in its own process, so that its peak memory is its own."""
 
 from __future__ import annotations
 
@@ -21,29 +21,32 @@ from lit_spu.measure import cores
 from lit_spu.study.grid import Cell
 
 RECORD = "cell.json"
-"""In a cell's directory: how its process ended."""
+"""File in a cell's directory that records how the cell's process ended."""
 
 TEST = "test"
-"""In its run directory: that of its score on test."""
+"""Subdirectory of a run directory: the run that scores the checkpoint on the test split."""
+
+STOP_SECONDS = 20
+"""Seconds that stopped processes get to end by themselves before they are killed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell's process ended."""
+    """Exit status and duration of a cell's process."""
 
     cell: Cell
-    run: Path  # its run directory; what it printed is beside it
+    run: Path  # run directory; the log file lies next to it
     returncode: int
     seconds: float
 
     @property
     def done(self) -> bool:
-        """Whether it has a result."""
+        """Return whether the process succeeded."""
         return self.returncode == 0
 
     @property
     def problem(self) -> str:
-        """What went wrong, in a line."""
+        """Return the reason of the failure in one line."""
         if self.returncode < 0:
             return f"killed by {signal.Signals(-self.returncode).name}"
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -52,12 +55,16 @@ class Outcome:
 
     @property
     def log(self) -> Path:
-        """What its process printed."""
+        """Return the file with the output of the process."""
         return self.run.with_suffix(".log")
 
 
 def known(cell: Cell, out: Path) -> Outcome | None:
-    """How the cell ended when it was run before, if it was; one that was in flight when its study ended was not."""
+    """Read the outcome of a cell that ran before.
+
+    Returns:
+        The outcome, or None if the cell never ran or was interrupted.
+    """
     folder = out / "cells" / cell.folder
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
@@ -67,9 +74,14 @@ def known(cell: Cell, out: Path) -> Outcome | None:
 
 
 class Runner:
-    """Runs cells, as many at a time as `jobs`, with the cores shared among them.
+    """Runner of cells: `jobs` processes at a time share the processor cores.
 
-    Left early, it ends the processes that are still running, whose cells are run anew next time.
+    If the caller stops early, the running processes are terminated. Their cells run again next time.
+
+    Args:
+        out: Directory of the study.
+        jobs: Number of processes at a time.
+        command: Command that each cell's arguments are appended to.
     """
 
     def __init__(self, out: Path, jobs: int = 1, command: Sequence[str] = (sys.executable, "-m", "lit_spu")) -> None:
@@ -82,50 +94,54 @@ class Runner:
         self._stopped = False
 
     def run(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
-        """Run the cells in order, and give each one's outcome when it ends."""
+        """Start the cells in order, and yield the outcome of each cell when it ends."""
         pool = ThreadPoolExecutor(self.jobs)
         try:
-            futures = [pool.submit(self._run, cell) for cell in cells]
+            futures = [pool.submit(self._run_cell, cell) for cell in cells]
             for future in as_completed(futures):
                 yield future.result()
         finally:
             self._stop()
             pool.shutdown(cancel_futures=True)
 
-    def _run(self, cell: Cell) -> Outcome:
+    def _run_cell(self, cell: Cell) -> Outcome:
         folder = self.out / "cells" / cell.folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        # a name of its own: the process of a study that was killed may still be writing into its directory
+        # a new name each time: a process of a killed study may still write into its own run directory
         run = folder / f"run-{time.time_ns():x}"
         commands = [[*cell.args, f"--run_dir={run}"]]
         if cell.tested and cell.args[0] == "fit":
             commands.append(["test", f"--ckpt_path={run}", f"--run_dir={run / TEST}"])
-        began, returncode = time.perf_counter(), 0
+        started, returncode = time.perf_counter(), 0
         for arguments in commands:
-            returncode = returncode or self._end_of([*arguments, "--trainer.enable_progress_bar=false"], run)
-        outcome = Outcome(cell, run, returncode, time.perf_counter() - began)
+            returncode = returncode or self._run_process([*arguments, "--trainer.enable_progress_bar=false"], run)
+        outcome = Outcome(cell, run, returncode, time.perf_counter() - started)
         with self._lock:
             if not self._stopped:
-                record = {
-                    "args": cell.args,
-                    "run": run.name,
-                    "returncode": outcome.returncode,
-                    "seconds": outcome.seconds,
-                    "threads": self.threads,
-                }
-                partial = folder / f"{RECORD}.partial"
-                partial.write_text(json.dumps(record, indent=2) + "\n")
-                partial.rename(folder / RECORD)  # whole or not at all
+                self._write_record(outcome, folder)
         return outcome
 
-    def _end_of(self, arguments: Sequence[str], run: Path) -> int:
-        """Run a command line, and give how its process ended."""
+    def _write_record(self, outcome: Outcome, folder: Path) -> None:
+        """Write the outcome into the cell's directory, completely or not at all."""
+        record = {
+            "args": outcome.cell.args,
+            "run": outcome.run.name,
+            "returncode": outcome.returncode,
+            "seconds": outcome.seconds,
+            "threads": self.threads,
+        }
+        partial = folder / f"{RECORD}.partial"
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.rename(folder / RECORD)
+
+    def _run_process(self, arguments: Sequence[str], run: Path) -> int:
+        """Run a command line, append its output to the log, and return the exit status."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         with run.with_suffix(".log").open("ab") as log, self._lock:
             if self._stopped:
                 raise KeyboardInterrupt
-            # a session of its own: Ctrl-C reaches the study alone, which then ends its cells
+            # a new session: Ctrl-C reaches only the study, which then stops its cells
             process = subprocess.Popen(
                 [*self.command, *arguments],
                 stdout=log,
@@ -140,12 +156,13 @@ class Runner:
         return returncode
 
     def _stop(self) -> None:
+        """Terminate the running processes, and kill those that do not end in time."""
         with self._lock:
             self._stopped = True
             running = list(self._running)
         for process in running:
             process.terminate()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + STOP_SECONDS
         for process in running:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -154,28 +171,36 @@ class Runner:
 
 
 class Forecast:
-    """How long the cells that are left will take, from those that have ended."""
+    """Estimate of the time that the remaining cells take, from the durations of finished cells.
 
-    def __init__(self, before: Iterable[Outcome], jobs: int) -> None:
+    Args:
+        finished: Outcomes of cells that ran before.
+        jobs: Number of processes at a time.
+    """
+
+    def __init__(self, finished: Iterable[Outcome], jobs: int) -> None:
         self._jobs = jobs
         self._seconds: dict[str, list[float]] = {}
-        for outcome in before:
+        for outcome in finished:
             self.add(outcome)
 
     def add(self, outcome: Outcome) -> None:
-        """A cell has ended."""
+        """Add the duration of a finished cell; failed cells do not count."""
         if outcome.done:
             self._seconds.setdefault(outcome.cell.row, []).append(outcome.seconds)
 
-    def left(self, cells: Sequence[Cell]) -> float | None:
-        """Seconds for these cells: each as long as those of its row, or as all if there is none of its row yet."""
+    def seconds_left(self, cells: Sequence[Cell]) -> float | None:
+        """Return the estimated seconds for these cells, or None if no cell has finished yet.
+
+        A cell takes the mean of its row's finished cells. Without one, it takes the mean of all finished cells.
+        """
         if not self._seconds:
             return None
         overall = statistics.mean(second for row in self._seconds.values() for second in row)
         return sum(statistics.mean(self._seconds.get(cell.row, [overall])) for cell in cells) / self._jobs
 
-    def says(self, cells: Sequence[Cell]) -> str:
-        """The same in words."""
-        seconds = self.left(cells)
+    def describe(self, cells: Sequence[Cell]) -> str:
+        """Return the number of remaining cells and the estimated time as text."""
+        seconds = self.seconds_left(cells)
         time = "" if seconds is None else f", about {max(1, round(seconds / 60))} min"
         return f"{len(cells)} run{'' if len(cells) == 1 else 's'} left{time}"

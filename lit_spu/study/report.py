@@ -1,4 +1,4 @@
-"""One page that opens anywhere: tables to sort, and the pictures."""
+"""Write the report of a study: one HTML page with sortable tables and plots, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -9,39 +9,23 @@ from datetime import datetime
 from pathlib import Path
 
 from lit_spu.study import plots
+from lit_spu.study.columns import COLUMNS, MEMORY, RELATIVE, TRAINED
 from lit_spu.study.compare import Outcome
 from lit_spu.study.grid import ZERO_SHOT, Study
-from lit_spu.study.results import MAJORITY, Record, Row, grouped
-
-COLUMNS = {
-    "params/trainable": ("trained", "Parameters that are trained"),
-    "memory/live_peak_mib": ("memory MiB", "Live tensor bytes at the peak of a training step, weights included"),
-    "latency/step_ms": ("step ms", "Median time of an optimizer step"),
-    "latency/step_p95_ms": ("p95 ms", "95th percentile of the time of a step"),
-    "latency/inference_ms": ("inference ms", "Median time of a forward pass in validation"),
-    "checkpoint_mib": ("checkpoint MiB", "Size of the best checkpoint with its optimizer state"),
-    "passes/forward": ("forwards", "Forward passes of the training"),
-    "passes/backward": ("backwards", "Backward passes of the training"),
-    "steps": ("steps", "Optimizer steps"),
-}
-"""What a table shows beside the score: heading and meaning."""
-RELATIVE = ("memory/live_peak_mib", "latency/step_ms")
-"""Columns that are also given over the reference row's."""
-BRIEF = ("params/trainable", "memory/live_peak_mib", "latency/step_ms", "latency/inference_ms")
-"""Columns for which a terminal has room."""
+from lit_spu.study.results import MAJORITY, Record, Row, group_by
 
 
 @dataclass(frozen=True)
 class Part:
-    """One task on one backbone."""
+    """Rows of one task on one backbone, best first."""
 
     task: str
     backbone: str
     rows: Sequence[Row]
     reference: Row | None
 
-    def pictures(self, folder: Path) -> dict[str, str]:
-        """The pictures as SVG, written to a directory as SVG and PNG."""
+    def save_plots(self, folder: Path) -> dict[str, str]:
+        """Write the plots as SVG and PNG into a subdirectory, and return the SVG texts by name."""
         trained = [row for row in self.rows if row.name not in (ZERO_SHOT, MAJORITY)]
         figures = {draw.__name__: draw(trained) for draw in (plots.pareto, plots.memory, plots.curves) if trained}
         return plots.save(figures, folder / f"{self.task}-{self.backbone}")
@@ -49,75 +33,87 @@ class Part:
 
 @dataclass(frozen=True)
 class Overview:
-    """All tasks on one backbone: the rows of each method by task."""
+    """Rows of all tasks on one backbone: by name, then by task."""
 
     backbone: str
     tasks: Sequence[str]
     rows: Mapping[str, Mapping[str, Row]]
     reference: str
 
-    def over_reference(self, name: str, cost: str) -> float | None:
-        """The mean over the tasks of a row's cost over the reference row's."""
-        own, its = self.rows[name], self.rows.get(self.reference, {})
+    def mean_ratio(self, name: str, cost: str) -> float | None:
+        """Return the ratio of a row's cost to the reference row's, averaged over the tasks."""
+        own, reference = self.rows[name], self.rows.get(self.reference, {})
         ratios = [
-            own[task].costs[cost] / its[task].costs[cost]
+            own[task].costs[cost] / reference[task].costs[cost]
             for task in self.tasks
-            if task in own and task in its and cost in own[task].costs and its[task].costs.get(cost)
+            if task in own and task in reference and cost in own[task].costs and reference[task].costs.get(cost)
         ]
         return statistics.mean(ratios) if ratios else None
 
-    def most(self, name: str, cost: str) -> float | None:
-        """A row's greatest cost on any task."""
+    def maximum(self, name: str, cost: str) -> float | None:
+        """Return a row's largest cost over the tasks."""
         return max((row.costs[cost] for row in self.rows[name].values() if cost in row.costs), default=None)
 
     def markdown(self) -> str:
-        """The same as a table for a README."""
+        """Return the table in Markdown."""
         over = f"/ {self.reference}"
         heads = (self.backbone, "trained", *self.tasks, "memory MiB", over, f"step {over}")
         lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
         for name, row in self.rows.items():
             scores = [score(row[task]) if task in row else "–" for task in self.tasks]
-            ratios = [self.over_reference(name, cost) for cost in RELATIVE]
-            costs = [number(self.most(name, RELATIVE[0])), *("–" if r is None else f"{r:.2f}" for r in ratios)]
-            lines.append(f"| {' | '.join((name, number(self.most(name, 'params/trainable')), *scores, *costs))} |")
+            ratios = [self.mean_ratio(name, cost) for cost in RELATIVE]
+            costs = [number(self.maximum(name, MEMORY)), *("–" if r is None else f"{r:.2f}" for r in ratios)]
+            lines.append(f"| {' | '.join((name, number(self.maximum(name, TRAINED)), *scores, *costs))} |")
         return "\n".join(lines)
 
 
 def overviews(rows: Sequence[Row], reference: str) -> list[Overview]:
-    """One for each backbone, the best on average first."""
-    found = []
-    for backbone, here in grouped(rows, lambda row: row.backbone).items():
-        tasks = list(dict.fromkeys(row.task for row in here))
-        by_name = grouped(here, lambda row: row.name)
-        means = {name: sum(row.score for row in of) / len(tasks) for name, of in by_name.items()}
+    """Return an overview of each backbone, its rows ordered by their mean score, best first."""
+    tables = []
+    for backbone, group in group_by(rows, lambda row: row.backbone).items():
+        tasks = list(dict.fromkeys(row.task for row in group))
+        by_name = group_by(group, lambda row: row.name)
+        means = {name: sum(row.score for row in named) / len(tasks) for name, named in by_name.items()}
         ranked = {name: {row.task: row for row in by_name[name]} for name in sorted(means, key=lambda n: -means[n])}
-        found.append(Overview(backbone, tasks, ranked, reference))
-    return found
+        tables.append(Overview(backbone, tasks, ranked, reference))
+    return tables
 
 
 def score(row: Row) -> str:
-    """Mean and deviation."""
+    """Format the mean score of a row and its standard deviation."""
     return f"{row.score:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
 
 
 def parts(rows: Sequence[Row], reference: str) -> list[Part]:
-    """The rows by task and backbone, best first."""
-    found = []
-    for (task, backbone), here in grouped(rows, lambda row: (row.task, row.backbone)).items():
-        yardstick = next((row for row in here if row.name == reference), None)
-        found.append(Part(task, backbone, sorted(here, key=lambda row: -row.score), yardstick))
-    return found
+    """Split the rows by task and backbone, best first."""
+    tables = []
+    for (task, backbone), group in group_by(rows, lambda row: (row.task, row.backbone)).items():
+        reference_row = next((row for row in group if row.name == reference), None)
+        tables.append(Part(task, backbone, sorted(group, key=lambda row: -row.score), reference_row))
+    return tables
 
 
 def write(
     study: Study,
     rows: Sequence[Row],
     records: Sequence[Record],
-    troubles: Sequence[Outcome],
-    unequal: Sequence[str],
+    failures: Sequence[Outcome],
+    differences: Sequence[str],
     out: Path,
 ) -> Path:
-    """Write `report.html`, the pictures, and `results.md`, tables for a README; the page's path."""
+    """Write `report.html`, the plots, and `results.md` with tables for a README.
+
+    Args:
+        study: The study.
+        rows: Rows of the tables.
+        records: Records of the finished runs.
+        failures: Outcomes of runs without a result.
+        differences: Differences between rows that make the comparison unfair.
+        out: Directory of the study.
+
+    Returns:
+        The path of the HTML page.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -135,17 +131,18 @@ def write(
         title=out.name,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         study=study,
-        parts=[(part, part.pictures(out / "plots")) for part in parts(rows, study.reference)],
+        parts=[(part, part.save_plots(out / "plots")) for part in parts(rows, study.reference)],
         overviews=[table for table in tables if len(table.tasks) > 1],
         columns=COLUMNS,
         relative=RELATIVE,
-        unequal=unequal,
-        troubles=troubles,
+        trained=TRAINED,
+        differences=differences,
+        failures=failures,
         records=records,
         device=first.get("device"),
         versions={name.removeprefix("version."): value for name, value in first.items() if name.startswith("version.")},
-        steps=sorted({r["steps"] for r in records if r["row"] != ZERO_SHOT}),
-        batches=sorted({r["config.data.batch_size"] for r in records if r.get("config.data.batch_size")}),
+        steps=sorted({record["steps"] for record in records if record["row"] != ZERO_SHOT}),
+        batch_sizes=sorted({size for record in records if (size := record.get("config.data.batch_size"))}),
     )
     path.write_text(page)
     (out / "results.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n")
@@ -153,7 +150,7 @@ def write(
 
 
 def number(value: float | None) -> str:
-    """Counts in full, measures with three digits."""
+    """Format a number: integers and large values without decimals, others with three digits, None as a dash."""
     if value is None:
         return "–"
     if value == int(value) or abs(value) >= 100:

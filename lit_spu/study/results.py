@@ -1,10 +1,11 @@
-"""What a study came to: a flat record a run, and a row over the seeds of each method, task and backbone."""
+"""Read and write the results of a study: a flat record per run, and a row per method, task and backbone."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,30 +31,44 @@ K = TypeVar("K")
 
 RESULTS = "results.json"
 MAJORITY = "majority"
-"""The row of the best constant answer."""
+"""Name of the row with the best constant answer."""
+
+RENAMED = {
+    "lit_spu.policies": "lit_spu.callbacks.policies",
+    "model.activation_checkpointing": "model.gradient_checkpointing",
+    "model.scores_weight": "model.logits_weight",
+    "model.start": "model.init",
+    "model.states_weight": "model.hidden_states_weight",
+    "model.tap_cache": "model.activation_cache",
+    "model.tap_dropout": "model.hidden_state_dropout",
+}
+"""Names in older results and their present names. `model.x` also stands for `model.init_args.x`.
+
+A record is found by its command line, so every flag or class path that gets a new name needs an entry here.
+"""
 
 
-def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """The items by their key, both in the order in which they come."""
-    found: dict[K, list[T]] = {}
+def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group items by a key; keys and items stay in their original order."""
+    groups: dict[K, list[T]] = {}
     for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
-def record(outcome: Outcome) -> Record:
-    """All that is known of a finished run, flat: its place, its score, what was measured, its settings and versions."""
+def make_record(outcome: Outcome) -> Record:
+    """Return the flat record of a finished run: place in the grid, score, measurements, settings and versions."""
     run = outcome.run
     summary, cell = json.loads((run / "summary.json").read_text()), outcome.cell
     config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else {}
-    config.pop("run_dir", None)  # the study's own, and no setting
+    config.pop("run_dir", None)  # chosen by the study, not a setting of the method
     launches = run / "launches.jsonl"
     launch = json.loads(launches.read_text().splitlines()[-1]) if launches.exists() else {}
-    monitor = load_task(_task(cell.args)).monitor
+    monitor = load_task(_find_task(cell.args)).monitor
     score = summary["best_score"] if summary["best_score"] is not None else summary["metrics"].get(monitor)
     if cell.tested:
-        tested = json.loads((run / TEST / "summary.json").read_text()) if cell.args[0] == "fit" else summary
-        score = tested["metrics"][monitor.replace("val/", "test/")]
+        test_summary = json.loads((run / TEST / "summary.json").read_text()) if cell.args[0] == "fit" else summary
+        score = test_summary["metrics"][monitor.replace("val/", "test/")]
     checkpoint = run / "checkpoints" / "best.ckpt"
     place = {"row": cell.row, "task": cell.task, "backbone": cell.backbone, "seed": cell.seed, "rate": cell.rate}
     return {
@@ -66,36 +81,58 @@ def record(outcome: Outcome) -> Record:
         "process_seconds": outcome.seconds,
         **summary["measured"],
         **summary["metrics"],
-        **{f"config.{name}": value for name, value in flat(config).items()},
+        **{f"config.{name}": value for name, value in flatten(config).items()},
         **{f"version.{name}": version for name, version in summary["versions"].items()},
         "git": launch.get("git"),
         "command": cell.command,
-        "curve": curve(run / "metrics.csv", monitor),
+        "curve": read_curve(run / "metrics.csv", monitor),
         "data": config.get("data"),
     }
 
 
-def kept(out: Path) -> dict[str, Record]:
-    """The records that are in `results.json`, by their command lines; those of an earlier study of other runs too."""
+def read_records(out: Path) -> dict[str, Record]:
+    """Read the records in `results.json`, by their command lines.
+
+    Records of runs that do not belong to the present study are included. Older names become the present ones.
+
+    Raises:
+        UserError: If the file does not contain results of a study.
+    """
     try:
         results = json.loads((out / RESULTS).read_text())
         runs: list[Record] = [*results.get("others", []), *results["runs"]]
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError) as error:
-        raise UserError(f"{out / RESULTS} is no study's: {error!r}. Move it away, or give another --out.") from error
-    return {run["command"]: run for run in runs}
+        raise UserError(
+            f"{out / RESULTS} does not contain results of a study: {error!r}. Move it away, or choose another --out."
+        ) from error
+    return {run["command"]: run for run in map(_use_present_names, runs)}
 
 
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; lists are written out."""
+def _use_present_names(record: Record) -> Record:
+    """Replace names of older versions in a record's keys and texts."""
+    return {rename(name): rename(value) if isinstance(value, str) else value for name, value in record.items()}
+
+
+def rename(text: str) -> str:
+    """Replace every name in `RENAMED` that occurs in a command line, a setting's name or a setting's value."""
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        former = rf"(?<![\w/])({section}\.(?:init_args\.)?){re.escape(name)}(?!\w)"
+        text = re.sub(former, rf"\g<1>{new.removeprefix(f'{section}.')}", text)
+    return text
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted names. Lists become JSON text."""
     if isinstance(settings, Mapping) and settings:
-        return {k: v for name, value in settings.items() for k, v in flat(value, f"{prefix}{name}.").items()}
+        return {k: v for name, value in settings.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
     return {prefix.removesuffix("."): json.dumps(settings) if isinstance(settings, list) else settings}
 
 
-def curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
-    """The monitored metric by step."""
+def read_curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
+    """Read the steps and values of the monitored metric from `metrics.csv`."""
     if not metrics.exists():
         return []
     with metrics.open() as file:
@@ -103,23 +140,29 @@ def curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
 
 
 def constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
-    """By task and backbone, the score of every constant answer, best first: the majority's, and a collapsed run's."""
-    found = {}
-    for where, here in grouped(records, _place).items():
-        data = next((r["data"] for r in here if r["data"]), None)
+    """Score every constant answer on the data of each task and backbone.
+
+    Returns:
+        The scores by task and backbone, best first. The first one is the majority baseline. A run with one of these
+        scores has collapsed.
+    """
+    scores = {}
+    for place, group in group_by(records, _task_and_backbone).items():
+        data = next((record["data"] for record in group if record["data"]), None)
         if data:
             task = load_task(data["task"])
-            labels = torch.tensor([row["label"] for row in GLUE(**data).examples(here[0].get("portion", "validation"))])
+            examples = GLUE(**data).examples(group[0].get("portion", "validation"))
+            labels = torch.tensor([example["label"] for example in examples])
             answers = [labels.mean().item()] if task.regression else range(len(task.labels))
-            found[where] = sorted((_constant(task, labels, answer) for answer in answers), reverse=True)
-    return found
+            scores[place] = sorted((_score_constant(task, labels, answer) for answer in answers), reverse=True)
+    return scores
 
 
-def _place(r: Record) -> tuple[str, str]:
-    return r["task"], r["backbone"]
+def _task_and_backbone(record: Record) -> tuple[str, str]:
+    return record["task"], record["backbone"]
 
 
-def _constant(task: Task, labels: Tensor, answer: float) -> float:
+def _score_constant(task: Task, labels: Tensor, answer: float) -> float:
     metric = task_metrics(task)[task.metrics[0]]
     metric.update(torch.full_like(labels, answer), labels)
     return float(metric.compute().nan_to_num(0.0))
@@ -127,7 +170,7 @@ def _constant(task: Task, labels: Tensor, answer: float) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one task and backbone, over its seeds."""
+    """Results of one method on one task and backbone, over its seeds."""
 
     name: str
     task: str
@@ -136,101 +179,114 @@ class Row:
     metric: str
     scores: Sequence[float]
     costs: Mapping[str, float] = field(default_factory=dict)
+    """Mean over the seeds of every measured number, by its name in the records."""
     curve: Sequence[tuple[float, float]] = ()
+    """Mean learning curve: pairs of a step and a score."""
     collapsed: int = 0
-    """Seeds whose score is that of a constant answer."""
+    """Number of seeds with the score of a constant answer."""
     command: str = ""
+    """Command line of the first seed."""
 
     @property
     def score(self) -> float:
-        """The mean over the seeds."""
+        """Return the mean over the seeds."""
         return statistics.mean(self.scores)
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation over the seeds, where there are two or more."""
+        """Return the sample standard deviation over the seeds, or None for a single seed."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
-def rows(records: Sequence[Record], fixed: Mapping[tuple[str, str], Sequence[float]]) -> list[Row]:
-    """A row for each method, task and backbone, at its best learning rate; `fixed` has each one's constant scores."""
-    found = []
-    for (task, backbone), here in grouped((r for r in records if r["score"] is not None), _place).items():
-        constant, metric = fixed.get((task, backbone), []), here[0]["metric"]
-        for name, of_row in grouped(here, lambda r: str(r["row"])).items():
-            by_rate = grouped(of_row, lambda r: float(r["rate"]))
-            rate, best = max(by_rate.items(), key=lambda item: statistics.mean(r["score"] for r in item[1]))
-            collapsed = sum(any(math.isclose(r["score"], c, abs_tol=1e-6) for c in constant) for r in best)
-            found.append(
+def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Sequence[float]]) -> list[Row]:
+    """Return a row for each method, task and backbone, at the best learning rate.
+
+    Args:
+        records: Records of finished runs.
+        constant_scores: Scores of the constant answers by task and backbone, from `constants`.
+    """
+    table = []
+    scored = [record for record in records if record["score"] is not None]
+    for (task, backbone), group in group_by(scored, _task_and_backbone).items():
+        constant, metric = constant_scores.get((task, backbone), []), group[0]["metric"]
+        for name, of_row in group_by(group, lambda record: str(record["row"])).items():
+            by_rate = group_by(of_row, lambda record: float(record["rate"]))
+            rate, best = max(by_rate.items(), key=lambda item: statistics.mean(run["score"] for run in item[1]))
+            collapsed = sum(any(math.isclose(run["score"], c, abs_tol=1e-6) for c in constant) for run in best)
+            table.append(
                 Row(
                     name,
                     task,
                     backbone,
                     rate,
                     metric,
-                    [r["score"] for r in best],
-                    _means(best),
-                    _mean_curve([r["curve"] for r in best]),
-                    0 if name == ZERO_SHOT else collapsed,
-                    best[0]["command"],
+                    scores=[run["score"] for run in best],
+                    costs=_average_costs(best),
+                    curve=_average_curves([run["curve"] for run in best]),
+                    collapsed=0 if name == ZERO_SHOT else collapsed,
+                    command=best[0]["command"],
                 )
             )
         if constant:
-            found.append(Row(MAJORITY, task, backbone, 1.0, metric, constant[:1]))
-    return found
+            table.append(Row(MAJORITY, task, backbone, 1.0, metric, constant[:1]))
+    return table
 
 
-def _means(records: Sequence[Record]) -> dict[str, float]:
-    """The mean of every number that was measured, over the seeds that have it."""
-    names = dict.fromkeys(name for r in records for name, value in r.items() if _measure(name, value))
+def _average_costs(records: Sequence[Record]) -> dict[str, float]:
+    """Average every measured number over the records that have it."""
+    names = dict.fromkeys(name for record in records for name, value in record.items() if _is_cost(name, value))
     return {name: statistics.mean(r[name] for r in records if isinstance(r.get(name), int | float)) for name in names}
 
 
-def _measure(name: str, value: object) -> bool:
+def _is_cost(name: str, value: object) -> bool:
+    """Return whether a record's entry is a measured number."""
     return isinstance(value, int | float) and not name.startswith(("config.", "version.", "seed", "rate", "score"))
 
 
-def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
-    """The mean score at every step that all seeds have."""
+def _average_curves(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
+    """Average the scores at every step that all curves have."""
     steps = [step for step, _ in curves[0] if all(step in dict(curve) for curve in curves)]
     return [(step, statistics.mean(dict(curve)[step] for curve in curves)) for step in steps]
 
 
-def unequal(records: Sequence[Record]) -> list[str]:
-    """What is not the same for all rows of a task and backbone, and should be for the comparison to be fair.
+def find_unfair_differences(records: Sequence[Record]) -> list[str]:
+    """List differences between the rows of a task and backbone that make their comparison unfair.
 
-    Runs of other seeds may differ, as in the split that they draw; and a run may be older than a setting.
+    Compared are steps, batches, devices, data settings and the number of finished runs. Settings may differ between
+    seeds (each seed can draw its own split). Records without a setting are skipped: they may be older than it.
     """
-    found = []
-    trained = [r for r in records if r["row"] != ZERO_SHOT]
-    for (task, backbone), here in grouped(trained, _place).items():
-        data = [name for name in dict.fromkeys(n for r in here for n in r) if name.startswith("config.data.")]
+    differences = []
+    trained = [record for record in records if record["row"] != ZERO_SHOT]
+    for (task, backbone), group in group_by(trained, _task_and_backbone).items():
+        names = dict.fromkeys(name for record in group for name in record)
+        data = [name for name in names if name.startswith("config.data.")]
         for name in ("steps", "config.trainer.accumulate_grad_batches", "devices", *data):
-            known = [r for r in here if name in r]
-            if any(len({r[name] for r in same}) > 1 for same in grouped(known, lambda r: r["seed"]).values()):
-                values = grouped(known, itemgetter(name))
-                said = (f"{value}: {', '.join(grouped(some, lambda r: r['row']))}" for value, some in values.items())
-                found.append(f"{name.removeprefix('config.')} on {task}, {backbone}: {'; '.join(said)}")
-        runs = grouped(here, lambda r: r["row"])
-        if len({tuple(sorted((r["seed"], r["rate"]) for r in cells)) for cells in runs.values()}) > 1:
-            counts = ", ".join(f"{name}: {len(cells)}" for name, cells in runs.items())
-            found.append(f"finished runs on {task}, {backbone}: {counts}")
-    return found
+            present = [record for record in group if name in record]
+            by_seed = group_by(present, lambda record: record["seed"]).values()
+            if any(len({record[name] for record in same_seed}) > 1 for same_seed in by_seed):
+                values = group_by(present, itemgetter(name))
+                texts = (f"{value}: {', '.join(group_by(some, itemgetter('row')))}" for value, some in values.items())
+                differences.append(f"{name.removeprefix('config.')} on {task}, {backbone}: {'; '.join(texts)}")
+        runs = group_by(group, itemgetter("row"))
+        if len({tuple(sorted((run["seed"], run["rate"]) for run in of_row)) for of_row in runs.values()}) > 1:
+            counts = ", ".join(f"{name}: {len(of_row)}" for name, of_row in runs.items())
+            differences.append(f"finished runs on {task}, {backbone}: {counts}")
+    return differences
 
 
-def _task(args: Sequence[str]) -> str:
+def _find_task(args: Sequence[str]) -> str:
     return next(arg.partition("=")[2] for arg in args if arg.startswith("--data.task="))
 
 
-def write(records: Sequence[Record], found: Sequence[Row], out: Path) -> None:
-    """`results.csv`, a line a run, and `results.json`, which also has the rows and the learning curves.
+def write(records: Sequence[Record], table: Sequence[Row], out: Path) -> None:
+    """Write `results.csv` (a line per run) and `results.json` (the rows, and the records with learning curves).
 
-    Records of runs that are not of this study stay in `results.json`: their directories may be gone.
+    Records of other runs that are already in `results.json` stay there: their run directories may be gone.
     """
-    others = kept(out)
-    for r in records:
-        others.pop(r["command"], None)
-    names = list(dict.fromkeys(name for r in records for name in r if name not in ("curve", "data")))
+    others = read_records(out)
+    for record in records:
+        others.pop(record["command"], None)
+    names = list(dict.fromkeys(name for record in records for name in record if name not in ("curve", "data")))
     with (out / "results.csv").open("w") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -248,7 +304,7 @@ def write(records: Sequence[Record], found: Sequence[Row], out: Path) -> None:
             "collapsed": row.collapsed,
             **row.costs,
         }
-        for row in found
+        for row in table
     ]
     (out / RESULTS).write_text(
         json.dumps({"rows": summary, "runs": list(records), "others": list(others.values())}, indent=1) + "\n"

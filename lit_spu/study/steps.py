@@ -1,4 +1,4 @@
-"""One training step of a method on made-up tokens, without data or Trainer: what estimates and benchmarks run."""
+"""Run training steps of a method on random tokens, without data or Trainer, for estimates and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_spu.tasks import Task
 
 
 def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
-    """Random tokens without padding, of which every vocabulary has those few."""
+    """Make a random batch without padding. Its token ids lie in 7 to 15, which every vocabulary has."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.rand(examples) if task.regression else torch.randint(len(task.labels), (examples,))
     return {
@@ -28,14 +28,21 @@ def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
 
 
 def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..., None], list[torch.optim.Optimizer]]:
-    """One training step, on that batch or another, as a call, and its optimizers: the Trainer's, without its logs."""
-    alone = SimpleNamespace(broadcast=lambda value: value, reduce=lambda value, **_: value)
-    stand_in: Any = SimpleNamespace(estimated_stepping_batches=10_000, strategy=alone, global_step=0, world_size=1)
-    stand_in.strategy.backward = lambda loss, _, **inputs: loss.backward(**inputs)
-    method.trainer = stand_in
+    """Prepare a method for training steps like the Trainer's, but without logging.
+
+    Returns:
+        A function that runs one step, on `batch` or on the batch that it is given; and the method's optimizers.
+    """
+    strategy = SimpleNamespace(
+        broadcast=lambda value: value,
+        reduce=lambda value, **_: value,
+        backward=lambda loss, _, **inputs: loss.backward(**inputs),
+    )
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=10_000, strategy=strategy, global_step=0, world_size=1)
+    method.trainer = trainer
     configured = method.configure_optimizers()
-    each = configured if isinstance(configured, list) else [configured]
-    optimizers: list[torch.optim.Optimizer] = [one["optimizer"] for one in each]
+    configs = configured if isinstance(configured, list) else [configured]
+    optimizers: list[torch.optim.Optimizer] = [config["optimizer"] for config in configs]
     method.train()
 
     def step(batch: dict[str, Tensor] = batch) -> None:
@@ -50,10 +57,13 @@ def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..
 
 
 def live_bytes(method: Method, step: Callable[[], None], optimizers: list[torch.optim.Optimizer]) -> LiveBytes:
-    """The greater of two steps: the first makes the optimizer's state, the second starts with it."""
-    counted = []
+    """Return the live bytes of the larger of two steps.
+
+    The first step allocates the optimizer state in its middle, the second one has it from the beginning.
+    """
+    measured = []
     for _ in range(2):
         with LiveBytes(method, optimizers) as live:
             step()
-        counted.append(live)
-    return max(counted, key=lambda live: live.peak_bytes)
+        measured.append(live)
+    return max(measured, key=lambda live: live.peak_bytes)

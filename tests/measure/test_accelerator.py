@@ -1,4 +1,4 @@
-"""The accelerator's peaks, and the plain answer where there is none."""
+"""Peak memory of an accelerator, and the error if there is none."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lit_spu.measure import MIB, AcceleratorPeak
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
-def test_a_device_without_counters_is_named() -> None:
+def test_the_error_names_a_device_without_counters() -> None:
     with pytest.raises(RuntimeError, match="no memory counters for cuda:0"):
         AcceleratorPeak(torch.device("cuda:0"))
 
 
 @pytest.mark.gpu
-def test_sees_a_known_allocation_and_forgets_it() -> None:
+def test_counts_a_known_allocation_until_reset() -> None:
     peak = AcceleratorPeak(torch.device("cuda:0"))
     before = peak.allocated_bytes()
     tensor = torch.ones(64 * MIB, device="cuda:0")

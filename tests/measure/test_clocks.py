@@ -1,4 +1,4 @@
-"""Durations against times that are known."""
+"""Clocks and durations compared with known times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_spu.measure import Clock, Durations, interleave
     warmup=st.integers(0, 5),
     quantile=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
 )
-def test_quantiles_leave_out_the_warmup(seconds: list[float], warmup: int, quantile: float) -> None:
+def test_quantiles_skip_the_warmup(seconds: list[float], warmup: int, quantile: float) -> None:
     durations = Durations(warmup)
     for value in [1e6] * warmup + seconds:
         durations.add(value)
@@ -28,14 +28,14 @@ def test_quantiles_leave_out_the_warmup(seconds: list[float], warmup: int, quant
     assert durations.milliseconds(quantile) == pytest.approx(1000 * (low + (place - int(place)) * (high - low)))
 
 
-def test_a_clock_tells_a_sleep() -> None:
+def test_a_clock_measures_a_sleep() -> None:
     clock = Clock(torch.device("cpu"))
     start = clock.now()
     time.sleep(0.05)
     assert 0.05 <= clock.seconds(start, clock.now()) < 0.5
 
 
-def test_interleaved_rounds_take_turns_and_drop_the_warmup() -> None:
+def test_interleaved_calls_alternate_and_the_warmup_is_dropped() -> None:
     ticks = count()
     order: list[str] = []
 
@@ -48,10 +48,10 @@ def test_interleaved_rounds_take_turns_and_drop_the_warmup() -> None:
 
     seconds = interleave({"a": a, "b": b}, rounds=3, warmup=2, clock=lambda: float(next(ticks)))
     assert order == ["a", "b"] * 5
-    assert seconds == {"a": [1.0] * 3, "b": [2.0] * 3}  # b itself lets the clock tick once
+    assert seconds == {"a": [1.0] * 3, "b": [2.0] * 3}  # b itself advances the clock by one
 
 
-def test_a_short_call_settles_untimed_behind_a_long_one() -> None:
+def test_a_short_call_runs_untimed_after_a_long_one() -> None:
     now = 0.0
     order: list[str] = []
 
@@ -66,21 +66,22 @@ def test_a_short_call_settles_untimed_behind_a_long_one() -> None:
         "one": lambda: taking("one", 1),
     }
     seconds = interleave(calls, rounds=2, warmup=1, clock=lambda: now)
-    assert order == ["long", "half", "one"] + ["long", "half", *["one"] * 5] * 2  # four of them are a fifth of the long
+    # the first four short calls of a round are untimed: a fifth of the long call
+    assert order == ["long", "half", "one"] + ["long", "half", *["one"] * 5] * 2
     assert seconds == {"long": [20.0] * 2, "half": [10.0] * 2, "one": [1.0] * 2}
 
 
 @pytest.mark.gpu
-def test_a_cuda_clock_times_the_device_and_not_the_queueing() -> None:
+def test_a_cuda_clock_times_the_device_instead_of_the_queueing() -> None:
     device = torch.device("cuda")
     clock = Clock(device)
     matrix = torch.randn(8192, 8192, device=device)
     matrix @ matrix
     torch.cuda.synchronize()
-    began = time.perf_counter()
+    queue_start = time.perf_counter()
     start = clock.now()
     for _ in range(20):
         matrix @ matrix
     end = clock.now()
-    queued = time.perf_counter() - began
+    queued = time.perf_counter() - queue_start
     assert clock.seconds(start, end) > 2 * queued

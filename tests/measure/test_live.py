@@ -1,4 +1,4 @@
-"""Live bytes against sums done by hand, and against an independent count of all tensors alive."""
+"""Live bytes compared with sums by hand, the profiler, and the garbage collector."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def kib(count: int) -> Tensor:
     return torch.zeros(count * KIB, dtype=torch.uint8)
 
 
-@given(sizes=st.lists(st.integers(1, 64), min_size=1, max_size=8), kept=st.integers(0, 7))
+@given(sizes=st.lists(st.integers(1, 64), min_size=1, max_size=8), num_alive=st.integers(0, 7))
 @settings(deadline=None, max_examples=30)
-def test_peak_is_the_largest_sum_of_what_is_alive(sizes: list[int], kept: int) -> None:
+def test_peak_is_the_largest_sum_of_live_tensors(sizes: list[int], num_alive: int) -> None:
     alive: list[Tensor] = []
     most = 0
     with LiveBytes() as live:
         for size in sizes:
             alive.append(kib(size))
             most = max(most, sum(tensor.nbytes for tensor in alive))
-            del alive[: max(0, len(alive) - kept)]
+            del alive[: max(0, len(alive) - num_alive)]
     assert live.entry_bytes == 0
     assert live.peak_bytes == live.above_bytes == most
     assert live.by_kind[Kind.REST] == most
 
 
-def test_views_count_once_and_a_freed_storage_no_more() -> None:
+def test_views_count_once_and_freed_storages_do_not_count() -> None:
     with LiveBytes() as live:
         tensor = kib(4)
         view = tensor[: 2 * KIB].view(2, KIB)
         del tensor
-        other = kib(3)  # 7 KiB: the view keeps all four
+        other = kib(3)  # 7 KiB: the view holds all four
         del view
         kib(1)
     assert live.peak_bytes == 7 * KIB
@@ -62,7 +62,7 @@ def test_mean_is_over_operators() -> None:
     assert second.nbytes + third.nbytes == 10 * KIB
 
 
-def test_what_is_read_from_outside_was_there_from_the_start() -> None:
+def test_tensors_from_outside_count_from_the_start() -> None:
     module = nn.Linear(8, 8, bias=False)
     batch = torch.ones(16, 8)
     with LiveBytes(module) as live, torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_resized_storage_counts_under_its_new_size() -> None:
 
 
 def test_kinds_of_a_training_step() -> None:
-    """A chain x → Linear → ReLU → Linear, whose every tensor can be counted on paper."""
+    """A chain x → Linear → ReLU → Linear: every tensor can be counted by hand."""
     width, batch = 64, 256
     model = nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False, fused=True)
@@ -103,15 +103,15 @@ def test_kinds_of_a_training_step() -> None:
         step()
     state = 2 * weights
     assert second.by_kind[Kind.WEIGHTS] == weights
-    assert state <= second.by_kind[Kind.OPTIMIZER] <= state + 64  # and a step counter a parameter
-    # The largest moment is in the backward pass: the second weight's gradient is there, x and relu(x) are saved (the
-    # latter once, for the ReLU and the Linear), and the gradients of relu(x) and of its input are on their way.
+    assert state <= second.by_kind[Kind.OPTIMIZER] <= state + 64  # and a step counter per parameter
+    # The peak is in the backward pass. The second weight's gradient exists, x and relu(x) are saved (relu(x) once, for
+    # the ReLU and the Linear), and the gradients of relu(x) and of its input are being computed.
     assert second.by_kind[Kind.ACTIVATIONS] == 2 * activation
     assert second.by_kind[Kind.GRADIENTS] == weights // 2
     assert second.by_kind[Kind.REST] <= 2 * activation + 64
 
 
-def test_gradients_and_state_are_known_by_what_they_become() -> None:
+def test_gradients_and_optimizer_state_have_their_kinds_at_the_peak() -> None:
     """Weights so large that the step itself is the peak: weights, gradients and both moments."""
     model = nn.Linear(512, 512, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -127,7 +127,7 @@ def test_gradients_and_state_are_known_by_what_they_become() -> None:
 
 
 def test_agrees_with_the_profiler(tmp_path: Path) -> None:
-    """The allocator's own account of a whole training step, to the byte but for tiny scalars that make no operator."""
+    """In a training step it counts every byte of the allocator, except tiny scalars that no operator makes."""
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, 64), nn.Dropout(0.1))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     inputs = torch.randn(128, 64)
@@ -148,7 +148,7 @@ def test_agrees_with_the_profiler(tmp_path: Path) -> None:
     assert live.above_bytes == pytest.approx(max(accumulate(change for _, change in changes)), rel=0.01)
 
 
-def test_gradients_are_the_same_as_without_the_tracker() -> None:
+def test_gradients_are_the_same_with_and_without_counting() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     inputs = torch.randn(3, 4)
@@ -158,7 +158,7 @@ def test_gradients_are_the_same_as_without_the_tracker() -> None:
     assert all(torch.equal(*pair) for pair in zip(plain, tracked, strict=True))
 
 
-def test_nothing_stays_behind() -> None:
+def test_hooks_and_counting_end_with_the_context() -> None:
     parameter = nn.Parameter(torch.ones(2))
     module = nn.Module()
     module.parameter = parameter
@@ -178,7 +178,7 @@ def test_nothing_stays_behind() -> None:
 
 
 class _Gc(TorchDispatchMode):
-    """Another way to count: after each operator, every tensor that the garbage collector can find."""
+    """Independent count: after each operator, all tensors that the garbage collector finds."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -191,13 +191,13 @@ class _Gc(TorchDispatchMode):
         return result
 
     @staticmethod
-    def _count() -> int:  # by type(): some objects warn when isinstance asks for their __class__
+    def _count() -> int:  # by type(): some objects warn if isinstance reads their __class__
         storages = {tensor.untyped_storage() for tensor in gc.get_objects() if issubclass(type(tensor), Tensor)}
         return sum(storage.nbytes() for storage in storages)
 
 
 def test_agrees_with_the_garbage_collector() -> None:
-    """In a forward pass without gradients every tensor has a Python object, so the collector sees them all."""
+    """In a forward pass without gradients, every tensor has a Python object that the collector finds."""
     model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(4)])
     inputs = torch.randn(64, 128)
     gc.collect()
@@ -236,7 +236,7 @@ def test_the_timeline_adds_up() -> None:
 
 
 def test_a_tensor_of_parts_is_the_sum_of_its_parts() -> None:
-    """As quantised weights are: the whole has a shape of its own and no storage."""
+    """Like quantised weights: the whole tensor has a shape, but no storage."""
     two = TwoTensor(torch.ones(10), torch.ones(10))
     module = nn.ParameterList([nn.Parameter(two, requires_grad=False)])
     with LiveBytes(module) as live:

@@ -1,4 +1,4 @@
-"""Resident peaks against an allocation of a known size."""
+"""Peak resident memory compared with an allocation of known size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from lit_spu.measure import MIB, ResidentPeak, resident
 
-SIZE = 192 * MIB  # beyond malloc's own pools, so it comes from the system and goes back to it
+SIZE = 192 * MIB  # too large for malloc's pools, so it is returned to the system
 
 
 @pytest.fixture(params=["kernel", "sampled"])
@@ -19,13 +19,13 @@ def peak(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.setattr(resident, "_CLEAR_REFS", tmp_path / "absent" / "clear_refs")
     peak = ResidentPeak()
     if request.param == "kernel" and not peak.exact:
-        pytest.skip("this system keeps no peak that could be reset")
+        pytest.skip("this system has no peak that can be reset")
     assert peak.exact == (request.param == "kernel")
     yield peak
     peak.close()
 
 
-def test_sees_a_known_allocation_and_forgets_it(peak: ResidentPeak) -> None:
+def test_counts_a_known_allocation_until_reset(peak: ResidentPeak) -> None:
     peak.reset()
     before = peak.peak_bytes()
     tensor = torch.ones(SIZE // 4)
@@ -38,7 +38,7 @@ def test_sees_a_known_allocation_and_forgets_it(peak: ResidentPeak) -> None:
     assert peak.peak_bytes() - before < 0.1 * SIZE
 
 
-def test_the_sampler_sees_what_is_gone_before_the_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_sampler_counts_memory_freed_before_the_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(resident, "_CLEAR_REFS", tmp_path / "absent" / "clear_refs")
     peak = ResidentPeak()
     before = peak.peak_bytes()

@@ -1,4 +1,4 @@
-"""Saved bytes against sums done by hand."""
+"""Saved bytes compared with sums by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_parameters_count_unless_excluded() -> None:
     first, second = nn.Linear(8, 16), nn.Linear(16, 4)
     with SavedForBackward() as saved:
         second(first(torch.randn(5, 8)))
-    assert saved.nbytes == (5 * 8 + 5 * 16 + 16 * 4) * FLOAT  # the first weight is not needed: x wants no gradient
+    assert saved.nbytes == (5 * 8 + 5 * 16 + 16 * 4) * FLOAT  # the first weight is not saved: x needs no gradient
     assert second.weight in saved
     assert first.weight not in saved
 

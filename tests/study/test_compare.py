@@ -1,4 +1,4 @@
-"""The runner with programs that end, fail, are killed or wait; then a whole study, and one that is interrupted."""
+"""The runner with programs that end, fail, are killed or wait; a whole study; and an interrupted study."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import os, signal, sys, time
-what = sys.argv[1]
-if what == "killed":
+case = sys.argv[1]
+if case == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if what == "wait":
+if case == "wait":
     time.sleep(60)
-if what == "refused":
+if case == "refused":
     sys.exit("error: model.k=-1 is no radius")
 print(os.environ["OMP_NUM_THREADS"], [arg for arg in sys.argv if "--run_dir" in arg])
 """
 
 
-def cell(what: str, seed: int = 1) -> Cell:
-    return Cell(what, "sst2", "mini-bert", seed, 1.0, (what, f"--seed_everything={seed}"))
+def cell(case: str, seed: int = 1) -> Cell:
+    return Cell(case, "sst2", "mini-bert", seed, 1.0, (case, f"--seed_everything={seed}"))
 
 
 def runner(out: Path, jobs: int = 1) -> Runner:
     return Runner(out, jobs, (sys.executable, "-c", PROGRAM))
 
 
-def test_every_end_is_kept_and_said(tmp_path: Path) -> None:
+def test_every_outcome_is_recorded_and_described(tmp_path: Path) -> None:
     cells = [cell("done"), cell("refused"), cell("killed")]
     outcomes = {outcome.cell.row: outcome for outcome in runner(tmp_path).run(cells)}
     assert [outcomes[name].returncode for name in ("done", "refused", "killed")] == [0, 1, -9]
@@ -51,7 +51,7 @@ def test_every_end_is_kept_and_said(tmp_path: Path) -> None:
         assert known(one, tmp_path) == outcomes[one.row]
 
 
-def test_cells_share_the_cores_and_have_directories_of_their_own(tmp_path: Path) -> None:
+def test_cells_share_the_cores_and_have_their_own_directories(tmp_path: Path) -> None:
     outcomes = list(runner(tmp_path, jobs=2).run([cell("done", seed) for seed in range(4)]))
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for outcome in outcomes:
@@ -60,16 +60,15 @@ def test_cells_share_the_cores_and_have_directories_of_their_own(tmp_path: Path)
     assert len({outcome.run.parent for outcome in outcomes}) == 4
 
 
-def test_what_is_tested_is_so_behind_its_end(tmp_path: Path) -> None:
-    """And not at all where it did not come to one."""
-    for what, lines in (("fit", 2), ("refused", 1)):
-        one = Cell(what, "sst2", "mini-bert", 1, 1.0, ("fit", what), tested=True)
+def test_a_checkpoint_is_tested_after_a_successful_fit_only(tmp_path: Path) -> None:
+    for case, lines in (("fit", 2), ("refused", 1)):
+        one = Cell(case, "sst2", "mini-bert", 1, 1.0, ("fit", case), tested=True)
         program = f"{PROGRAM}\nif sys.argv[2] == 'refused': sys.exit('error: no')\nprint(sys.argv[1:])"
         (outcome,) = Runner(tmp_path, 1, (sys.executable, "-c", program)).run([one])
         commands = [line for line in outcome.log.read_text().splitlines() if line.startswith("['")]
-        assert outcome.done is (what == "fit")
+        assert outcome.done is (case == "fit")
         assert len([line for line in outcome.log.read_text().splitlines() if "run_dir" in line]) >= lines
-        if what == "fit":
+        if case == "fit":
             assert commands[1].startswith(f"['test', '--ckpt_path={outcome.run}', '--run_dir={outcome.run}/test'")
         else:
             assert not any("'test'" in line for line in commands)
@@ -82,31 +81,31 @@ def test_other_flags_are_another_cell(tmp_path: Path) -> None:
     assert known(other, tmp_path) is None
 
 
-def test_an_interrupted_study_keeps_what_is_done_and_forgets_what_was_in_flight(tmp_path: Path) -> None:
+def test_an_interrupted_study_has_finished_cells_only(tmp_path: Path) -> None:
     cells = [cell("done"), cell("wait"), cell("done", 2)]
-    began = time.monotonic()
+    started = time.monotonic()
     outcomes = runner(tmp_path).run(cells)
     next(outcomes)
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         next(outcomes)
-    assert time.monotonic() - began < 30  # the waiting one was ended
+    assert time.monotonic() - started < 30  # the waiting process was terminated
     assert known(cells[0], tmp_path)
     assert known(cells[1], tmp_path) is None
     assert known(cells[2], tmp_path) is None
 
 
-def test_time_left_is_that_of_the_row_or_else_of_all() -> None:
+def test_time_left_is_the_mean_of_the_row_or_of_all_rows() -> None:
     def ended(row: str, seconds: float, code: int = 0) -> Outcome:
         return Outcome(cell(row), Path(), code, seconds)
 
     forecast = Forecast([], jobs=2)
-    assert forecast.left([cell("full")]) is None
-    assert forecast.says([cell("full")]) == "1 run left"
+    assert forecast.seconds_left([cell("full")]) is None
+    assert forecast.describe([cell("full")]) == "1 run left"
     for outcome in (ended("full", 100), ended("full", 200), ended("lst", 30), ended("lst", 9999, code=1)):
         forecast.add(outcome)
-    assert forecast.left([cell("full"), cell("lst"), cell("new")]) == (150 + 30 + 110) / 2
-    assert forecast.says([cell("full")] * 4) == "4 runs left, about 5 min"
+    assert forecast.seconds_left([cell("full"), cell("lst"), cell("new")]) == (150 + 30 + 110) / 2
+    assert forecast.describe([cell("full")] * 4) == "4 runs left, about 5 min"
 
 
 STUDY = """
@@ -146,17 +145,17 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert "2 of 5 runs to do" in again.stdout
     results = (out / "results.json").read_text()
     assert json.loads(results)["rows"][1]["seeds"] == 2
-    # results.json alone is enough to go on from, and a smaller study in its place loses nothing
+    # results.json alone is enough to continue, and a smaller study does not remove records from it
     shutil.rmtree(out / "cells")
-    for flags, said in (("--seeds=1", "0 of 3 runs"), ("--seeds=1,2", "0 of 5 runs")):
+    for flags, message in (("--seeds=1", "0 of 3 runs"), ("--seeds=1,2", "0 of 5 runs")):
         more = subprocess.run(compare(tmp_path, flags), cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert more.returncode == 0, more.stdout + more.stderr
-        assert f"{said} to do" in more.stdout
+        assert f"{message} to do" in more.stdout
     assert (out / "results.json").read_text() == results
 
 
 @pytest.mark.slow
-def test_a_killed_study_loses_what_was_in_flight_and_nothing_else(tmp_path: Path) -> None:
+def test_a_killed_study_loses_running_cells_only(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     study = subprocess.Popen(compare(tmp_path, "--seeds=1,2"), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     cells = tmp_path / "runs" / "compare" / "study" / "cells"
@@ -176,7 +175,7 @@ def test_a_killed_study_loses_what_was_in_flight_and_nothing_else(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
+def test_ctrl_c_writes_the_report_of_finished_cells(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     study = subprocess.Popen(
         compare(tmp_path, "--seeds=1,2"), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
@@ -186,8 +185,8 @@ def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
     while len(list(out.glob("cells/*/cell.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     study.send_signal(signal.SIGINT)
-    said, _ = study.communicate(timeout=60)
+    output, _ = study.communicate(timeout=60)
     assert study.returncode == 130
-    assert "Interrupted. The same command goes on." in said
+    assert "Interrupted. The same command goes on." in output
     assert json.loads((out / "results.json").read_text())["runs"]
     assert (out / "report.html").exists()

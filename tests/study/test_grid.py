@@ -1,4 +1,4 @@
-"""A study's cells: what is run, with which flags."""
+"""The cells of a study and their flags."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ def test_every_row_runs_on_every_task_and_backbone_with_every_seed() -> None:
     assert len(places) == len(trained) == 2 * 2 * 2 * 2 * 3
     assert len(cells) - len(trained) == 2 * 2
     assert len({c.folder for c in cells}) == len(cells)
-    assert [c.seed for c in trained] == sorted(c.seed for c in trained)  # all have one result before any has two
+    assert [c.seed for c in trained] == sorted(
+        c.seed for c in trained
+    )  # every row has one result before any row has two
 
 
-def test_flags_from_the_general_to_the_particular() -> None:
+def test_particular_flags_come_after_general_flags() -> None:
     cells = study(
         variants={"lst, r=4": [LST, "--model.reduction=4"]},
         backbones=["/models/x"],
@@ -49,7 +51,7 @@ def test_flags_from_the_general_to_the_particular() -> None:
     assert find(cells, ZERO_SHOT).args == ("validate", FULL, *for_all, *of_place, *own, "--model.head=prompt")
 
 
-def test_seed_and_task_may_be_part_of_a_flag_and_the_score_that_of_test() -> None:
+def test_flags_may_contain_seed_and_task_and_the_score_may_be_that_of_test() -> None:
     settings = {"flags": ["--data.cache={task}", "--data.split_seed={seed}"], "seeds": [13, 21]}
     cells, tested = study(**settings).cells(), study(**settings, score="test").cells()
     assert {"--data.split_seed=21", "--data.cache=sst2"} <= set(find(cells, "lst", seed=21).args)
@@ -59,7 +61,7 @@ def test_seed_and_task_may_be_part_of_a_flag_and_the_score_that_of_test() -> Non
     assert not {c.folder for c in cells} & {c.folder for c in tested}
 
 
-def test_a_grid_of_rates_is_around_each_rows_own() -> None:
+def test_rates_are_factors_of_each_rows_learning_rate() -> None:
     cells = study(rates=[0.5, 1, 2], seeds=[1], flags_for={"lst": ["--model.lr=0.01"]}).cells()
     assert "--model.lr=5e-05" in find(cells, "full", rate=0.5).args
     assert "--model.lr=0.0002" in find(cells, "full", rate=2).args
@@ -68,28 +70,28 @@ def test_a_grid_of_rates_is_around_each_rows_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"configs": ["nowhere/*.yaml"]}, "matches no file"),
-        ({"configs": [f"{CONFIGS}/glue.yaml"]}, "none of which sets a method"),
+        ({"configs": [f"{CONFIGS}/glue.yaml"]}, "none of them sets a method"),
         ({"variants": {"x": ["--model.k=2"]}}, "must start with --config="),
         ({"variants": {"x": ["--config=nowhere.yaml"]}}, "nowhere.yaml"),
         ({"reference": "ful"}, "Did you mean full?"),
         ({"flags_for": {"ls": []}}, "Did you mean lst?"),
     ],
 )
-def test_mistakes_are_told(settings: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+def test_mistakes_are_explained(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
         study(**settings).cells()
 
 
-def test_a_pattern_finds_the_methods_alone() -> None:
+def test_a_pattern_finds_configs_of_methods_only() -> None:
     found = method_configs([f"{CONFIGS}/*.yaml"])
     assert "lst" in found
     assert "glue" not in found
 
 
-def test_settings_reach_the_methods_that_have_them() -> None:
+def test_settings_change_methods_that_have_them() -> None:
     settings = {"reduction": 2, "backbone": "mini-bert"}
     assert build(CONFIGS / "lst.yaml", **settings).hparams["reduction"] == 2
     assert "reduction" not in build(CONFIGS / "head.yaml", **settings).hparams

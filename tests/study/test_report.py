@@ -1,4 +1,4 @@
-"""The page, opened in a browser where there is one."""
+"""The HTML report, also opened in a browser if there is one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from lit_spu.study import report
+from lit_spu.study.columns import AXES
 from lit_spu.study.compare import Outcome
 from lit_spu.study.grid import Cell, Study
-from lit_spu.study.plots import COSTS, pareto
+from lit_spu.study.plots import pareto
 from lit_spu.study.results import MAJORITY, Row
 
 pytest.importorskip("matplotlib")
@@ -23,13 +24,13 @@ STUDY = Study(configs=["configs/*.yaml"], seeds=[1, 2])
 
 
 def row(name: str, scores: list[float], memory: float, **more: Any) -> Row:
-    costs = dict.fromkeys(COSTS, memory) | {"memory/weights_mib": memory / 2, "memory/activations_mib": memory / 2}
+    costs = dict.fromkeys(AXES, memory) | {"memory/weights_mib": memory / 2, "memory/activations_mib": memory / 2}
     return Row(name, "sst2", "mini-bert", 1.0, "accuracy", scores, costs, [(1, 0.5), (2, scores[0])], **more)
 
 
 ROWS = [
     row("full", [0.9, 0.7], 400),
-    row("full, recomputed", [0.9, 0.7], 400),  # the same in all that is drawn
+    row("full, recomputed", [0.9, 0.7], 400),  # equal values in every plot
     row("lst <b>", [0.85, 0.85], 100),
     row("head", [0.5, 0.5], 50, collapsed=2),
     Row(MAJORITY, "sst2", "mini-bert", 1.0, "accuracy", [0.5]),
@@ -43,42 +44,42 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report.write(STUDY, ROWS, [], [Outcome(failed, out / "run", -9, 1.0)], ["steps on sst2: 1; 2"], out)
 
 
-def test_it_needs_nothing_from_elsewhere(page: Path) -> None:
+def test_the_page_loads_no_other_files(page: Path) -> None:
     text = page.read_text()
     addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
     assert all("w3.org" in a or "purl.org" in a or "creativecommons" in a or "matplotlib.org" in a for a in addresses)
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", text)
 
 
-def test_it_says_what_went_wrong_and_what_is_not_fair(page: Path) -> None:
+def test_the_page_lists_failed_runs_and_unfair_differences(page: Path) -> None:
     text = page.read_text()
     assert "lora, sst2, mini-bert, seed 1: killed by SIGKILL" in text
     assert "steps on sst2: 1; 2" in text
     assert "collapsed, 2 of 2" in text
-    assert "lst &lt;b&gt;" in text  # names are text, not markup
+    assert "lst &lt;b&gt;" in text  # names are escaped
 
 
-def test_costs_are_also_given_over_the_reference(page: Path) -> None:
+def test_costs_are_also_shown_relative_to_the_reference(page: Path) -> None:
     lst = page.read_text().split("lst &lt;b&gt;</td>")[1].split("</tr>")[0]
     assert [float(v) for v in re.findall(r'data-value="([\d.]+)"', lst)][:5] == [0.85, 100, 100, 0.25, 100]
 
 
-def test_pictures_are_files_too(page: Path) -> None:
+def test_plots_are_saved_as_files(page: Path) -> None:
     files = {path.name for path in (page.parent / "plots" / "sst2-mini-bert").iterdir()}
     assert files == {f"{name}.{kind}" for name in ("pareto", "memory", "curves") for kind in ("svg", "png")}
 
 
-def test_scores_are_set_against_what_differs() -> None:
+def test_the_pareto_plot_shows_costs_that_differ() -> None:
     def panels(*costs: dict[str, float]) -> list[str]:
         rows = [Row(f"row {i}", "sst2", "m", 1.0, "accuracy", [0.5], cost) for i, cost in enumerate(costs)]
         return [axis.get_xlabel() for axis in pareto(rows).axes]
 
-    memory, passes = COSTS["memory/live_peak_mib"], COSTS["passes/backward"]
-    one = dict.fromkeys(COSTS, 10.0)
+    memory, passes = AXES["memory/live_peak_mib"], AXES["passes/backward"]
+    one = dict.fromkeys(AXES, 10.0)
     assert panels(one, one | {"memory/live_peak_mib": 5.0}) == [memory]
     assert panels(one, one | {"passes/backward": 5.0}) == [passes]
-    assert panels(one, one | {"passes/backward": 0.0, "memory/live_peak_mib": 5.0}) == [memory]  # no logarithm
-    assert panels({"memory/live_peak_mib": 9.0}, one) == [memory]  # a run may be older than a measure
+    assert panels(one, one | {"passes/backward": 0.0, "memory/live_peak_mib": 5.0}) == [memory]  # zero has no logarithm
+    assert panels({"memory/live_peak_mib": 9.0}, one) == [memory]  # older runs can lack a measure
     assert panels(one, one) == [memory]
 
 
@@ -88,11 +89,11 @@ def test_scores_are_set_against_what_differs() -> None:
     [
         ("", ["lst <b>", "full", "full, recomputed", "head", MAJORITY]),
         ("#sst2-mini-bert:3:1", ["head", "lst <b>", "full", "full, recomputed", MAJORITY]),
-        ("#sst2-mini-bert:3:-1", ["full", "full, recomputed", "lst <b>", "head", MAJORITY]),  # what has none stays last
+        ("#sst2-mini-bert:3:-1", ["full", "full, recomputed", "lst <b>", "head", MAJORITY]),  # missing values stay last
         ("#sst2-mini-bert:0:1", ["full", "full, recomputed", "head", "lst <b>", MAJORITY]),
     ],
 )
-def test_its_table_sorts_in_a_browser(page: Path, address: str, order: list[str]) -> None:
+def test_the_table_sorts_in_a_browser(page: Path, address: str, order: list[str]) -> None:
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}{address}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     body = done.stdout.split("<tbody>")[1].split("</tbody>")[0]
@@ -100,14 +101,19 @@ def test_its_table_sorts_in_a_browser(page: Path, address: str, order: list[str]
     assert [name.replace("&lt;", "<").replace("&gt;", ">") for name in first] == order
 
 
-def test_all_tasks_are_beside_one_another() -> None:
+def test_an_overview_shows_all_tasks() -> None:
     costs = {"memory/live_peak_mib": 10.0, "latency/step_ms": 4.0, "params/trainable": 5}
 
-    def of(name: str, task: str, score: float, factor: float) -> Row:
+    def make_row(name: str, task: str, score: float, factor: float) -> Row:
         scaled = {cost: value * factor for cost, value in costs.items()}
         return Row(name, task, "mini-bert", 1.0, "accuracy", [score], scaled)
 
-    rows = [of("full", "sst2", 0.8, 2), of("full", "rte", 0.6, 4), of("lst", "sst2", 0.9, 1), of("lst", "rte", 0.7, 1)]
+    rows = [
+        make_row("full", "sst2", 0.8, 2),
+        make_row("full", "rte", 0.6, 4),
+        make_row("lst", "sst2", 0.9, 1),
+        make_row("lst", "rte", 0.7, 1),
+    ]
     (table,) = report.overviews([*rows, Row(MAJORITY, "rte", "mini-bert", 1.0, "accuracy", [0.5])], "full")
     assert list(table.rows) == ["lst", "full", MAJORITY]
     lines = table.markdown().splitlines()

@@ -1,4 +1,4 @@
-"""Rows, baselines and fairness from records by hand."""
+"""Rows, baselines and unfair differences of hand-made records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_spu.data.glue import GLUE
-from lit_spu.study.results import MAJORITY, Record, constants, flat, rows, unequal
+from lit_spu.study.results import MAJORITY, Record, constants, find_unfair_differences, flatten, rows
 
 
 def record(row: str, seed: int, score: float | None, rate: float = 1.0, **more: Any) -> Record:
@@ -31,7 +31,7 @@ def test_a_row_is_the_mean_over_the_seeds_at_the_best_rate() -> None:
         record("lst", 2, 0.8, memory=30.0, curve=[(5, 0.4), (10, 0.8), (15, 0.1)]),
         record("lst", 1, 0.9, rate=3),
         record("lst", 2, 0.1, rate=3),
-        record("lst", 3, None),  # a run that never validated
+        record("lst", 3, None),  # a run without validation
     ]
     (row,) = rows(records, {})
     assert (row.rate, row.score) == (1.0, 0.75)
@@ -40,7 +40,7 @@ def test_a_row_is_the_mean_over_the_seeds_at_the_best_rate() -> None:
     assert row.curve == [(5, 0.5), (10, 0.75)]
 
 
-def test_a_constant_answer_is_the_majoritys_and_a_collapsed_runs() -> None:
+def test_constant_answers_are_the_majority_row_and_mark_collapsed_runs() -> None:
     labels = Counter(row["label"] for row in GLUE(task="sst2", limit_validation=60).examples("validation"))
     shares = sorted((count / 60 for count in labels.values()), reverse=True)
     fixed = constants([record("lst", 1, 0.5)])
@@ -52,36 +52,36 @@ def test_a_constant_answer_is_the_majoritys_and_a_collapsed_runs() -> None:
     assert found[MAJORITY].deviation is None
 
 
-def test_a_regressions_constant_explains_nothing() -> None:
+def test_a_constant_answer_scores_zero_in_regression() -> None:
     regression = record("lst", 1, 0.5, data={"task": "stsb", "limit_validation": 20})
     assert constants([regression])["sst2", "mini-bert"] == pytest.approx([0.0], abs=1e-6)
 
 
-def test_what_is_not_equal_is_said() -> None:
+def test_unfair_differences_are_described() -> None:
     fair = [record("full", 1, 0.5), record("lst", 1, 0.6)]
-    assert unequal(fair) == []
-    (steps,) = unequal([record("full", 1, 0.5), record("lst", 1, 0.6, steps=20)])
+    assert find_unfair_differences(fair) == []
+    (steps,) = find_unfair_differences([record("full", 1, 0.5), record("lst", 1, 0.6, steps=20)])
     assert steps == "steps on sst2, mini-bert: 10: full; 20: lst"
     batch = "config.data.batch_size"
-    (batches,) = unequal([record("full", 1, 0.5, **{batch: 32}), record("lst", 1, 0.6, **{batch: 16})])
+    (batches,) = find_unfair_differences([record("full", 1, 0.5, **{batch: 32}), record("lst", 1, 0.6, **{batch: 16})])
     assert batches == "data.batch_size on sst2, mini-bert: 32: full; 16: lst"
     split = "config.data.split_seed"
     drawn = [record(row, seed, 0.5, **{split: seed}) for row in ("full", "lst") for seed in (1, 2)]
-    assert unequal([*drawn, record("older", 1, 0.5), record("older", 2, 0.5)]) == []
-    assert unequal([*drawn[:3], record("lst", 2, 0.5, **{split: 1})]) == [
+    assert find_unfair_differences([*drawn, record("older", 1, 0.5), record("older", 2, 0.5)]) == []
+    assert find_unfair_differences([*drawn[:3], record("lst", 2, 0.5, **{split: 1})]) == [
         "data.split_seed on sst2, mini-bert: 1: full, lst; 2: full"
     ]
-    (seeds,) = unequal([*fair, record("lst", 2, 0.6)])
+    (seeds,) = find_unfair_differences([*fair, record("lst", 2, 0.6)])
     assert seeds == "finished runs on sst2, mini-bert: full: 1, lst: 2"
 
 
 def test_settings_are_flattened() -> None:
     nested = {"data": {"task": "sst2", "drop": [1, 2]}, "model": None, "empty": {}}
-    assert flat(nested) == {"data.task": "sst2", "data.drop": "[1, 2]", "model": None, "empty": {}}
+    assert flatten(nested) == {"data.task": "sst2", "data.drop": "[1, 2]", "model": None, "empty": {}}
 
 
-def test_a_task_of_ones_own_has_a_majority(tmp_path: Path) -> None:
-    """It is known by a short name here, under which no task can be loaded."""
+def test_a_custom_task_has_a_majority_row(tmp_path: Path) -> None:
+    """Its row has a short name that cannot be loaded as a task; its data settings can."""
     own = Path(__file__).parents[2] / "examples" / "own_task"
     data = {"task": str(own / "task.yaml"), "source": str(own)}
     scored = [record("lst", 1, 0.9, data=data) | {"task": "task"}]
