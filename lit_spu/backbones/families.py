@@ -185,9 +185,9 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     form, mask = family.shape.reads(head, tokenizer)
     positions = getattr(config, "max_position_embeddings", None)  # a T5's are relative: it has no such setting
-    room = positions and positions - family.reserved
+    max_tokens = positions and positions - family.reserved
     model, knows = load_model(source, name, family, task, head, local)
-    backbone = family.shape(model, family, task, head, Encoding(tokenizer, form, mask, room), name)
+    backbone = family.shape(model, family, task, head, Encoding(tokenizer, form, mask, max_tokens), name)
     backbone.head_is_pretrained = knows
     return backbone
 

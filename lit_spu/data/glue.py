@@ -243,10 +243,10 @@ class GLUE(LightningDataModule):
                 "GLUE cannot tell how to write the examples: use it with a model that has an `encoding`, as in"
                 " Trainer().fit(KLadder(), GLUE()), or set its own `encoding`."
             )
-        if encoding.room is not None and self.max_length > encoding.room:
+        if encoding.max_tokens is not None and self.max_length > encoding.max_tokens:
             raise UserError(
-                f"data.max_length={self.max_length}: this backbone reads at most {encoding.room} tokens:"
-                f" set --data.max_length={encoding.room} or less."
+                f"data.max_length={self.max_length}: this backbone reads at most {encoding.max_tokens} tokens:"
+                f" set --data.max_length={encoding.max_tokens} or less."
             )
         return encoding
 

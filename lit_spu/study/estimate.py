@@ -57,9 +57,9 @@ def estimates(
         with FakeTensorMode(allow_non_fake_inputs=True):
             try:
                 method = build(config, **{**(settings or {}), "backbone": backbone, "task": task})
-                room = method.encoding.room
-                if room is not None and length > room:
-                    raise UserError(f"length={length}: {backbone} reads at most {room} tokens.")
+                max_tokens = method.encoding.max_tokens
+                if max_tokens is not None and length > max_tokens:
+                    raise UserError(f"length={length}: {backbone} reads at most {max_tokens} tokens.")
             except UserError as error:
                 refused[name] = error
                 continue

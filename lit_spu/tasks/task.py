@@ -34,7 +34,7 @@ class Encoding:
     tokenizer: PreTrainedTokenizerBase
     format: Format
     mask: str
-    room: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
