@@ -148,12 +148,12 @@ class Loader(DataLoader[Batch]):
     """DataLoader with a state: its position in the epoch, so that training resumes at the next batch.
 
     The state counts delivered batches, not those that workers have read ahead, so it is valid for any number of
-    workers. If `taken` is set, it returns the number of batches that were trained on, which is one less if training
-    was interrupted within a step.
+    workers. If `num_trained` is set, it returns the number of batches that were trained on, which is one less if
+    training was interrupted within a step.
     """
 
     sampler: BucketSampler
-    taken: Callable[[], int] | None = None
+    num_trained: Callable[[], int] | None = None
     _resumed = False
     _num_batches = 0
 
@@ -177,7 +177,7 @@ class Loader(DataLoader[Batch]):
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, the seed of its shuffle, the position in it and the number of its batches."""
         sampler = self.sampler
-        position = self.taken() if self.taken else sampler.position
+        position = self.num_trained() if self.num_trained else sampler.position
         return {"seed": sampler.seed, "epoch": sampler.epoch, "position": position, "batches": len(sampler)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

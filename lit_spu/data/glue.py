@@ -46,15 +46,15 @@ class GLUE(LightningDataModule):
             folder with the official files. Example: --data.source=glue reads glue/SST-2/train.tsv for sst2.
         batch_size: Number of examples of a batch on each device.
         max_length: Largest number of tokens of an example. Longer texts lose their end.
-        shots: Number of training examples of each label, for few-shot training. The validation examples are as many
-            others of the train split, and the test examples are the original validation split.
+        shots: Number of training examples of each label, for few-shot training. The validation examples are the
+            same number of other examples of the train split. The test examples are the original validation split.
         split_seed: Random seed of the few-shot examples, of the limited subsets and of the synthetic sample data.
         template: Form of the input text. Allowed: auto (the form that the backbone expects), pair, named, cloze,
             prefix, or a text with {field} for each field of the task and {mask} for the mask token.
             Example: --data.template='{sentence} All in all, it was {mask}.'
-        same_batches: Whether every epoch has the same batches in a new order. The last bits of a backbone's hidden
-            states depend on the other texts of a batch, so only then does an activation cache return exactly what the
-            backbone would compute.
+        same_batches: Whether every epoch has the same batches in a new order. The last bits of a text's hidden states
+            depend on the other texts of its batch. With the same batches, an activation cache returns exactly what
+            the backbone would compute.
         num_workers: Number of processes that prepare batches. 0 is enough, because examples are tokenised in advance.
         limit_train: Number of training examples to use, drawn at random with `split_seed`, in their original order.
         limit_validation: The same for each validation set.
@@ -189,7 +189,7 @@ class GLUE(LightningDataModule):
         self._train_loader = self._make_loaders("train", shuffle=True)[0]
         trainer: Any = self.trainer
         if trainer is not None:
-            self._train_loader.taken = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            self._train_loader.num_trained = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
         if self._resume_state:
             self._train_loader.load_state_dict(self._resume_state)
             self._resume_state = {}

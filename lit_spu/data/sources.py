@@ -52,7 +52,7 @@ def load_split(task: Task, source: str, split: Split, shots: int | None = None, 
 
 
 def draw_few_shot_splits(task: Task, rows: Sequence[Row], shots: int, seed: int) -> dict[str, list[Row]]:
-    """Draw `shots` training examples of each label, and as many validation examples, in the order of `rows`.
+    """Draw `shots` training and `shots` validation examples of each label, in the order of `rows`.
 
     Raises:
         UserError: if a label has too few examples.

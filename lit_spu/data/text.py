@@ -1,7 +1,7 @@
 """Input texts and their tokens: templates, tokenisation and the token cache.
 
-A template is a format string: `{field}` stands for the text of a field, `{mask}` for the mask token. If an example is
-too long, the ends of its longest fields are cut. The template is never cut, so the mask token is always there.
+A template is a format string. `{field}` is replaced by the text of a field, `{mask}` by the mask token. If an example
+is too long, the ends of its longest fields are cut. The template is never cut, so the mask token is always there.
 """
 
 from __future__ import annotations

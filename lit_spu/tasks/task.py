@@ -70,7 +70,7 @@ class Files:
 class Task:
     """A classification or regression task on text.
 
-    In a template, `{field}` stands for the text of a field and `{mask}` for the mask token. `{field:cut}` drops the
+    In a template, `{field}` is replaced by the text of a field and `{mask}` by the mask token. `{field:cut}` drops the
     final punctuation mark, `{field:uncap}` makes the first letter lower case.
 
     Attributes:
