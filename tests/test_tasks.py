@@ -15,13 +15,13 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "own_task" / "task.yaml"
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_task_survives_being_written_down(task: Task) -> None:
+def test_a_task_can_be_saved_as_yaml_and_loaded(task: Task) -> None:
     assert load_task(yaml.safe_load(yaml.safe_dump(task.to_dict()))) == task
     assert load_task(task.name) is task
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_task_is_whole(task: Task) -> None:
+def test_a_task_is_complete(task: Task) -> None:
     assert len(task.label_words) == (2 if task.regression else len(task.labels))
     assert bool(task.labels) != task.regression
     for template in (task.cloze, task.prefix):
@@ -32,14 +32,14 @@ def test_a_task_is_whole(task: Task) -> None:
     assert len(task.files.spelling) in (0, len(task.labels))
 
 
-def described(tmp_path: Path, text: str) -> Task:
+def load_task_text(tmp_path: Path, text: str) -> Task:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     return load_task(str(path))
 
 
-def test_a_task_of_ones_own_has_sane_defaults(tmp_path: Path) -> None:
-    assert described(tmp_path, "fields: [title, body]\nlabels: [bad, good]") == Task(
+def test_a_custom_task_has_defaults(tmp_path: Path) -> None:
+    assert load_task_text(tmp_path, "fields: [title, body]\nlabels: [bad, good]") == Task(
         name="mine",
         fields=("title", "body"),
         labels=("bad", "good"),
@@ -48,7 +48,7 @@ def test_a_task_of_ones_own_has_sane_defaults(tmp_path: Path) -> None:
         prefix="{title} {body} It was {mask}",
         metrics=("accuracy",),
     )
-    scored = described(tmp_path, "fields: [essay]\nscore_range: [1, 6]")
+    scored = load_task_text(tmp_path, "fields: [essay]\nscore_range: [1, 6]")
     assert scored.score_range == (1.0, 6.0)
     assert scored.metrics == ("pearson", "spearman")
     assert scored.label_words == ("low", "high")
@@ -57,10 +57,10 @@ def test_a_task_of_ones_own_has_sane_defaults(tmp_path: Path) -> None:
 
 
 def test_numbers_may_be_labels(tmp_path: Path) -> None:
-    assert described(tmp_path, "fields: [text]\nlabels: [1, 2, 3]").labels == ("1", "2", "3")
+    assert load_task_text(tmp_path, "fields: [text]\nlabels: [1, 2, 3]").labels == ("1", "2", "3")
 
 
-def test_the_example_is_as_it_says() -> None:
+def test_the_example_task_is_loaded() -> None:
     task = load_task(str(EXAMPLE))
     assert (task.name, task.labels, task.metrics) == ("tickets", ("can_wait", "urgent"), ("accuracy", "f1"))
     assert task.columns == {"message": "text"}
@@ -78,27 +78,36 @@ def test_the_example_is_as_it_says() -> None:
         ("fields: [text]", r"either labels .* or score_range"),
         ("fields: [text]\nlabels: [a, b]\nscore_range: [0, 1]", r"either labels .* or score_range"),
         ("fields: [text]\nlabels: [a]", r"labels must be a list of at least 2"),
-        ("fields: [text]\nlabels: [a, a]", r"labels: a name stands twice"),
-        ("fields: [text]\nlabels: [no, yes]", r"labels: False is no name; in YAML, yes, no, on and off need quotes"),
-        ("fields: [label]\nlabels: [a, b]", r"fields: 'label' is no plain name"),
-        ("fields: [my text]\nlabels: [a, b]", r"fields: 'my text' is no plain name"),
+        ("fields: [text]\nlabels: [a, a]", r"labels: a name is repeated"),
+        ("fields: [text]\nlabels: [no, yes]", r"labels: False is not a name; in YAML, yes, no, on and off need quotes"),
+        ("fields: [label]\nlabels: [a, b]", r"fields: 'label' cannot name a field"),
+        ("fields: [my text]\nlabels: [a, b]", r"fields: 'my text' cannot name a field"),
         ("fields: [text]\nlabels: [a, b]\nlabel_words: [x]", r"label_words: 1 given, 2 needed"),
         ("fields: [text]\nlabels: [a, b]\nmetrics: [acuracy]", r"metrics: 'acuracy' .* Did you mean accuracy\?"),
-        ("fields: [text]\nlabels: [a, b]\nmetrics: [pearson]", r"metrics: 'pearson' is none for a task with labels"),
-        ("fields: [text]\nscore_range: [0, 1]\nmetrics: [f1]", r"metrics: 'f1' is none for a task with a score_range"),
+        (
+            "fields: [text]\nlabels: [a, b]\nmetrics: [pearson]",
+            r"metrics: 'pearson' is not a metric of a task with labels",
+        ),
+        (
+            "fields: [text]\nscore_range: [0, 1]\nmetrics: [f1]",
+            r"metrics: 'f1' is not a metric of a task with a score_range",
+        ),
         ("fields: [text]\nscore_range: [1, 1]", r"score_range must be two numbers"),
         ("fields: [text]\nscore_range: 5", r"score_range must be two numbers"),
-        ("fields: [text]\nlabels: [a, b]\ncolumns: {txt: body}", r"columns: 'txt' is no field\. Did you mean text\?"),
-        ("fields: [text]\nlabels: [a, b]\ncolumns: [body]", r"columns must give"),
+        (
+            "fields: [text]\nlabels: [a, b]\ncolumns: {txt: body}",
+            r"columns: 'txt' is not a field\. Did you mean text\?",
+        ),
+        ("fields: [text]\nlabels: [a, b]\ncolumns: [body]", r"columns must map a field to"),
         ("fields: [text]\nlabels: [a, b]\ncloze: 3", r"cloze must be a text such as"),
         ("fields: [text]\nlabels: [a, b]\nname: 'a {b}'", r"name must be a word"),
         ("fields: [text\nlabels", r"cannot be read as a task in YAML"),
         ("- text", r"a task is a mapping"),
     ],
 )
-def test_a_task_that_does_not_hold_is_explained(tmp_path: Path, text: str, expected: str) -> None:
+def test_an_invalid_task_is_explained(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        described(tmp_path, text)
+        load_task_text(tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +118,7 @@ def test_a_task_that_does_not_hold_is_explained(tmp_path: Path, text: str, expec
         ({"fields": ["text"], "labels": ["a", "b"]}, r"data\.task: name must be"),
     ],
 )
-def test_what_is_no_task_is_explained(spec: str | dict[str, Any], expected: str) -> None:
+def test_an_unknown_task_is_explained(spec: str | dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         load_task(spec)
 
@@ -118,7 +127,7 @@ NAMES = st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=2, max_s
 
 
 @given(labels=NAMES, words=NAMES, low=st.integers(-5, 5), column=st.integers(0, 9) | st.text(max_size=5))
-def test_any_task_of_ones_own_survives_being_written_down(
+def test_any_custom_task_can_be_saved_as_yaml_and_loaded(
     labels: list[str], words: list[str], low: int, column: str | int
 ) -> None:
     common: dict[str, Any] = {"name": "mine", "fields": ["left", "right"], "columns": {"left": column}}

@@ -1,1 +1,1 @@
-"""Examples from files, the hub or a generator, as batches of tokens."""
+"""Examples of a task, from their source to batches of tokens."""

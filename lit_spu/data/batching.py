@@ -1,4 +1,4 @@
-"""Batches of texts of like length, the same whatever the number of devices, that an interrupted run finds again."""
+"""Batches of texts of similar length, reproducible on any number of devices and after an interruption."""
 
 from __future__ import annotations
 
@@ -14,67 +14,74 @@ from lit_spu.data.text import Tokens
 from lit_spu.errors import UserError
 
 Batch = dict[str, Tensor]
+"""Input tensors by name; the first dimension of each is the batch."""
+
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
-_BUCKET = 50  # global batches among which lengths are sorted: 5 % of padding is left, and most of the shuffle
+_BUCKET = 50  # global batches that are sorted by length together: leaves 5 % of padding and most of the shuffle
 
 
 class Examples(Dataset[Batch]):
-    """Tokenised examples of which any list of indices makes a batch.
+    """Dataset of tokenised examples that returns a padded batch for a list of indices.
 
     Args:
-        tokens: The texts.
-        labels: Their labels' numbers or scores.
-        pad_id: Token that fills up shorter texts, on the right; the attention mask is 0 there.
+        tokens: Tokens of the examples.
+        labels: Label positions, or scores.
+        pad_id: Token id that fills up shorter texts on the right, where the attention mask is 0.
     """
 
     def __init__(self, tokens: Tokens, labels: Sequence[int] | Sequence[float], pad_id: int) -> None:
         self.tokens = tokens
-        self.labels = torch.tensor(labels)  # long of labels, float32 of scores
+        self.labels = torch.tensor(labels)  # int64 for labels, float32 for scores
         self.pad_id = pad_id
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        """The batch: `input_ids`, `attention_mask` (and `token_type_ids`) long [batch, longest], `labels`, `index`."""
+        """Return a batch of examples.
+
+        It holds `input_ids`, `attention_mask` and, with some tokenizers, `token_type_ids`, int64 [batch, longest], and
+        `labels` and `index` [batch].
+        """
         index = np.asarray(indices, np.int64)
         starts, ends = self.tokens.starts[index], self.tokens.starts[index + 1]
-        steps = np.arange((ends - starts).max())
-        real = steps < (ends - starts)[:, None]
-        places = np.where(real, starts[:, None] + steps, 0)
+        positions = np.arange((ends - starts).max())
+        real = positions < (ends - starts)[:, None]
+        offsets = np.where(real, starts[:, None] + positions, 0)
         batch = {
-            "input_ids": torch.from_numpy(np.where(real, self.tokens.ids[places], self.pad_id).astype(np.int64)),
+            "input_ids": torch.from_numpy(np.where(real, self.tokens.ids[offsets], self.pad_id).astype(np.int64)),
             "attention_mask": torch.from_numpy(real.astype(np.int64)),
             "labels": self.labels[index],
             "index": torch.from_numpy(index),
         }
         if self.tokens.types is not None:
-            batch["token_type_ids"] = torch.from_numpy(np.where(real, self.tokens.types[places], 0).astype(np.int64))
+            batch["token_type_ids"] = torch.from_numpy(np.where(real, self.tokens.types[offsets], 0).astype(np.int64))
         return batch
 
 
 class BucketSampler(DistributedSampler[list[int]]):
-    """Batches of examples of like length.
+    """Sampler of batches of examples of similar length.
 
-    Shuffled, the examples are drawn anew each epoch, sorted by length within buckets of 50 global batches, and cut into
-    global batches of `batch_size` for each device, whose order is drawn too; each device takes its stride of every
-    global batch. So two devices with 16 each train on the very batches of one device with 32. The last, short batch
-    loses what does not divide by the number of devices.
+    For training (`shuffle`), each epoch shuffles the examples, sorts them by length within buckets of 50 global
+    batches, and cuts them into global batches in random order. A global batch has `batch_size` examples for each
+    device, and each device takes its share of it. Two devices with 16 examples each therefore train on the same
+    global batches as one device with 32. If the last batch does not divide by the number of devices, it loses the
+    remaining examples.
 
-    Not shuffled, the longest come first (memory runs out at once or never), every example comes once over all devices,
-    and all devices have equally many batches, for they meet at each of them.
+    For evaluation, the longest examples come first, so that a lack of memory shows at once. Every example comes once
+    over all devices. All devices have the same number of batches, because they synchronise at each one.
 
-    It is a DistributedSampler so that Lightning tells it the epoch and puts no other in its place.
+    The class is a DistributedSampler so that Lightning sets its epoch and does not replace it.
 
     Args:
-        lengths: Tokens of each example.
+        lengths: Number of tokens of each example.
         batch_size: Examples of a batch on one device.
-        shuffle: Whether to train on them.
-        same_batches: Draw the batches in the first epoch alone, and only their order in each.
+        shuffle: Whether the batches are for training.
+        same_batches: Whether every epoch has the batches of the first one, in a new order.
         num_replicas: Number of devices.
-        rank: This device's number.
-        seed: With the epoch, decides the shuffle.
+        rank: Index of this device.
+        seed: Random seed; it decides the shuffle together with the epoch.
 
     Raises:
         UserError: if there are fewer examples than devices.
@@ -100,10 +107,10 @@ class BucketSampler(DistributedSampler[list[int]]):
         self.lengths = lengths
         self.batch_size = batch_size
         self.same_batches = same_batches
-        self.position = 0  # batches of this epoch that were given out; the next pass goes on behind them
+        self.position = 0  # batches of this epoch that were already delivered; the next iteration skips them
 
     def __len__(self) -> int:
-        """Batches of an epoch, on each device."""
+        """Return the number of batches of an epoch on each device."""
         count, size, devices = len(self.lengths), self.batch_size, self.num_replicas
         if self.shuffle:
             full, rest = divmod(count, size * devices)
@@ -116,7 +123,7 @@ class BucketSampler(DistributedSampler[list[int]]):
         return iter([batch.tolist() for batch in batches[self.position :]])
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle for `epoch`, whose batches begin anew if it is another one."""
+        """Shuffle for `epoch`; if it is a new epoch, begin with its first batch."""
         if epoch != self.epoch:
             self.position = 0
         super().set_epoch(epoch)
@@ -124,8 +131,8 @@ class BucketSampler(DistributedSampler[list[int]]):
     def _training_batches(self) -> list[Indices]:
         size = self.batch_size * self.num_replicas
         rng = np.random.default_rng((self.seed, self.epoch))
-        drawn = np.random.default_rng((self.seed, 0)) if self.same_batches else rng
-        shuffled = drawn.permutation(len(self.lengths))
+        example_rng = np.random.default_rng((self.seed, 0)) if self.same_batches else rng
+        shuffled = example_rng.permutation(len(self.lengths))
         buckets = np.split(shuffled, range(_BUCKET * size, len(shuffled), _BUCKET * size))
         order = np.concatenate([bucket[np.argsort(self.lengths[bucket], kind="stable")] for bucket in buckets])
         order = order[: len(order) // self.num_replicas * self.num_replicas]
@@ -138,28 +145,29 @@ class BucketSampler(DistributedSampler[list[int]]):
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader whose state is its place in the epoch: Lightning keeps it in checkpoints, and goes on from there.
+    """DataLoader with a state: its position in the epoch, so that training resumes at the next batch.
 
-    The state holds with any number of workers, for it counts the batches given out, not those read ahead; or, where
-    `taken` tells, those that were trained on, of which there may be one less at an interruption.
+    The state counts delivered batches, not those that workers have read ahead, so it is valid for any number of
+    workers. If `num_trained` is set, it returns the number of batches that were trained on, which is one less if
+    training was interrupted within a step.
     """
 
     sampler: BucketSampler
-    taken: Callable[[], int] | None = None
+    num_trained: Callable[[], int] | None = None
     _resumed = False
-    _batches = 0
+    _num_batches = 0
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a plain iterator will do
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a plain iterator is enough
         if not self._resumed:
             self.sampler.position = 0
         self._resumed = False
-        return self._count()
+        return self._count_batches()
 
-    def _count(self) -> Iterator[Batch]:
-        # Begins with the first batch asked for, and so after Lightning has told the epoch.
-        if self.sampler.position and self._batches != len(self.sampler):
+    def _count_batches(self) -> Iterator[Batch]:
+        # A generator's body runs only once the first batch is requested. By then Lightning has set the epoch.
+        if self.sampler.position and self._num_batches != len(self.sampler):
             raise UserError(
-                f"The checkpoint was written amid an epoch of {self._batches} batches, but now it has"
+                f"The checkpoint was written during an epoch of {self._num_batches} batches, but now an epoch has"
                 f" {len(self.sampler)}: resume with the same data, data.batch_size and number of devices."
             )
         for batch in super().__iter__():
@@ -167,13 +175,16 @@ class Loader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, the seed of its shuffle, and the batches that are behind of all."""
+        """Return the epoch, the seed of its shuffle, the position in it and the number of its batches."""
         sampler = self.sampler
-        behind = self.taken() if self.taken else sampler.position
-        return {"seed": sampler.seed, "epoch": sampler.epoch, "position": behind, "batches": len(sampler)}
+        position = self.num_trained() if self.num_trained else sampler.position
+        return {"seed": sampler.seed, "epoch": sampler.epoch, "position": position, "batches": len(sampler)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken; a UserError follows if the epoch is then found to have other batches."""
+        """Resume at the position in `state`.
+
+        If the epoch has another number of batches than then, the next iteration raises a UserError.
+        """
         self.sampler.seed, self.sampler.epoch, self.sampler.position = state["seed"], state["epoch"], state["position"]
-        self._batches = state["batches"]
+        self._num_batches = state["batches"]
         self._resumed = True

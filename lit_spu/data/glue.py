@@ -1,4 +1,4 @@
-"""The data module that all methods share."""
+"""Data module of all methods."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from lightning.pytorch import LightningDataModule
 
 from lit_spu.data import sources, text
 from lit_spu.data.batching import Batch, BucketSampler, Examples, Loader
-from lit_spu.data.sources import Parts, Row
+from lit_spu.data.sources import Parts
+from lit_spu.data.text import Row
 from lit_spu.errors import UserError
-from lit_spu.tasks import Encoding, Split, load_task
+from lit_spu.tasks import Encoding, Split, Task, load_task
 
 Portion = Split | Literal["predict"]
 
@@ -32,37 +33,39 @@ _PORTIONS: dict[str, tuple[Portion, ...]] = {
 
 
 class GLUE(LightningDataModule):
-    """The tasks of GLUE, SNLI, TREC and SST-5, or one of your own, tokenised for whichever backbone is trained.
+    """Data module of the GLUE tasks, SNLI, TREC, SST-5 and custom tasks, tokenised for the backbone that is trained.
 
-    A batch is a dict of tensors: `input_ids` and `attention_mask` (and `token_type_ids`, if the tokenizer gives them),
-    long [batch, tokens], padded on the right; `labels`, long [batch], or float32 [batch] for a regression, -1 where
-    unknown; `index`, long [batch], the row's number in `examples(...)`. Batches hold texts of like length. Their order
-    follows from the seed that `seed_everything` set (else 0) and the epoch.
+    A batch is a dict of tensors. `input_ids` and `attention_mask` (and `token_type_ids` if the tokenizer has them) are
+    int64 [batch, tokens], padded on the right. `labels` is int64 [batch], or float32 [batch] for a regression, and -1
+    if unknown. `index`, int64 [batch], is the row's number in `examples(...)`. The texts of a batch have similar
+    lengths. The order of the batches depends on the epoch and the random seed of `seed_everything` (0 if not set).
 
     Args:
-        task: A task's name, or the YAML file of one's own.
-        source: Where the examples come from: sample (synthetic), hub, or a folder of files in the official layout.
-        batch_size: Examples of a batch on each device.
-        max_length: Tokens of an example at most; the longest text loses its end.
-        shots: Train on this many examples of each label, validate on as many others of the train split, and test on
-            what is the validation split otherwise.
-        split_seed: Draws the shots, the limited subsets and the sample data.
-        template: How an example becomes text: auto (as the backbone expects), pair, named, cloze, prefix, or a text
-            with {field} for each field and {mask} for the blank.
-        same_batches: Put the training examples into batches once, and shuffle only these from epoch to epoch. The last
-            bits of what a backbone computes for a text depend on the texts beside it: with the same batches, a cache
-            gives back exactly what would have been computed.
-        num_workers: Processes that prepare batches; 0 is enough, for the examples are tokenised beforehand.
-        limit_train: Use only so many training examples, drawn at random with `split_seed`, in their own order.
+        task: Name of a task, such as sst2, or a custom task's YAML file, such as examples/own_task/task.yaml.
+        source: Source of the examples. Allowed: sample (synthetic), hub (a download from the Hugging Face hub), or a
+            folder with the official files. Example: --data.source=glue reads glue/SST-2/train.tsv for sst2.
+        batch_size: Number of examples of a batch on each device.
+        max_length: Largest number of tokens of an example. Longer texts lose their end.
+        shots: Number of training examples of each label, for few-shot training. The validation examples are the
+            same number of other examples of the train split. The test examples are the original validation split.
+        split_seed: Random seed of the few-shot examples, of the limited subsets and of the synthetic sample data.
+        template: Form of the input text. Allowed: auto (the form that the backbone expects), pair, named, cloze,
+            prefix, or a text with {field} for each field of the task and {mask} for the mask token.
+            Example: --data.template='{sentence} All in all, it was {mask}.'
+        same_batches: Whether every epoch has the same batches in a new order. The last bits of a text's hidden states
+            depend on the other texts of its batch. With the same batches, an activation cache returns exactly what
+            the backbone would compute.
+        num_workers: Number of processes that prepare batches. 0 is enough, because examples are tokenised in advance.
+        limit_train: Number of training examples to use, drawn at random with `split_seed`, in their original order.
         limit_validation: The same for each validation set.
         limit_test: The same for each test set.
-        text: What to predict instead of the test split: a sentence (the fields separated by tabs), or - to read
-            one a line from the standard input.
-        cache: Folder that keeps the tokenised examples; by default that of the user's caches.
+        text: Text to predict instead of the test split. Allowed: one example (tabs separate its fields), or - to read
+            one example from each line of the standard input. Example: --data.text='A fine film.'
+        cache: Folder of the cache of tokenised examples. The default is lit_spu in the user's cache folder.
 
     Raises:
-        UserError: if a value cannot be used; once the data are asked for, if these cannot, or if the model was made for
-            another task.
+        UserError: if a value is not allowed. When the data are loaded: if the source is not available, if a row cannot
+            be used, or if the model was made for another task.
     """
 
     def __init__(
@@ -110,116 +113,116 @@ class GLUE(LightningDataModule):
         self.text = text
         self.cache = Path(cache) if cache else user_cache()
         self.encoding: Encoding | None = None
-        """How to write the examples, where no model that is trained tells."""
-        self._train: Loader | None = None
-        self._place: dict[str, int] = {}
+        """Tokenizer and format of the examples; set it only if the model has no `encoding`."""
+        self._train_loader: Loader | None = None
+        self._resume_state: dict[str, int] = {}
         self._rows: dict[Portion, Parts] = {}
         self._examples: dict[Portion, list[Examples]] = {}
 
-    # -- what it holds ----------------------------------------------------------------------------------------------
+    # -- Examples ---------------------------------------------------------------------------------------------------
 
     @property
     def validation_names(self) -> list[str]:
-        """The names of the validation sets, one a loader: the first has none, MNLI's second is `mismatched`."""
+        """Names of the validation sets, one for each loader. The first is empty; MNLI's second is `mismatched`."""
         return list(self._parts("validation"))
 
     def examples(self, portion: Portion, part: str = "") -> list[Row]:
-        """The rows of a split (or of what is to predict): the text of each field, and `label`, -1 where unknown."""
+        """Return the rows of a split or of the texts to predict: each field's text, and `label`, -1 if unknown."""
         return self._parts(portion)[part]
 
-    def _parts(self, portion: Portion) -> Parts:
-        if portion not in self._rows:
-            self._rows[portion] = self._load(portion)
-        return self._rows[portion]
-
-    def _load(self, portion: Portion) -> Parts:
-        if portion == "predict":
-            return self._parts("test") if self.text is None else {"": self._given_text()}
-        parts = sources.load(self.task, self.source, portion, self.shots, self.split_seed)
-        limit = getattr(self, f"limit_{portion}")
-        return {part: _drawn(rows, limit, self.split_seed) for part, rows in parts.items()}
-
-    def _given_text(self) -> list[Row]:
-        if self.text != "-":
-            return sources.parse(self.task, [self.text or ""], "data.text")
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise UserError("data.text=-: only one process can read the standard input: set --trainer.devices=1.")
-        return sources.parse(self.task, sys.stdin, "standard input")
-
     def texts(self) -> Iterator[Batch]:
-        """All texts that are set up, once and in batches: for who prepares something for each of them."""
+        """Yield every example of the current stage once, in batches, for a caller that precomputes something."""
         for parts in self._examples.values():
             for examples in parts:
                 for start in range(0, len(examples), 256):
                     yield examples[range(start, min(start + 256, len(examples)))]
 
     def draw(self, count: int) -> Iterator[Batch]:
-        """So many training examples (or all), drawn at random with `split_seed`, each in a batch of its own."""
+        """Yield `count` training examples (or all if there are fewer), drawn with `split_seed`, one in each batch."""
         (examples,) = self._examples["train"]
         for index in Random(self.split_seed).sample(range(len(examples)), min(count, len(examples))):
             yield examples[[index]]
 
     def as_read_by(self, encoding: Encoding) -> Iterator[Batch]:
-        """All training examples as a model of another encoding reads them, in batches of texts of like length."""
+        """Yield all training examples in batches, tokenised for another model, such as a teacher."""
         other = copy(self)
-        other.trainer, other.encoding = None, encoding  # on all ranks the same
+        other.trainer, other.encoding = None, encoding  # no trainer: every process gets all examples
         other._examples = {"train": other._tokenise("train")}
-        yield from other._loaders("train")[0]
+        yield from other._make_loaders("train")[0]
 
-    # -- Lightning's hooks ------------------------------------------------------------------------------------------
+    def _parts(self, portion: Portion) -> Parts:
+        if portion not in self._rows:
+            self._rows[portion] = self._load_parts(portion)
+        return self._rows[portion]
+
+    def _load_parts(self, portion: Portion) -> Parts:
+        if portion == "predict":
+            return self._parts("test") if self.text is None else {"": self._parse_text()}
+        parts = sources.load_split(self.task, self.source, portion, self.shots, self.split_seed)
+        limit = getattr(self, f"limit_{portion}")
+        return {part: _draw_rows(rows, limit, self.split_seed) for part, rows in parts.items()}
+
+    def _parse_text(self) -> list[Row]:
+        if self.text != "-":
+            return sources.parse_lines(self.task, [self.text or ""], "data.text")
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise UserError("data.text=-: only one process can read the standard input: set --trainer.devices=1.")
+        return sources.parse_lines(self.task, sys.stdin, "standard input")
+
+    # -- Lightning hooks --------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Tokenise into the cache, in one process of each machine."""
+        """Tokenise the examples into the cache, in one process of each machine."""
         if self.trainer is not None and self.trainer.state.fn is not None:
             for portion in _PORTIONS[self.trainer.state.fn]:
                 self._tokenise(portion)
 
     def setup(self, stage: str) -> None:
-        """Read the cache."""
-        # Rows are tokenised already, so a batch takes a tenth of a millisecond.
+        """Read the tokens from the cache."""
+        # No workers are needed: the rows are already tokenised, and a batch takes a tenth of a millisecond.
         warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
         for portion in _PORTIONS[stage]:
             self._examples[portion] = self._tokenise(portion)
 
     def train_dataloader(self) -> Loader:
-        """Shuffled batches of texts of like length."""
-        self._train = self._loaders("train", shuffle=True)[0]
+        """Return the loader of shuffled training batches."""
+        self._train_loader = self._make_loaders("train", shuffle=True)[0]
         trainer: Any = self.trainer
         if trainer is not None:
-            self._train.taken = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        if self._place:
-            self._train.load_state_dict(self._place)
-            self._place = {}
-        return self._train
+            self._train_loader.num_trained = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if self._resume_state:
+            self._train_loader.load_state_dict(self._resume_state)
+            self._resume_state = {}
+        return self._train_loader
 
-    # Lightning restores a loader too, but not one that the schedule asked for before, to count its batches.
+    # Lightning also restores loaders, but not one that was made earlier so that a schedule could count its batches.
     def state_dict(self) -> dict[str, int]:
-        """The place in the training data."""
-        return self._train.state_dict() if self._train is not None else {}
+        """Return the position in the training data."""
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next training run at that place."""
-        self._place = state_dict
+        """Resume the next training run at the position in `state_dict`."""
+        self._resume_state = state_dict
 
     def val_dataloader(self) -> list[Loader]:
-        """One loader for each of `validation_names`."""
-        return self._loaders("validation")
+        """Return one loader for each of `validation_names`."""
+        return self._make_loaders("validation")
 
     def test_dataloader(self) -> list[Loader]:
-        """One loader for each test set."""
-        return self._loaders("test")
+        """Return one loader for each test set."""
+        return self._make_loaders("test")
 
     def predict_dataloader(self) -> list[Loader]:
-        """One loader for each test set, or one for the `text` that was given."""
-        return self._loaders("predict")
+        """Return one loader for each test set, or one loader for `text`."""
+        return self._make_loaders("predict")
 
-    # -- how --------------------------------------------------------------------------------------------------------
+    # -- Tokens and loaders -----------------------------------------------------------------------------------------
 
     def _tokenise(self, portion: Portion) -> list[Examples]:
-        """The portion's parts, tokenised now or before."""
-        encoding = self._encoding()
+        """Return the portion's parts, tokenised or from the cache."""
+        encoding = self._find_encoding()
         template = text.template_of(self.task, encoding, self.template)
-        pad_id = encoding.tokenizer.pad_token_id or 0  # some have none, and the attention mask hides what it is
+        pad_id = encoding.tokenizer.pad_token_id or 0  # without a pad token, any id will do: the mask hides it
         return [
             Examples(
                 text.encode_cached(rows, self.task, encoding, template, self.max_length, self.cache),
@@ -229,18 +232,14 @@ class GLUE(LightningDataModule):
             for rows in self._parts(portion).values()
         ]
 
-    def _encoding(self) -> Encoding:
+    def _find_encoding(self) -> Encoding:
+        """Return this module's or the model's encoding, after checking that the task and `max_length` fit the model."""
         model = self.trainer.lightning_module if self.trainer is not None else None
-        its_task = getattr(model, "task", self.task)
-        if its_task != self.task:
-            raise UserError(
-                f"The model was made for the task {its_task.name!r}, the data are those of {self.task.name!r}"
-                f"{', described otherwise' if its_task.name == self.task.name else ''}: give both the same."
-            )
+        self._check_task(getattr(model, "task", self.task))
         encoding = self.encoding or getattr(model, "encoding", None)
         if encoding is None:
             raise UserError(
-                "GLUE cannot tell how to write the examples: use it with a model that has an `encoding`, as in"
+                "GLUE has no tokenizer: use it with a model that has an `encoding`, as in"
                 " Trainer().fit(KLadder(), GLUE()), or set its own `encoding`."
             )
         if encoding.max_tokens is not None and self.max_length > encoding.max_tokens:
@@ -250,41 +249,50 @@ class GLUE(LightningDataModule):
             )
         return encoding
 
-    def _loaders(self, portion: Portion, shuffle: bool = False) -> list[Loader]:
+    def _check_task(self, task: Task) -> None:
+        """Raise a UserError if the model was made for another task than the data."""
+        if task != self.task:
+            described = " with other settings" if task.name == self.task.name else ""
+            raise UserError(
+                f"The model was made for the task {task.name!r}, but the data are of the task {self.task.name!r}"
+                f"{described}: use the same task for both."
+            )
+
+    def _make_loaders(self, portion: Portion, shuffle: bool = False) -> list[Loader]:
         shares, pin_memory = {"num_replicas": 1, "rank": 0}, False
         if self.trainer is not None:
-            if getattr(self.trainer, "overfit_batches", 0):  # its type does not tell of it
+            if getattr(self.trainer, "overfit_batches", 0):  # not declared in the type of `trainer`
                 raise UserError("trainer.overfit_batches would break up the batches: set --data.limit_train instead.")
             shares = self.trainer.distributed_sampler_kwargs or shares
             pin_memory = self.trainer.strategy.root_device.type == "cuda"
         return [
             Loader(
                 examples,
-                batch_size=None,  # the sampler gives whole batches
+                batch_size=None,  # the sampler returns whole batches
                 sampler=BucketSampler(
                     examples.tokens.lengths,
                     self.batch_size,
                     shuffle=shuffle,
                     same_batches=self.same_batches,
-                    seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # where Lightning keeps it
+                    seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # `seed_everything` stores the seed there
                     **shares,
                 ),
                 num_workers=self.num_workers,
                 persistent_workers=self.num_workers > 0,
                 pin_memory=pin_memory,
-                generator=torch.Generator(),  # else each pass would draw from the global one, and change the run
+                generator=torch.Generator(),  # otherwise each iteration draws from the global generator
             )
             for examples in self._examples[portion]
         ]
 
 
-def _drawn(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    """The first `limit` of the shuffled rows, in their own order: a larger limit holds what a smaller one does."""
+def _draw_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    """Draw `limit` rows, in their original order. The rows of a smaller limit are among those of a larger one."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), len(rows))[:limit])]
 
 
 def user_cache() -> Path:
-    """Where tokenised examples are kept if nothing else is said."""
+    """Return the default folder of the cache of tokenised examples."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_spu"

@@ -1,7 +1,8 @@
-"""Sample data: synthetic examples for every task, drawn from small grammars, with the real task's fields and labels.
+"""Generator of the synthetic sample data: examples of every task from small grammars, with its fields and labels.
 
-They stand in where no real data is at hand, and say nothing about English. Words alone do not give the answers away
-(negation, contrast, agreement, synonyms), so that what separates methods on real tasks shows here too.
+Synthetic examples make every command run without a download. Results on them are not results on English. Single words
+do not reveal the label: it depends on negation, contrast, agreement and synonyms. So the sample data can separate
+methods, as real tasks do.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
-from typing import Any
 from zlib import crc32
 
-from lit_spu.data.text import render
+from lit_spu.data.text import Row, render
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS, Task
 
 SIZES = {"train": 2000, "validation": 500, "test": 500}
-_PARTS = ("train", "train", "train", "train", "validation", "test")  # who owns a text, by its checksum
-_TRUTH = 0.9  # how often the corpus answers a prompt rightly: enough for a signal, too little to teach the task
+_SPLITS = ("train", "train", "train", "train", "validation", "test")  # the split of a text, by its checksum
+_CORRECT_RATE = 0.9  # share of the corpus's prompts with the right answer: a signal, but not enough to learn the task
 
-Row = tuple[str, ...]
-Grammar = Callable[[Random, int], Row]
+Texts = tuple[str, ...]
+"""Texts of an example, in the order of the task's fields."""
+
+Grammar = Callable[[Random, int], Texts]
+"""Function that writes the texts of an example with a given label."""
 
 _WORDS = {
     "good": "great good brilliant moving funny charming clever superb gripping fresh warm lovely stunning witty",
@@ -48,7 +51,8 @@ _WORDS = {
 }
 _CHOICES = {slot: re.split(r"\|" if "|" in words else " ", words) for slot, words in _WORDS.items()}
 
-# What can be told of an event: each fact has two names for it, and some belong to a class with a name of its own.
+# Facts of an event. Each fact has a list of groups, a group has two synonyms, and some groups also have a class name:
+# `synonym/synonym:class`.
 _FACTS = {
     "who": "man/guy:person woman/lady:person boy/lad:child girl/lass:child doctor/physician:worker"
     " lawyer/attorney:worker",
@@ -66,35 +70,37 @@ _EVENTS = {
 }
 _OPTIONAL = ("how", "where", "when")
 Event = dict[str, int]
+"""An event: the group of each of its facts, as a position in `_EVENTS`."""
 
 
-def _fill(rng: Random, template: str) -> str:
-    """`template` with every `{slot}` filled by one of the slot's words."""
+def _fill_slots(rng: Random, template: str) -> str:
+    """Replace every `{slot}` of `template` by a random word of that slot."""
     return re.sub(r"\{(\w+)\}", lambda slot: rng.choice(_CHOICES[slot[1]]), template)
 
 
-def _sentence(text: str, end: str = ".") -> str:
+def _to_sentence(text: str, end: str = ".") -> str:
+    """Return `text` with a capital first letter and a final punctuation mark."""
     return text[0].upper() + text[1:] + end
 
 
 # --- One sentence ----------------------------------------------------------------------------------------------------
 
 
-def _opinion(rng: Random, level: int) -> str:
-    """A clause from -2 (very negative) to 2 (very positive); a mild one may deny its opposite."""
+def _write_opinion(rng: Random, level: int) -> str:
+    """Write a clause of a level from -2 (very negative) to 2 (very positive). A mild one may negate its opposite."""
     if level == 0:
-        return _fill(rng, rng.choice(("the {part} {is} {fair}", "the {part} {is} neither {good} nor {bad}")))
+        return _fill_slots(rng, rng.choice(("the {part} {is} {fair}", "the {part} {is} neither {good} nor {bad}")))
     for_, against = ("good", "bad") if level > 0 else ("bad", "good")
     degree = "{very} " if abs(level) == 2 else ""
     if not degree and rng.random() < 0.3:
-        return _fill(rng, f"the {{part}} {{is}} {{not}} {{{against}}}")
-    return _fill(rng, f"the {{part}} {{is}} {degree}{{{for_}}}")
+        return _fill_slots(rng, f"the {{part}} {{is}} {{not}} {{{against}}}")
+    return _fill_slots(rng, f"the {{part}} {{is}} {degree}{{{for_}}}")
 
 
-def _review(rng: Random, level: int) -> Row:
-    """An opinion, half of the time set against the opposite one: the main clause counts."""
+def _write_review(rng: Random, level: int) -> Texts:
+    """Write an opinion, in half of the cases in contrast to the opposite one. The main clause decides the label."""
     sign = -1 if level > 0 else 1 if level < 0 else rng.choice((-1, 1))
-    main, other = _opinion(rng, level), _opinion(rng, sign * rng.choice((1, 2)))
+    main, other = _write_opinion(rng, level), _write_opinion(rng, sign * rng.choice((1, 2)))
     flaw = f"the {{{'good' if sign > 0 else 'bad'}}} {{part}}"
     contrasts = (
         f"{other}, but {main}",
@@ -103,41 +109,44 @@ def _review(rng: Random, level: int) -> Row:
         f"despite {flaw}, {main}",
         f"{main} despite {flaw}",
     )
-    return (_sentence(_fill(rng, rng.choice(contrasts) if rng.random() < 0.5 else main)),)
+    return (_to_sentence(_fill_slots(rng, rng.choice(contrasts) if rng.random() < 0.5 else main)),)
 
 
-def _passage(rng: Random, label: int) -> Row:
-    """Opinions that agree, to be summed up by a label word of `_sst2`."""
+def _write_passage(rng: Random, label: int) -> Texts:
+    """Write three opinions that agree, which a label word of sst2 can sum up."""
     opinions: list[str] = []
     while len(opinions) < 3:
-        opinion = _sentence(_opinion(rng, rng.choice((1, 2)) * (1 if label else -1)))
-        if _part((opinion,)) == "train":
+        opinion = _to_sentence(_write_opinion(rng, rng.choice((1, 2)) * (1 if label else -1)))
+        if _split_of((opinion,)) == "train":
             opinions.append(opinion)
     return (" ".join(opinions),)
 
 
-def _sst2(rng: Random, label: int) -> Row:
-    return _review(rng, rng.choice((1, 2)) * (1 if label else -1))
+def _write_sst2(rng: Random, label: int) -> Texts:
+    return _write_review(rng, rng.choice((1, 2)) * (1 if label else -1))
 
 
-def _sst5(rng: Random, label: int) -> Row:
-    return _review(rng, label - 2)
+def _write_sst5(rng: Random, label: int) -> Texts:
+    return _write_review(rng, label - 2)
 
 
-def _cola(rng: Random, label: int) -> Row:
-    """Subject and verb agree over what stands between them, and words keep their order."""
+def _write_cola(rng: Random, label: int) -> Texts:
+    """Write a sentence that is acceptable, or that has a wrong verb form or two swapped words.
+
+    Other nouns between the subject and its verb do not count.
+    """
     plural, other = rng.random() < 0.5, rng.random() < 0.5
-    verb = _fill(rng, "{does}")
+    verb = _fill_slots(rng, "{does}")
     agrees = plural if label or rng.random() < 0.5 else not plural
-    subject, between, thing = (_fill(rng, "{one}") + "s" * p for p in (plural, other, rng.random() < 0.5))
-    words = _fill(rng, f"the {subject} {{near}} the {between}").split()
+    subject, between, thing = (_fill_slots(rng, "{one}") + "s" * p for p in (plural, other, rng.random() < 0.5))
+    words = _fill_slots(rng, f"the {subject} {{near}} the {between}").split()
     if rng.random() < 0.3:
         words = words[:2]
-    words += [verb + "s" * (not agrees), *_fill(rng, f"the {thing} {{near}} the {{place}}").split()]
+    words += [verb + "s" * (not agrees), *_fill_slots(rng, f"the {thing} {{near}} the {{place}}").split()]
     if not label and agrees == plural:
         i = rng.randrange(len(words) - 1)
         words[i : i + 2] = words[i + 1], words[i]
-    return (_sentence(" ".join(words)),)
+    return (_to_sentence(" ".join(words)),)
 
 
 _QUESTIONS = (
@@ -158,30 +167,30 @@ _QUESTIONS = (
 )
 
 
-def _trec(rng: Random, label: int) -> Row:
+def _write_trec(rng: Random, label: int) -> Texts:
     asked = rng.choice(("", "", "please tell me, ", "in your view, ", "{name} asks: "))
-    return (_sentence(_fill(rng, asked + rng.choice(_QUESTIONS[label])), "?"),)
+    return (_to_sentence(_fill_slots(rng, asked + rng.choice(_QUESTIONS[label])), "?"),)
 
 
 # --- Two sentences about events --------------------------------------------------------------------------------------
 
 
-def _event(rng: Random, without: int = 0) -> Event:
-    """A group for each fact, less some of the optional ones."""
-    left_out = rng.sample(_OPTIONAL, without)
-    return {fact: rng.randrange(len(groups)) for fact, groups in _EVENTS.items() if fact not in left_out}
+def _draw_event(rng: Random, without: int = 0) -> Event:
+    """Draw a group for each fact, except for `without` of the optional facts."""
+    skipped = rng.sample(_OPTIONAL, without)
+    return {fact: rng.randrange(len(groups)) for fact, groups in _EVENTS.items() if fact not in skipped}
 
 
-def _change(rng: Random, event: Event, times: int = 1) -> Event:
-    """The event with so many other facts."""
+def _change_event(rng: Random, event: Event, times: int = 1) -> Event:
+    """Return a copy of the event in which `times` of its facts have another group."""
     changed = rng.sample(sorted(event), times)
     return {
         f: (g + rng.randrange(1, len(_EVENTS[f]))) % len(_EVENTS[f]) if f in changed else g for f, g in event.items()
     }
 
 
-def _say(rng: Random, event: Event, will: str = "will", general: bool = False) -> str:
-    """The event in words, either name of each fact; `general` may name the class instead."""
+def _describe_event(rng: Random, event: Event, will: str = "will", general: bool = False) -> str:
+    """Describe the event in words, with either synonym of each fact; `general` allows the class name as well."""
 
     def name(fact: str) -> str:
         if fact not in event:
@@ -194,50 +203,56 @@ def _say(rng: Random, event: Event, will: str = "will", general: bool = False) -
     return " ".join((f"{when}, {text}" if when and rng.random() < 0.5 else f"{text} {when}").split())
 
 
-def _paraphrase(rng: Random, label: int) -> Row:
-    event = _event(rng, without=1)
-    other = event if label else _change(rng, event, rng.choice((1, 2)))
-    return _sentence(_say(rng, event)), _sentence(_say(rng, other))
+def _write_paraphrase(rng: Random, label: int) -> Texts:
+    event = _draw_event(rng, without=1)
+    other = event if label else _change_event(rng, event, rng.choice((1, 2)))
+    return _to_sentence(_describe_event(rng, event)), _to_sentence(_describe_event(rng, other))
 
 
-def _similarity(rng: Random, score: int) -> Row:
-    event = _event(rng)
-    return _sentence(_say(rng, event)), _sentence(_say(rng, _change(rng, event, 5 - score)))
+def _write_similarity(rng: Random, score: int) -> Texts:
+    event = _draw_event(rng)
+    first = _describe_event(rng, event)
+    second = _describe_event(rng, _change_event(rng, event, 5 - score))
+    return _to_sentence(first), _to_sentence(second)
 
 
-def _duplicate(rng: Random, label: int) -> Row:
-    """Both ask the same of the same event, or not."""
-    event = _event(rng, without=1)
-    ways = (("why is it that", "for what reason is it that"), ("is it true that", "can it be that"))
-    way = rng.randrange(len(ways))
-    change = None if label else rng.choice(("way", "event", "event"))
-    other = _change(rng, event) if change == "event" else event
-    asked = [ways[way], ways[1 - way] if change == "way" else ways[way]]
-    first, second = (f"{rng.choice(a)} {_say(rng, e)}" for a, e in zip(asked, (event, other), strict=True))
-    return _sentence(first, "?"), _sentence(second, "?")
+def _write_duplicate(rng: Random, label: int) -> Texts:
+    """Write two questions that are the same, or that differ in the kind of question or in the event."""
+    event = _draw_event(rng, without=1)
+    kinds = (("why is it that", "for what reason is it that"), ("is it true that", "can it be that"))
+    kind = rng.randrange(len(kinds))
+    change = None if label else rng.choice(("kind", "event", "event"))
+    other = _change_event(rng, event) if change == "event" else event
+    phrases = [kinds[kind], kinds[1 - kind] if change == "kind" else kinds[kind]]
+    first, second = (f"{rng.choice(a)} {_describe_event(rng, e)}" for a, e in zip(phrases, (event, other), strict=True))
+    return _to_sentence(first, "?"), _to_sentence(second, "?")
 
 
-def _inference(rng: Random, label: int) -> Row:
-    """0 follows (said again, in general, or in part), 1 stays open (another fact, or one more), 2 is denied."""
-    event = _event(rng)
+def _write_inference(rng: Random, label: int) -> Texts:
+    """Write a premise and a hypothesis.
+
+    Label 0, entailment: the hypothesis repeats the premise in other words, in more general words, or in part. Label 1,
+    neutral: it has a different fact, or an additional one. Label 2, contradiction: it negates the premise.
+    """
+    event = _draw_event(rng)
     part = {fact: group for fact, group in event.items() if fact not in rng.sample(_OPTIONAL, rng.randrange(3))}
     if label == 1:
         more = len(part) < len(event) and rng.random() < 0.5
-        premise, hypothesis = (part, event) if more else (event, _change(rng, part))
+        premise, hypothesis = (part, event) if more else (event, _change_event(rng, part))
         will = rng.choice(("will", "will", "will not"))
-        return _sentence(_say(rng, premise, will)), _sentence(_say(rng, hypothesis, will))
-    if rng.random() < 0.25:  # of what is denied, only itself follows
+        return _to_sentence(_describe_event(rng, premise, will)), _to_sentence(_describe_event(rng, hypothesis, will))
+    if rng.random() < 0.25:  # a negated event entails only itself, not a part of it
         will = "will" if label else "will not"
-        return _sentence(_say(rng, event, "will not")), _sentence(_say(rng, event, will))
+        return _to_sentence(_describe_event(rng, event, "will not")), _to_sentence(_describe_event(rng, event, will))
     will = "will not" if label else "will"
-    return _sentence(_say(rng, event)), _sentence(_say(rng, part, will, general=True))
+    return _to_sentence(_describe_event(rng, event)), _to_sentence(_describe_event(rng, part, will, general=True))
 
 
-def _rte(rng: Random, label: int) -> Row:
-    return _inference(rng, label and rng.choice((1, 2)))
+def _write_rte(rng: Random, label: int) -> Texts:
+    return _write_inference(rng, label and rng.choice((1, 2)))
 
 
-_ASKED = {
+_QUESTIONS_ABOUT = {
     "who": "who will {does} the {what}",
     "what": "what will the {who} {does}",
     "where": "where will the {who} {does} the {what}",
@@ -245,18 +260,22 @@ _ASKED = {
 }
 
 
-def _answered(rng: Random, label: int) -> Row:
-    """0 tells what is asked for; 1 is silent about it, or tells of another event."""
-    event = _event(rng)
-    asked = rng.choice(list(_ASKED))
-    question = _ASKED[asked].format_map({fact: rng.choice(_EVENTS[fact][group][:2]) for fact, group in event.items()})
-    silent = asked if label and asked in _OPTIONAL and rng.random() < 0.7 else rng.choice(("how", *_OPTIONAL))
-    if silent == asked and not label:
-        silent = "how"
-    told = {fact: group for fact, group in event.items() if fact != silent}
-    if label and silent != asked:
-        told |= _change(rng, {fact: told[fact] for fact in ("who", "does", "what") if fact != asked})
-    return _sentence(question, "?"), _sentence(_say(rng, told))
+def _write_answer(rng: Random, label: int) -> Texts:
+    """Write a question and a sentence.
+
+    Label 0: the sentence answers the question. Label 1: it lacks the answer, or it describes another event.
+    """
+    event = _draw_event(rng)
+    asked = rng.choice(list(_QUESTIONS_ABOUT))
+    names = {fact: rng.choice(_EVENTS[fact][group][:2]) for fact, group in event.items()}
+    question = _QUESTIONS_ABOUT[asked].format_map(names)
+    omitted = asked if label and asked in _OPTIONAL and rng.random() < 0.7 else rng.choice(("how", *_OPTIONAL))
+    if omitted == asked and not label:
+        omitted = "how"
+    stated = {fact: group for fact, group in event.items() if fact != omitted}
+    if label and omitted != asked:
+        stated |= _change_event(rng, {fact: stated[fact] for fact in ("who", "does", "what") if fact != asked})
+    return _to_sentence(question, "?"), _to_sentence(_describe_event(rng, stated))
 
 
 _REASONS = (
@@ -270,8 +289,11 @@ _REASONS = (
 )
 
 
-def _pronoun(rng: Random, label: int) -> Row:
-    """Whom the reason fits: its first word the first one named, its second word the second."""
+def _write_pronoun(rng: Random, label: int) -> Texts:
+    """Write a sentence with a pronoun, and a claim about whom or what it means (label 1: the claim is right).
+
+    The reason in the sentence decides: its first word fits the first noun, its second word the second.
+    """
     text, claim, *reasons = rng.choice(_REASONS)
     p, q = rng.sample(_CHOICES["name"], 2)
     a, b = rng.choice(_CHOICES["item"]), rng.choice(_CHOICES["box"])
@@ -282,83 +304,87 @@ def _pronoun(rng: Random, label: int) -> Row:
 
 
 _GRAMMARS: Mapping[str, Grammar] = {
-    "sst2": _sst2,
-    "sst5": _sst5,
-    "cola": _cola,
-    "trec": _trec,
-    "mrpc": _paraphrase,
-    "stsb": _similarity,
-    "qqp": _duplicate,
-    "mnli": _inference,
-    "snli": _inference,
-    "rte": _rte,
-    "qnli": _answered,
-    "wnli": _pronoun,
+    "sst2": _write_sst2,
+    "sst5": _write_sst5,
+    "cola": _write_cola,
+    "trec": _write_trec,
+    "mrpc": _write_paraphrase,
+    "stsb": _write_similarity,
+    "qqp": _write_duplicate,
+    "mnli": _write_inference,
+    "snli": _write_inference,
+    "rte": _write_rte,
+    "qnli": _write_answer,
+    "wnli": _write_pronoun,
 }
 
 
-# --- What others ask for ---------------------------------------------------------------------------------------------
+# --- Public functions ------------------------------------------------------------------------------------------------
 
 
-def generate(task: Task, split: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Examples of `task`: its fields, and `label` as a label's position or a score.
+def generate(task: Task, split: str, seed: int = 0) -> list[Row]:
+    """Generate the synthetic examples of a split: the task's fields, and `label` as a label's position or a score.
 
-    A text's checksum decides the split that it belongs to, so no two splits share one, whatever their seeds.
+    The checksum of a text decides its split, so two splits never share a text, whatever their seeds.
 
     Raises:
         UserError: if the task is not one of `TASKS`.
     """
     if task.name not in _GRAMMARS:
         raise UserError(
-            f"data.source: there is no sample data for the task {task.name!r}, only for {', '.join(_GRAMMARS)}."
-            " Give the folder that holds the task's files."
+            f"data.source=sample: there is no synthetic sample data for the task {task.name!r}, only for"
+            f" {', '.join(_GRAMMARS)}. Set --data.source to the folder of the task's files."
         )
     rng = Random(f"{seed} {task.name} {split}")
-    examples: dict[Row, int] = {}
+    examples: dict[Texts, int] = {}
     while len(examples) < SIZES[split]:
-        label, row = _draw(rng, task)
-        if _part(row) == split:
-            examples.setdefault(row, label)
+        label, texts = _draw_example(rng, task)
+        if _split_of(texts) == split:
+            examples.setdefault(texts, label)
     number = float if task.regression else int
-    return [{**dict(zip(task.fields, row, strict=True)), "label": number(label)} for row, label in examples.items()]
+    return [{**dict(zip(task.fields, texts, strict=True)), "label": number(label)} for texts, label in examples.items()]
 
 
 def corpus(size: int, seed: int = 0) -> Iterator[str]:
-    """`size` unlabelled texts of the same grammars for pretraining, never one of a validation or test split.
+    """Generate `size` synthetic texts without labels for pretraining; none of them is in a validation or test split.
 
-    A third are passages that sum up opinions in a word, as the sst2 prompt does. Half of the others are cloze prompts
-    of all tasks, with a label word in the blank, `_TRUTH` of the time the right one.
+    A third are passages of several opinions with a label word that sums them up, as in the sst2 prompt. Half of the
+    others are cloze prompts of all tasks in which a label word replaces the mask token. It is the right word with
+    probability `_CORRECT_RATE`.
     """
     rng = Random(f"{seed} corpus")
     while size:
         summed_up = rng.random() < 1 / 3
         task = TASKS["sst2" if summed_up else rng.choice(list(_GRAMMARS))]
-        label, row = _draw(rng, task)
+        label, texts = _draw_example(rng, task)
         if summed_up:
-            row = _passage(rng, label)
-        if _part(row) == "train":
+            texts = _write_passage(rng, label)
+        if _split_of(texts) == "train":
             size -= 1
-            yield _answer(rng, task, label, row) if summed_up or rng.random() < 0.5 else " ".join(row)
+            yield _write_prompt(rng, task, label, texts) if summed_up or rng.random() < 0.5 else " ".join(texts)
 
 
-def _draw(rng: Random, task: Task) -> tuple[int, Row]:
-    label = _label(rng, task)
+def _draw_example(rng: Random, task: Task) -> tuple[int, Texts]:
+    label = _draw_label(rng, task)
     return label, _GRAMMARS[task.name](rng, label)
 
 
-def _label(rng: Random, task: Task) -> int:
+def _draw_label(rng: Random, task: Task) -> int:
     low, high = task.score_range or (0, len(task.labels) - 1)
     return rng.randint(int(low), int(high))
 
 
-def _part(row: Row) -> str:
-    return _PARTS[crc32("\n".join(row).encode()) % len(_PARTS)]
+def _split_of(texts: Texts) -> str:
+    return _SPLITS[crc32("\n".join(texts).encode()) % len(_SPLITS)]
 
 
-def _answer(rng: Random, task: Task, label: int, row: Row) -> str:
-    """The task's cloze prompt with a label word in the blank; of a score, the nearer pole."""
-    said = label if rng.random() < _TRUTH else _label(rng, task)
+def _write_prompt(rng: Random, task: Task, label: int, texts: Texts) -> str:
+    """Return the task's cloze prompt with a label word instead of the mask token.
+
+    For a score, it is the word of the nearer end of the range.
+    """
+    answered = label if rng.random() < _CORRECT_RATE else _draw_label(rng, task)
     high = int(task.score_range[1]) if task.score_range else len(task.labels) - 1
-    word = task.label_words[said * len(task.label_words) // (high + 1)]
-    text = render(task.cloze, dict(zip(task.fields, row, strict=True)), f" {word}")
+    word = task.label_words[answered * len(task.label_words) // (high + 1)]
+    text = render(task.cloze, dict(zip(task.fields, texts, strict=True)), f" {word}")
     return " ".join(text.split())

@@ -1,7 +1,7 @@
-"""How an example becomes text, and text becomes tokens.
+"""Input texts and their tokens: templates, tokenisation and the token cache.
 
-A prompt is a format string: `{field}` stands for a text field, `{mask}` for the blank. Too long an example loses the
-ends of its longest fields, never a part of the prompt, so that the blank is always there.
+A template is a format string. `{field}` is replaced by the text of a field, `{mask}` by the mask token. If an example
+is too long, the ends of its longest fields are cut. The template is never cut, so the mask token is always there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.tasks import Encoding, Format, Task
 
-Row = Mapping[str, Any]
-"""An example: the text of each field, and its `label`."""
+Row = dict[str, Any]
+"""An example: the text of each field and `label`, which is a label's position or a score; -1 if unknown."""
 
-_CHUNK = 10_000  # rows tokenised at a time: bounds the memory that Python's lists of numbers take
+_CHUNK = 10_000  # rows tokenised at a time; limits the memory of Python's lists of numbers
 
 
-class _Field(str):
-    """A text: `{field:cut}` gives it without its final punctuation mark, `{field:uncap}` with a small first letter."""
+# --- Templates -------------------------------------------------------------------------------------------------------
+
+
+class _FieldText(str):
+    """Text of a field with the format options `:cut` (no final punctuation mark) and `:uncap` (small first letter)."""
 
     def __format__(self, spec: str) -> str:
         if spec == "cut":
@@ -40,17 +43,23 @@ class _Field(str):
 
 
 def render(template: str, fields: Mapping[str, str], mask: str) -> str:
-    """`template` filled in, without blanks at its end: a language model goes on with the blank in front of a word."""
-    return template.format_map({name: _Field(text) for name, text in fields.items()} | {"mask": mask}).rstrip()
+    """Fill in `template` and drop trailing spaces, because a language model predicts a word with its leading space."""
+    return template.format_map({name: _FieldText(text) for name, text in fields.items()} | {"mask": mask}).rstrip()
 
 
 def template_of(task: Task, encoding: Encoding, template: str = "auto") -> str | None:
-    """The format string by which `task` becomes text for this backbone; None for the bare fields.
+    """Return the template that turns examples of `task` into text for a backbone.
 
-    `template` is `auto` (what the backbone expects), a `Format` or a format string of the user's own.
+    Args:
+        task: The task.
+        encoding: The format that the backbone expects.
+        template: `auto` for that format, the name of another `Format`, or a template as text.
+
+    Returns:
+        A template, or None for the fields as they are.
 
     Raises:
-        UserError: if it does not hold every field of the task, or no blank where the backbone answers at one.
+        UserError: if the template lacks a field of the task, or the `{mask}` that the backbone needs.
     """
     chosen = encoding.format if template == "auto" else template
     if chosen not in get_args(Format) and "{" not in chosen:
@@ -61,42 +70,56 @@ def template_of(task: Task, encoding: Encoding, template: str = "auto") -> str |
     named = " ".join((task.name, *(f"{name}: {{{name}}}" for name in sorted(task.fields))))  # as T5 was trained
     prompts = {"pair": None, "named": named, "cloze": task.cloze, "prefix": task.prefix}
     prompt = prompts.get(chosen, chosen)
-    what = f"the {chosen} template of {task.name}" if chosen in prompts else "data.template"
+    where = f"the {chosen} template of {task.name}" if chosen in prompts else "data.template"
     if prompt is not None:
-        _check(prompt, task, what)
-    if encoding.format in ("cloze", "prefix") and (prompt is None or prompt.count("{mask}") != 1):
-        raise UserError(
-            f"{what}: this backbone answers at a blank, so the template must hold {{mask}} once: {prompt!r}."
-        )
-    if encoding.format == "prefix" and prompt is not None and not prompt.rstrip().endswith("{mask}"):
-        raise UserError(f"{what}: this backbone answers at the end, so the template must end in {{mask}}: {prompt!r}.")
+        _check_fields(prompt, task, where)
+    _check_mask(prompt, encoding, where)
     return prompt
 
 
-def _check(prompt: str, task: Task, what: str) -> None:
+def _check_fields(prompt: str, task: Task, where: str) -> None:
+    """Raise a UserError unless `prompt` contains each field of the task, and nothing that is not a field."""
     try:
         slots = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(prompt) if name is not None]
     except ValueError as error:
-        raise UserError(f"{what}: {prompt!r} does not parse: {error}.") from error
+        raise UserError(f"{where}: {prompt!r} is not a valid template: {error}.") from error
     for name, spec, conversion in slots:
         if name not in (*task.fields, "mask"):
             raise UserError(
-                f"{what}: {{{name}}} is no field of {task.name}. {did_you_mean(name, (*task.fields, 'mask'))}"
+                f"{where}: {{{name}}} is not a field of {task.name}. {did_you_mean(name, (*task.fields, 'mask'))}"
             )
         if conversion or spec not in ("", "cut", "uncap"):
-            raise UserError(f"{what}: {{{name}}} takes :cut or :uncap and nothing else: {prompt!r}.")
+            raise UserError(f"{where}: {{{name}}} accepts only :cut or :uncap: {prompt!r}.")
     if missing := [name for name in task.fields if name not in {slot[0] for slot in slots}]:
-        raise UserError(f"{what}: {{{missing[0]}}} is missing, and {task.name} cannot be told without it: {prompt!r}.")
+        raise UserError(f"{where}: {{{missing[0]}}} is missing; {task.name} needs all of its fields: {prompt!r}.")
+
+
+def _check_mask(prompt: str | None, encoding: Encoding, where: str) -> None:
+    """Raise a UserError if the backbone predicts a word at `{mask}` but `prompt` does not have it there."""
+    if encoding.format not in ("cloze", "prefix"):
+        return
+    if prompt is None or prompt.count("{mask}") != 1:
+        given = "it has only the fields" if prompt is None else repr(prompt)
+        raise UserError(
+            f"{where}: this backbone predicts a word at {{mask}}, so the template must contain {{mask}} once: {given}."
+        )
+    if encoding.format == "prefix" and not prompt.rstrip().endswith("{mask}"):
+        raise UserError(
+            f"{where}: this backbone predicts the next word, so the template must end in {{mask}}: {prompt!r}."
+        )
+
+
+# --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of many texts, end to end.
+    """Tokens of many texts, concatenated.
 
     Attributes:
-        ids: Token numbers of all texts, int32 [tokens].
-        starts: Where each text starts, and the end of the last, int64 [texts + 1].
-        types: Which of two texts each token belongs to, uint8 [tokens], where the tokenizer tells.
+        ids: Token ids of all texts, int32 [tokens].
+        starts: Position of each text's first token, and last the number of all tokens, int64 [texts + 1].
+        types: Token type ids (0 in the first field, 1 in the second), uint8 [tokens]; None if the tokenizer has none.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int32]]
@@ -108,22 +131,23 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of each text, [texts]."""
+        """Number of tokens of each text, [texts]."""
         return np.diff(self.starts)
 
 
 def encode(rows: Sequence[Row], task: Task, encoding: Encoding, template: str | None, max_length: int) -> Tokens:
-    """The tokens of `rows`, at most `max_length` each, special tokens as the tokenizer puts them.
+    """Tokenise `rows`, with the tokenizer's special tokens.
 
     Args:
         rows: The examples.
-        task: Tells their fields.
-        encoding: Tells the tokenizer and its blank.
-        template: What `template_of` gave; None tokenises the fields themselves, of more than two the rest as one.
-        max_length: Longer pairs lose the end of their longer text; longer prompts the ends of their longest fields.
+        task: Their task, which has the names of the fields.
+        encoding: The tokenizer and its mask token.
+        template: Result of `template_of`. With None the fields are tokenised as they are, all after the first as one.
+        max_length: Largest number of tokens of an example. A longer pair loses the end of its longer text, a longer
+            prompt the ends of its longest fields.
 
     Raises:
-        UserError: if `max_length` has no room for the prompt, or a text holds the blank itself.
+        UserError: if `max_length` is too short for the template, or if a text contains the mask token.
     """
     ids: list[np.ndarray[Any, Any]] = []
     types: list[np.ndarray[Any, Any]] = []
@@ -131,9 +155,9 @@ def encode(rows: Sequence[Row], task: Task, encoding: Encoding, template: str | 
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
         if template is None:
-            encoded = _pairs(chunk, task, encoding, max_length)
+            encoded = _tokenise_fields(chunk, task, encoding, max_length)
         else:
-            encoded = _prompts(chunk, task, encoding, template, max_length)
+            encoded = _tokenise_prompts(chunk, task, encoding, template, max_length)
         lengths += map(len, encoded["input_ids"])
         ids.append(np.fromiter((i for row in encoded["input_ids"] for i in row), np.int32))
         if "token_type_ids" in encoded:
@@ -143,119 +167,134 @@ def encode(rows: Sequence[Row], task: Task, encoding: Encoding, template: str | 
 
 
 def _tokenise(encoding: Encoding, *texts: Any, **kwargs: Any) -> Any:
-    # verbose: the tokenizer would warn of texts that are about to be cut
+    # verbose=False: otherwise the tokenizer warns about texts that are cut only afterwards
     return encoding.tokenizer(*texts, return_attention_mask=False, verbose=False, **kwargs)
 
 
-def _pairs(rows: Sequence[Row], task: Task, encoding: Encoding, max_length: int) -> Any:
+def _tokenise_fields(rows: Sequence[Row], task: Task, encoding: Encoding, max_length: int) -> Any:
     first = [row[task.fields[0]] for row in rows]
     second = [" ".join(row[name] for name in task.fields[1:]) for row in rows]
     texts = (first, second) if len(task.fields) > 1 else (first,)
     return _tokenise(encoding, *texts, truncation="longest_first", max_length=max_length)
 
 
-def _prompts(rows: Sequence[Row], task: Task, encoding: Encoding, template: str, max_length: int) -> Any:
-    mask = encoding.mask
-    if mask and "{mask}" in template:
-        for row in rows:
-            if held := [name for name in task.fields if mask in row[name]]:
-                raise UserError(f"The {held[0]} {row[held[0]]!r} holds {mask!r}, this backbone's blank: take it out.")
-    texts = [render(template, {name: row[name] for name in task.fields}, mask) for row in rows]
+def _tokenise_prompts(rows: Sequence[Row], task: Task, encoding: Encoding, template: str, max_length: int) -> Any:
+    if encoding.mask and "{mask}" in template:
+        _check_texts(rows, task, encoding.mask)
+    texts = [render(template, {name: row[name] for name in task.fields}, encoding.mask) for row in rows]
     encoded = _tokenise(encoding, texts)
-    long = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > max_length]
-    for i in long:
+    too_long = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > max_length]
+    for i in too_long:
         fields = {name: rows[i][name] for name in task.fields}
-        text = _shortened(fields, encoding, template, max_length)
+        text = _render_shortened(fields, encoding, template, max_length)
         for key, value in _tokenise(encoding, text).items():
             encoded[key][i] = value
     return encoded
 
 
-def _shortened(fields: dict[str, str], encoding: Encoding, template: str, max_length: int) -> str:
-    """The prompt with its longest fields cut to one common length, the largest with which it fits."""
-    text = render(template, fields, encoding.mask)
-    # Tokens at the seams can change as a field is cut, so measure again; each round cuts at least one token.
-    while (excess := len(_tokenise(encoding, text)["input_ids"]) - max_length) > 0:
-        ends = {
-            name: [
-                end
-                for _, end in _tokenise(encoding, t, add_special_tokens=False, return_offsets_mapping=True)[
-                    "offset_mapping"
-                ]
-            ]
-            for name, t in fields.items()
-        }
-        room = sum(map(len, ends.values())) - excess
-        cap = max(map(len, ends.values()))
-        while sum(min(len(e), cap) for e in ends.values()) > room:
-            cap -= 1
-        if cap < 1:
+def _check_texts(rows: Sequence[Row], task: Task, mask: str) -> None:
+    """Raise a UserError if a text contains the mask token."""
+    for row in rows:
+        if found := [name for name in task.fields if mask in row[name]]:
             raise UserError(
-                f"data.max_length={max_length} leaves no room for an example in the template {template!r}:"
+                f"The {found[0]} {row[found[0]]!r} contains {mask!r}, this backbone's mask token: remove it."
+            )
+
+
+def _render_shortened(fields: dict[str, str], encoding: Encoding, template: str, max_length: int) -> str:
+    """Fill in `template` after cutting its longest fields to one common length, the largest at which the text fits."""
+    text = render(template, fields, encoding.mask)
+    # A cut can change the tokens beside it, so measure again after each round. A round cuts at least one token.
+    while (excess := len(_tokenise(encoding, text)["input_ids"]) - max_length) > 0:
+        ends = {name: _token_ends(field, encoding) for name, field in fields.items()}
+        available = sum(map(len, ends.values())) - excess
+        longest = max(map(len, ends.values()))
+        while sum(min(len(e), longest) for e in ends.values()) > available:
+            longest -= 1
+        if longest < 1:
+            raise UserError(
+                f"data.max_length={max_length} leaves no tokens for the example in the template {template!r}:"
                 " raise it, or choose a shorter --data.template."
             )
-        fields = {name: t[: ends[name][cap - 1]] if len(ends[name]) > cap else t for name, t in fields.items()}
+        fields = {
+            name: field[: ends[name][longest - 1]] if len(ends[name]) > longest else field
+            for name, field in fields.items()
+        }
         text = render(template, fields, encoding.mask)
     return text
+
+
+def _token_ends(text: str, encoding: Encoding) -> list[int]:
+    """Return the position in `text` at which each of its tokens ends."""
+    encoded = _tokenise(encoding, text, add_special_tokens=False, return_offsets_mapping=True)
+    return [end for _, end in encoded["offset_mapping"]]
+
+
+# --- The token cache -------------------------------------------------------------------------------------------------
 
 
 def encode_cached(
     rows: Sequence[Row], task: Task, encoding: Encoding, template: str | None, max_length: int, folder: Path
 ) -> Tokens:
-    """`encode`, whose result is kept in `folder` and found again by all that it depends on.
+    """Read the tokens of `rows` from the cache in `folder`, or tokenise them as `encode` does and cache them.
 
-    A file that cannot be read whole (checksums are part of the format) is written anew.
+    A damaged file is detected by its checksums and written again.
     """
     if not rows:
         return Tokens(np.zeros(0, np.int32), np.zeros(1, np.int64), None)
-    path = folder / f"{_key(rows, task, encoding, template, max_length)}.npz"
+    path = folder / f"{_cache_key(rows, task, encoding, template, max_length)}.npz"
     try:
-        return _read(path)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # absent, or damaged
+        return _read_tokens(path)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # missing or damaged
         tokens = encode(rows, task, encoding, template, max_length)
     try:
-        _write(path, tokens)
+        _write_tokens(path, tokens)
     except OSError as error:
-        rank_zero_warn(f"The tokens cannot be kept in data.cache={folder} ({error}): each run makes them anew.")
+        rank_zero_warn(
+            f"The tokens cannot be cached in data.cache={folder} ({error}), so every run tokenises them again. Set"
+            " --data.cache to a folder that is writable."
+        )
     return tokens
 
 
-def _key(rows: Sequence[Row], task: Task, encoding: Encoding, template: str | None, max_length: int) -> str:
-    digest = sha256(Path(__file__).read_bytes())  # a change of this module makes new tokens
-    settings = (template, max_length, task.fields, encoding.mask, _fingerprint(encoding.tokenizer))
-    for part in _parts(settings, rows, task):
+def _cache_key(rows: Sequence[Row], task: Task, encoding: Encoding, template: str | None, max_length: int) -> str:
+    """Return a digest of all that the tokens depend on, this module included."""
+    digest = sha256(Path(__file__).read_bytes())
+    settings = (template, max_length, task.fields, encoding.mask, _tokenizer_fingerprint(encoding.tokenizer))
+    for part in _key_parts(settings, rows, task):
         digest.update(f"{len(part)}:{part}".encode(errors="surrogatepass"))
     return digest.hexdigest()[:32]
 
 
-def _parts(settings: tuple[Any, ...], rows: Sequence[Row], task: Task) -> Iterator[str]:
+def _key_parts(settings: tuple[Any, ...], rows: Sequence[Row], task: Task) -> Iterator[str]:
     yield repr(settings)
     for row in rows:
         for name in task.fields:
             yield row[name]
 
 
-def _fingerprint(tokenizer: Any) -> str:
-    """All that decides how it tokenises, but for the padding and truncation of the call before."""
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a digest of all settings of a tokenizer, except the padding and truncation of its last call."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.update(padding=None, truncation=None)
     settings = (type(tokenizer).__name__, tokenizer.truncation_side, tokenizer.model_input_names, state)
     return sha256(repr(settings).encode()).hexdigest()
 
 
-def _read(path: Path) -> Tokens:
+def _read_tokens(path: Path) -> Tokens:
     with path.open("rb") as file, np.load(file) as arrays:
         return Tokens(arrays["ids"], arrays["starts"], arrays.get("types"))
 
 
-def _write(path: Path, tokens: Tokens) -> None:
+def _write_tokens(path: Path, tokens: Tokens) -> None:
+    """Write the file under a temporary name and rename it, so that no reader sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {name: array for name, array in vars(tokens).items() if array is not None}
     handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".draft")
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, **arrays)
-        os.replace(draft, path)  # whole or not at all, whoever else is writing
+        os.replace(draft, path)
     except BaseException:
         os.unlink(draft)
         raise

@@ -1,5 +1,7 @@
-"""The tasks: what an example holds, how it is written as text, and how it is scored."""
+"""Tasks: the fields of an example, its prompts, its label words and its metrics."""
 
-from lit_spu.tasks.task import TASKS, Encoding, Files, Format, Metric, Split, Task, load_task
+from lit_spu.tasks.glue import TASKS
+from lit_spu.tasks.own_task import load_task
+from lit_spu.tasks.task import Encoding, Files, Format, Metric, Split, Task
 
 __all__ = ["TASKS", "Encoding", "Files", "Format", "Metric", "Split", "Task", "load_task"]

@@ -1,4 +1,4 @@
-"""The figures of merit: the loss and what GLUE scores a task by."""
+"""Metrics of a task: the loss and the scores that GLUE reports."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lit_spu.tasks import Metric, Task
 
 
 def task_metrics(task: Task) -> Any:
-    """The loss and the task's metrics by name, in a torchmetrics collection that is synchronised over ranks.
+    """Return a torchmetrics collection of the loss and the task's metrics, synchronised across processes.
 
-    As GLUE defines them: accuracy over all examples, F1 of the second of two labels.
+    The metrics follow GLUE: accuracy over all examples, F1 of the second of two labels.
     """
     from torchmetrics import MeanMetric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
     from torchmetrics.classification import (
@@ -26,7 +26,7 @@ def task_metrics(task: Task) -> Any:
     )
 
     class Matthews(MulticlassMatthewsCorrCoef):
-        """Zero where one label is predicted throughout: torchmetrics gives such a collapsed run up to 0.2."""
+        """Matthews correlation that is 0 if all predictions are equal; torchmetrics returns up to 0.2 then."""
 
         def compute(self) -> Tensor:
             value = super().compute()
@@ -41,6 +41,6 @@ def task_metrics(task: Task) -> Any:
         "spearman": SpearmanCorrCoef,
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*will save all targets")  # two numbers an example are little
+        warnings.filterwarnings("ignore", ".*will save all targets")  # two numbers for each example need little memory
         metrics: dict[str, Any] = {name: make[name]() for name in task.metrics}
     return MetricCollection({"loss": MeanMetric(), **metrics}, compute_groups=False)

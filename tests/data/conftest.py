@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens can be counted by eye: one a word."""
+"""A tokenizer with one token for each word."""
 
 import re
 
@@ -10,12 +10,12 @@ WORDS = [f"w{i}" for i in range(300)]
 
 
 def words_of(text: str) -> list[str]:
-    """The tokens of a text, without special ones."""
+    """Return the tokens of a text, without special ones."""
     return re.findall(r"\[MASK\]|\w+|[^\w\s]", text)
 
 
 def word_encoding(form: Format = "pair", words: list[str] = WORDS) -> Encoding:
-    """An encoding that tokenises by word: `[CLS] a [SEP]`, or `[CLS] a [SEP] b [SEP]` with token types."""
+    """Return an encoding that tokenises by word: `[CLS] a [SEP]`, or `[CLS] a [SEP] b [SEP]` with token types."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -41,5 +41,5 @@ def word_encoding(form: Format = "pair", words: list[str] = WORDS) -> Encoding:
 
 @pytest.fixture(scope="session")
 def encoding() -> Encoding:
-    """Bare fields, one token a word."""
+    """Encoding of the fields as they are, with one token for each word."""
     return word_encoding()

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lit_spu.data.batching import Batch, BucketSampler, Examples, Loader
-from lit_spu.data.sources import load
+from lit_spu.data.sources import load_split
 from lit_spu.data.text import Tokens, encode
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS, Encoding
@@ -31,7 +31,7 @@ def sampler(
 
 
 def examples(lengths: list[int], types: bool = False) -> Examples:
-    """Rows whose tokens say which row and which place they come from."""
+    """Examples whose token ids encode the row and the position in it."""
     ids = [1000 * (row + 1) + place for row, length in enumerate(lengths) for place in range(length)]
     tokens = Tokens(
         np.array(ids, np.int32),
@@ -65,7 +65,7 @@ def test_scores_are_float32() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.data())
-def test_every_row_keeps_its_own_tokens(lengths: list[int], data: st.DataObject) -> None:
+def test_every_row_has_its_own_tokens(lengths: list[int], data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
     batch = examples(lengths)[rows]
     for i, row in enumerate(rows):
@@ -102,20 +102,20 @@ def test_training_sees_every_example_once_an_epoch(
 
 
 @given(LENGTHS, st.integers(1, 8), st.integers(2, 4), st.integers(0, 3))
-def test_more_devices_share_the_very_batches_of_one(
+def test_several_devices_share_the_batches_of_one(
     lengths: np.ndarray,
     batch_size: int,
     devices: int,
     epoch: int,
 ) -> None:
-    lengths = np.resize(lengths, max(1, len(lengths) // devices) * devices)  # nothing is trimmed
+    lengths = np.resize(lengths, max(1, len(lengths) // devices) * devices)  # nothing is dropped
     one = list(sampler(lengths, batch_size * devices, epoch=epoch))
     ranks = [list(sampler(lengths, batch_size, devices, rank, epoch)) for rank in range(devices)]
     for whole, *shares in zip(one, *ranks, strict=True):
         assert [whole[rank::devices] for rank in range(devices)] == shares
 
 
-def test_epochs_and_seeds_draw_anew() -> None:
+def test_epochs_and_seeds_have_different_batches() -> None:
     lengths = np.arange(500) % 40 + 1
     orders = [list(sampler(lengths, 8, epoch=epoch, seed=seed)) for epoch in range(3) for seed in range(3)]
     assert len({str(order) for order in orders}) == 9
@@ -123,17 +123,17 @@ def test_epochs_and_seeds_draw_anew() -> None:
     assert not neighbours[0] & neighbours[1]  # other batches, not the same in another order
 
 
-def test_lengths_do_not_decide_when_a_batch_comes() -> None:
+def test_the_order_of_batches_does_not_depend_on_their_lengths() -> None:
     lengths = np.arange(6400) % 64 + 1
     means = [lengths[batch].mean() for batch in sampler(lengths, 32)]
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.2
 
 
-def test_padding_is_a_twentieth_on_real_sentences(shared: Path) -> None:
+def test_padding_is_at_most_a_tenth_on_real_sentences(shared: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "all-MiniLM-L6-v2")
-    rows = load(TASKS["sst2"], str(shared / "glue"), "train")[""]
+    rows = load_split(TASKS["sst2"], str(shared / "glue"), "train")[""]
     lengths = encode(rows, TASKS["sst2"], Encoding(tokenizer, "pair", "[MASK]"), None, 128).lengths
     for devices in (1, 2):
         batches = list(sampler(lengths, 32, devices))
@@ -145,7 +145,7 @@ def test_padding_is_a_twentieth_on_real_sentences(shared: Path) -> None:
 
 
 @given(LENGTHS, st.integers(1, 8), st.integers(1, 5))
-def test_evaluation_counts_every_example_once_over_equally_many_batches(
+def test_evaluation_has_every_example_once_and_equally_many_batches_on_each_device(
     lengths: np.ndarray, batch_size: int, devices: int
 ) -> None:
     assume(len(lengths) >= devices)
@@ -155,7 +155,7 @@ def test_evaluation_counts_every_example_once_over_equally_many_batches(
     assert sorted(seen) == list(range(len(lengths)))
     assert {len(batches) for batches in drawn} == {len(ranks[0])}
     assert all(batch for batches in drawn for batch in batches)
-    # Where the examples are too few for more batches, these are larger.
+    # With too few examples for more batches, the batches are larger.
     assert all(len(batch) <= batch_size for batches in drawn for batch in batches) or batch_size == 1
     longest = [lengths[batch].max() for step in zip(*drawn, strict=True) for batch in step]
     assert longest == sorted(longest, reverse=True)
@@ -167,7 +167,7 @@ def test_too_few_examples_for_the_devices_are_refused(shuffle: bool) -> None:
         sampler(np.array([1, 2]), 4, devices=3, shuffle=shuffle)
 
 
-# --- Going on where it stopped ---------------------------------------------------------------------------------------
+# --- Resuming --------------------------------------------------------------------------------------------------------
 
 
 def loader(count: int = 90, num_workers: int = 0, batch_size: int = 8) -> Loader:
@@ -186,11 +186,11 @@ def rows(batches: list[Batch]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0)])  # the number of workers may change
-def test_a_loader_goes_on_with_the_next_batch(before: int, after: int) -> None:
+def test_a_loader_resumes_with_the_next_batch(before: int, after: int) -> None:
     whole = loader()
     whole.sampler.set_epoch(3)
     expected = rows(list(whole))
-    stops = range(1, len(expected)) if before == 0 else (5,)  # workers take their time to start
+    stops = range(1, len(expected)) if before == 0 else (5,)  # workers are slow to start
     for stop in stops:
         first = loader(num_workers=before)
         first.sampler.set_epoch(3)
@@ -199,13 +199,13 @@ def test_a_loader_goes_on_with_the_next_batch(before: int, after: int) -> None:
         second = loader(num_workers=after)
         second.load_state_dict(first.state_dict())
         passing = iter(second)
-        second.sampler.set_epoch(3)  # Lightning tells the epoch behind the iterator's making
+        second.sampler.set_epoch(3)  # Lightning sets the epoch after it has made the iterator
         assert rows(begun) + rows(list(passing)) == expected
         assert rows(list(second)) == expected  # and only once
 
 
-@pytest.mark.parametrize("stop", [4, 12])  # amid the epoch, as with limit_train_batches, or at its end
-def test_another_epoch_begins_at_its_start(stop: int) -> None:
+@pytest.mark.parametrize("stop", [4, 12])  # within the epoch, as with limit_train_batches, or at its end
+def test_another_epoch_begins_with_its_first_batch(stop: int) -> None:
     first = loader()
     passing = iter(first)
     for _ in range(stop):
@@ -219,7 +219,7 @@ def test_another_epoch_begins_at_its_start(stop: int) -> None:
     assert rows(list(passing)) == rows(list(expected))
 
 
-def test_the_shuffle_goes_on_with_its_seed() -> None:
+def test_a_resumed_shuffle_has_its_old_seed() -> None:
     first, second = loader(), loader()
     first.sampler.seed = 5
     begun = next(iter(first))
@@ -227,16 +227,16 @@ def test_the_shuffle_goes_on_with_its_seed() -> None:
     assert rows([begun, *second]) == rows(list(first))
 
 
-def test_an_epoch_of_other_batches_is_refused() -> None:
+def test_another_number_of_batches_is_refused() -> None:
     first = loader()
     next(iter(first))
     second = loader(batch_size=9)
     second.load_state_dict(first.state_dict())
-    with pytest.raises(UserError, match=r"amid an epoch of 12 batches, but now it has 10: resume with the same data"):
+    with pytest.raises(UserError, match=r"during an epoch of 12 batches, but now an epoch has 10: resume"):
         next(iter(second))
 
 
-def test_a_loader_leaves_the_global_random_numbers_alone() -> None:
+def test_a_loader_does_not_use_the_global_random_numbers() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Recorder(LightningModule):
-    """Trains one weight, and writes down which rows it was given."""
+    """Model with one weight that records the rows of its batches."""
 
     def __init__(self, encoding: Encoding, task: Task = TASKS["sst2"]) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def data(source: str, tmp_path: Path, **kwargs: Any) -> GLUE:
     return GLUE(**(settings | kwargs))
 
 
-def test_a_trainer_gets_its_batches(source: str, tmp_path: Path, encoding: Encoding) -> None:
+def test_a_trainer_gets_all_batches(source: str, tmp_path: Path, encoding: Encoding) -> None:
     model, glue = Recorder(encoding), data(source, tmp_path)
     run = trainer(tmp_path, max_epochs=2)
     run.fit(model, glue)
@@ -100,7 +100,7 @@ def test_a_trainer_gets_its_batches(source: str, tmp_path: Path, encoding: Encod
     assert [row["label"] for row in glue.examples("test")] == [-1] * 9
 
 
-def test_batches_hold_the_rows_that_they_name(source: str, tmp_path: Path, encoding: Encoding) -> None:
+def test_batches_hold_the_rows_of_their_index(source: str, tmp_path: Path, encoding: Encoding) -> None:
     glue = data(source, tmp_path)
     glue.encoding = encoding
     glue.setup("fit")
@@ -114,7 +114,7 @@ def test_batches_hold_the_rows_that_they_name(source: str, tmp_path: Path, encod
             assert label == rows[i]["label"]
 
 
-def test_the_order_follows_from_the_global_seed(
+def test_the_order_depends_on_the_global_seed(
     source: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def order(seed: str) -> list[list[int]]:
@@ -135,7 +135,7 @@ def test_rows_are_tokenised_once_for_all_runs(
     trainer(tmp_path, max_epochs=1).fit(Recorder(encoding), data(source, tmp_path))
 
 
-def test_the_cache_lies_with_the_users_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_cache_is_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert GLUE().cache == tmp_path / "lit_spu"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -158,7 +158,7 @@ def test_mnli_has_two_validation_sets(tmp_path: Path) -> None:
     assert {row["hypothesis"] for row in glue.examples("validation", "mismatched")} == {"w5"}
 
 
-def test_limits_nest_and_keep_the_order(source: str, tmp_path: Path) -> None:
+def test_a_larger_limit_contains_a_smaller_one_in_order(source: str, tmp_path: Path) -> None:
     whole = [row["sentence"] for row in data(source, tmp_path).examples("train")]
     chosen = {
         n: [whole.index(row["sentence"]) for row in data(source, tmp_path, limit_train=n).examples("train")]
@@ -174,7 +174,7 @@ def test_limits_nest_and_keep_the_order(source: str, tmp_path: Path) -> None:
     assert [whole.index(row["sentence"]) for row in other] != chosen[5]
 
 
-def test_shots_test_on_what_validates_otherwise(source: str, tmp_path: Path) -> None:
+def test_few_shot_training_tests_on_the_validation_split(source: str, tmp_path: Path) -> None:
     glue = data(source, tmp_path, shots=3)
     assert Counter(row["label"] for row in glue.examples("train")) == {0: 3, 1: 3}
     assert Counter(row["label"] for row in glue.examples("validation")) == {0: 3, 1: 3}
@@ -184,7 +184,7 @@ def test_shots_test_on_what_validates_otherwise(source: str, tmp_path: Path) -> 
 # --- Templates -------------------------------------------------------------------------------------------------------
 
 
-def test_the_backbone_says_how_to_write_and_the_user_may_say_otherwise(source: str, tmp_path: Path) -> None:
+def test_the_template_is_the_backbones_or_the_users(source: str, tmp_path: Path) -> None:
     words = [*WORDS, "It", "was", ".", "Well", ",", "sst2", "sentence", ":"]
 
     def first(template: str, encoding: Encoding) -> str:
@@ -201,11 +201,11 @@ def test_the_backbone_says_how_to_write_and_the_user_may_say_otherwise(source: s
     assert first("auto", word_encoding("pair", words)).startswith(start)
     assert first("cloze", word_encoding("pair", words)).endswith(" It was [MASK] ." + end)
     assert first("Well , {sentence} {mask}", word_encoding("cloze", words)).startswith("[CLS] Well , w")
-    with pytest.raises(UserError, match=r"data\.template: \{text\} is no field"):
+    with pytest.raises(UserError, match=r"data\.template: \{text\} is not a field"):
         first("{text}", word_encoding("pair", words))
 
 
-# --- Predicting what was given ---------------------------------------------------------------------------------------
+# --- Predicting given texts ------------------------------------------------------------------------------------------
 
 
 def test_a_sentence_is_predicted(source: str, tmp_path: Path, encoding: Encoding) -> None:
@@ -235,26 +235,26 @@ def test_numbers_below_one_are_refused(name: str) -> None:
 
 
 def test_a_model_for_another_task_is_refused(source: str, tmp_path: Path, encoding: Encoding) -> None:
-    with pytest.raises(UserError, match="made for the task 'rte', the data are those of 'sst2'"):
+    with pytest.raises(UserError, match="made for the task 'rte', but the data are of the task 'sst2'"):
         trainer(tmp_path, max_epochs=1).fit(Recorder(encoding, TASKS["rte"]), data(source, tmp_path))
 
 
-def test_without_an_encoding_it_asks_for_one(source: str, tmp_path: Path) -> None:
+def test_a_missing_encoding_is_an_error(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use it with a model that has an `encoding`"):
         data(source, tmp_path).setup("fit")
 
 
-def test_overfit_batches_has_a_better_flag(source: str, tmp_path: Path, encoding: Encoding) -> None:
+def test_overfit_batches_is_refused(source: str, tmp_path: Path, encoding: Encoding) -> None:
     with pytest.raises(UserError, match=r"set --data\.limit_train instead"):
         trainer(tmp_path, overfit_batches=2, max_epochs=1).fit(Recorder(encoding), data(source, tmp_path))
 
 
-# --- Going on, and several devices -----------------------------------------------------------------------------------
+# --- Resuming, and several devices -----------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves nothing
 @pytest.mark.parametrize(("num_workers", "limit"), [(0, 1.0), (0, 5), (2, 1.0)])
-def test_an_interrupted_run_goes_on_to_the_letter(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     source: str, tmp_path: Path, encoding: Encoding, num_workers: int, limit: float
 ) -> None:
     settings: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": limit, "val_check_interval": 0.5}
@@ -276,13 +276,13 @@ def test_an_interrupted_run_goes_on_to_the_letter(
     assert set(saved) == set(range(1, steps + 1))
     assert len(ends) == 3
     tried = [*saved.items(), *((int(path.stem.rpartition("=")[2]), path) for path in ends)]
-    for step, path in tried if num_workers == 0 else tried[2:9:3] + tried[-3:]:  # workers take their time to start
+    for step, path in tried if num_workers == 0 else tried[2:9:3] + tried[-3:]:  # workers are slow to start
         resumed = run(str(path))
         assert resumed.seen["train"] == whole.seen["train"][step:], path.name
         assert torch.equal(resumed.weight, whole.weight)
 
 
-def test_lightning_leaves_the_sampler_in_its_place(
+def test_lightning_does_not_replace_the_sampler(
     source: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     glue = data(source, tmp_path)
@@ -299,7 +299,7 @@ def test_lightning_leaves_the_sampler_in_its_place(
 
 
 @pytest.mark.slow
-def test_two_processes_see_what_one_sees(source: str, tmp_path: Path, encoding: Encoding) -> None:
+def test_two_processes_train_on_the_batches_of_one(source: str, tmp_path: Path, encoding: Encoding) -> None:
     one = Recorder(encoding)
     trainer(tmp_path, max_epochs=2).fit(one, data(source, tmp_path, batch_size=8))
     script = tmp_path / "two.py"

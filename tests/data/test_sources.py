@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_spu.data import sources
-from lit_spu.data.sources import few_shot, load, parse
+from lit_spu.data.sources import draw_few_shot_splits, load_split, parse_lines
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS, Split, Task, load_task
 
@@ -29,10 +29,10 @@ def put(folder: Path, name: str, content: str | bytes) -> Path:
 
 def rows_of(task: Task, tmp_path: Path, name: str, content: str | bytes, split: Split = "train") -> list[Any]:
     put(tmp_path, name, content)
-    return load(task, str(tmp_path), split)[""]
+    return load_split(task, str(tmp_path), split)[""]
 
 
-# --- Files as they are -----------------------------------------------------------------------------------------------
+# --- Official files --------------------------------------------------------------------------------------------------
 
 COUNTS = {  # of ../shared/glue/SOURCES.md: train, validation
     "sst2": (67349, [872]),
@@ -60,9 +60,9 @@ LABELS = {  # of their validation sets, in the order of the task's labels; of tr
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_the_official_files_hold_what_they_should(shared: Path, name: str) -> None:
-    train = load(TASKS[name], str(shared / "glue"), "train")
-    validation = load(TASKS[name], str(shared / "glue"), "validation")
+def test_official_files_have_the_expected_sizes_and_labels(shared: Path, name: str) -> None:
+    train = load_split(TASKS[name], str(shared / "glue"), "train")
+    validation = load_split(TASKS[name], str(shared / "glue"), "validation")
     assert (len(train[""]), [len(rows) for rows in validation.values()]) == COUNTS[name]
     assert list(validation) == (["", "mismatched"] if name == "mnli" else [""])
     if name in LABELS:
@@ -77,26 +77,26 @@ def test_the_official_files_hold_what_they_should(shared: Path, name: str) -> No
 def test_ready_made_few_shot_splits_are_found(shared: Path, name: str, seed: int) -> None:
     task, source = TASKS[name], str(shared / "glue" / "k-shot-1k-test")
     for split in ("train", "validation"):
-        counts = Counter(row["label"] for row in load(task, source, split, 16, seed)[""])
+        counts = Counter(row["label"] for row in load_split(task, source, split, 16, seed)[""])
         assert counts == dict.fromkeys(range(len(task.labels)), 16)
-    test = load(task, source, "test", 16, seed)
+    test = load_split(task, source, "test", 16, seed)
     assert list(test) == (["", "mismatched"] if name == "mnli" else [""])
     assert len(test[""]) == {"sst2": 872, "rte": 277, "trec": 500}.get(name, 1000)
 
 
-def test_first_rows_are_read_to_the_letter(shared: Path) -> None:
+def test_first_rows_are_read_exactly(shared: Path) -> None:
     glue = str(shared / "glue")
-    assert load(TASKS["cola"], glue, "train")[""][0] == {
+    assert load_split(TASKS["cola"], glue, "train")[""][0] == {
         "sentence": "Our friends won't buy this analysis, let alone the next one we propose.",
         "label": 1,
     }
-    assert load(TASKS["mrpc"], glue, "validation")[""][0]["sentence2"].startswith('" The foodservice pie')
-    assert load(TASKS["stsb"], glue, "train")[""][0]["label"] == 5.0
-    assert load(TASKS["trec"], glue, "train")[""][0] == {
+    assert load_split(TASKS["mrpc"], glue, "validation")[""][0]["sentence2"].startswith('" The foodservice pie')
+    assert load_split(TASKS["stsb"], glue, "train")[""][0]["label"] == 5.0
+    assert load_split(TASKS["trec"], glue, "train")[""][0] == {
         "sentence": "How did serfdom develop in and then leave Russia ?",
         "label": 0,
     }
-    assert any("ð" in row["sentence"] for row in load(TASKS["trec"], glue, "train")[""])  # the one byte of Latin-1
+    assert any("ð" in row["sentence"] for row in load_split(TASKS["trec"], glue, "train")[""])  # a byte of Latin-1
 
 
 # --- TSV -------------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ CELL = st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=["C
 
 @given(texts=st.lists(CELL, min_size=1, max_size=8), bom=st.booleans(), crlf=st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_tsv_gives_back_whatever_texts_went_in(tmp_path: Path, texts: list[str], bom: bool, crlf: bool) -> None:
+def test_a_tsv_may_hold_any_text(tmp_path: Path, texts: list[str], bom: bool, crlf: bool) -> None:
     texts = ['"', "N/A", "null", "nan", "None", "a\x85b", "c\u2028d", *texts]
     end = "\r\n" if crlf else "\n"
     lines = ["sentence\tindex\tlabel", *(f"{text}\t{i}\t{i % 2}" for i, text in enumerate(texts))]
@@ -123,7 +123,7 @@ def test_a_header_is_recognised_where_the_task_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["", "-1"])
-def test_a_test_split_may_go_without_labels(tmp_path: Path, label: str) -> None:
+def test_a_test_split_may_lack_labels(tmp_path: Path, label: str) -> None:
     content = f"sentence1\tsentence2\tscore\na\tb\t{label}\nc\td\t2.5\n"
     rows = rows_of(TASKS["stsb"], tmp_path, "STS-B/test.tsv", content, "test")
     assert [row["label"] for row in rows] == [-1.0, 2.5]
@@ -143,13 +143,23 @@ SST2 = "SST-2/train.tsv"
             "sst2",
             SST2,
             "sentence\tlabel\na\t2\n",
-            r"line 2: '2' is no label of sst2; expected negative, positive, or 0",
+            r"line 2: '2' is not a label of sst2; expected one of: negative, positive, 0, 1\.",
         ),
-        ("sst2", SST2, "sentence\tlabel\na\t-1\n", r"line 2: the label '-1' says nothing"),
-        ("sst2", SST2, "sentence\tlabel\na\t\n", r"line 2: the label '' says nothing"),
-        ("sst2", SST2, b"sentence\tlabel\na\t1\nb\xff\t0\n", r"line 3: the byte 0xff found is no UTF-8"),
-        ("sst2", SST2, "text\tlabel\na\t1\n", r"line 1: there are the columns text, label; the sentence .* 'sentence'"),
-        ("sst2", SST2, "sentence\tlable\na\t1\n", r"line 1: there are the columns .*; the label of sst2 was expected"),
+        ("sst2", SST2, "sentence\tlabel\na\t-1\n", r"line 2: the label '-1' means unknown"),
+        ("sst2", SST2, "sentence\tlabel\na\t\n", r"line 2: the label '' means unknown"),
+        ("sst2", SST2, b"sentence\tlabel\na\t1\nb\xff\t0\n", r"line 3: the byte 0xff is not valid UTF-8"),
+        (
+            "sst2",
+            SST2,
+            "text\tlabel\na\t1\n",
+            r"line 1: .* columns text, label, but the sentence .* column 'sentence'",
+        ),
+        (
+            "sst2",
+            SST2,
+            "sentence\tlable\na\t1\n",
+            r"line 1: .* columns .*, but the label of sst2 was expected",
+        ),
         ("sst2", SST2, "", r"train\.tsv: the file is empty"),
         ("sst2", SST2, "sentence\tlabel\n", r"train\.tsv: no examples found"),
         (
@@ -158,15 +168,15 @@ SST2 = "SST-2/train.tsv"
             "sentence1\tsentence2\tscore\na\tb\t5.1\n",
             r"'5\.1' .* a number from 0\.0 to 5\.0",
         ),
-        ("stsb", "STS-B/train.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", r"'nan' is no label of stsb"),
-        ("cola", "CoLA/train.tsv", "gj04\t1\n", r"line 1: there are 2 columns and no header; the sentence of cola"),
+        ("stsb", "STS-B/train.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", r"'nan' is not a label of stsb"),
+        ("cola", "CoLA/train.tsv", "gj04\t1\n", r"line 1: there are 2 columns and no header, but the sentence of cola"),
         ("trec", "TREC/train.label", "NUM:dist How far ?\nwhat\n", r"line 2: 'what' found; `COARSE:fine question`"),
-        ("trec", "TREC/train.label", "FOO:bar How far ?\n", r"line 1: 'FOO' is no label of trec"),
+        ("trec", "TREC/train.label", "FOO:bar How far ?\n", r"line 1: 'FOO' is not a label of trec"),
         (
             "mnli",
             "MNLI/train.tsv",
             "sentence1\tsentence2\tgold_label\na\tb\t-\n",
-            r"line 2: the label '-' says nothing",
+            r"line 2: the label '-' means unknown",
         ),
     ],
 )
@@ -175,46 +185,58 @@ def test_bad_rows_are_named(tmp_path: Path, task: str, file: str, content: str |
         rows_of(TASKS[task], tmp_path, file, content)
 
 
-def test_known_gaps_are_left_out_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_known_gaps_are_skipped_counted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = "sentence1\tsentence2\tgold_label\na\tb\tneutral\nc\td\t-\ne\t\tneutral\nf\ng\th\tentailment\n"
     with caplog.at_level(logging.INFO):
         rows = rows_of(TASKS["snli"], tmp_path, "SNLI/train.tsv", content)
     assert [(row["premise"], row["label"]) for row in rows] == [("a", 1), ("g", 0)]
     assert "2 examples of" in caplog.text
-    assert "3 left out for want of a text, a column or an agreed label (lines 3, 4, 5)" in caplog.text
-    with pytest.raises(UserError, match="line 2: 'maybe' is no label"):  # gaps are no licence for mistakes
+    assert "3 skipped (missing text, column or agreed label; lines 3, 4, 5)" in caplog.text
+    with pytest.raises(UserError, match="line 2: 'maybe' is not a label"):  # a mistake is not a gap
         rows_of(TASKS["snli"], tmp_path, "SNLI/train.tsv", "sentence1\tsentence2\tgold_label\na\tb\tmaybe\n")
 
 
-def test_a_part_of_a_split_will_do_but_the_whole_is_better(tmp_path: Path) -> None:
+def test_a_whole_split_is_preferred_to_a_part(tmp_path: Path) -> None:
     part = rows_of(TASKS["sst2"], tmp_path, "SST-2/train_subset.tsv", "sentence\tlabel\na\t1\n")
     whole = rows_of(TASKS["sst2"], tmp_path, "SST-2/train.tsv", "sentence\tlabel\na\t1\nb\t0\n")
     assert (len(part), len(whole)) == (1, 2)
 
 
 @pytest.mark.parametrize("folder", ["SST-2", "sst-2", "sst2"])
-def test_the_folder_may_be_spelled_otherwise(tmp_path: Path, folder: str) -> None:
+def test_the_folder_has_several_spellings(tmp_path: Path, folder: str) -> None:
     assert len(rows_of(TASKS["sst2"], tmp_path, f"{folder}/train.tsv", "sentence\tlabel\na\t1\n")) == 1
 
 
-def test_what_is_missing_is_listed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no folder .*nowhere\."):
-        load(TASKS["sst2"], str(tmp_path / "nowhere"), "train")
+def test_a_mistyped_source_is_corrected() -> None:
+    with pytest.raises(UserError, match=r"data\.source=smaple: there is no folder smaple\. Did you mean sample\?"):
+        load_split(TASKS["sst2"], "smaple", "train")
+
+
+def test_allowed_labels_are_listed_once(tmp_path: Path) -> None:
+    stars = load_task({"name": "stars", "fields": ["text"], "labels": ["0", "1"]})
+    with pytest.raises(UserError, match=r"'2' is not a label of stars; expected one of: 0, 1\.$"):
+        rows_of(stars, tmp_path, "train.csv", "text,label\na,2\n")
+
+
+def test_missing_files_are_listed(tmp_path: Path) -> None:
+    allowed = r"Allowed: a folder with the task's files, hub, sample\.$"
+    with pytest.raises(UserError, match=rf"there is no folder .*nowhere\. {allowed}"):
+        load_split(TASKS["sst2"], str(tmp_path / "nowhere"), "train")
     put(tmp_path, "RTE/x", "")
-    with pytest.raises(UserError, match=r"looked in .* for SST-2 or sst-2 or sst2; there is RTE/\."):
-        load(TASKS["sst2"], str(tmp_path), "train")
+    with pytest.raises(UserError, match=r"no SST-2 or sst-2 or sst2 in .*, which contains RTE/\."):
+        load_split(TASKS["sst2"], str(tmp_path), "train")
     put(tmp_path, "SST-2/notes.txt", "")
-    with pytest.raises(UserError, match=r"looked in .*SST-2 for train\.\{tsv,.*\}; there is notes\.txt\."):
-        load(TASKS["sst2"], str(tmp_path), "train")
+    with pytest.raises(UserError, match=r"no train\.\{tsv,.*\} in .*SST-2, which contains notes\.txt\."):
+        load_split(TASKS["sst2"], str(tmp_path), "train")
     put(tmp_path, "SST-2/16-42/train.tsv", "")
-    with pytest.raises(UserError, match=r"chosen by --data\.shots"):
-        load(TASKS["sst2"], str(tmp_path), "train")
+    with pytest.raises(UserError, match=r"splits, set --data\.shots"):
+        load_split(TASKS["sst2"], str(tmp_path), "train")
     put(tmp_path, "MNLI/dev_mismatched.tsv", "sentence1\tsentence2\tgold_label\na\tb\tneutral\n")
-    with pytest.raises(UserError, match=r"for dev_matched\."):  # the second part cannot stand for the first
-        load(TASKS["mnli"], str(tmp_path), "validation")
+    with pytest.raises(UserError, match=r"no dev_matched\."):  # the second part does not replace the first
+        load_split(TASKS["mnli"], str(tmp_path), "validation")
 
 
-# --- A task of one's own, in any format ------------------------------------------------------------------------------
+# --- A custom task, in any format ------------------------------------------------------------------------------------
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -242,36 +264,40 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_format_holds_the_same(tmp_path: Path, kind: str) -> None:
+def test_every_format_is_read_the_same(tmp_path: Path, kind: str) -> None:
     rows = [{"id": 7, "text": 'say "no",\nor\tso', "label": "bad"}, {"id": 8, "text": "null", "label": "1"}]
     WRITERS[kind](tmp_path / f"train.{kind}", rows)
-    assert load(OWN, str(tmp_path), "train") == {
+    assert load_split(OWN, str(tmp_path), "train") == {
         "": [{"text": 'say "no",\nor\tso', "label": 0}, {"text": "null", "label": 1}]
     }
 
 
-def test_a_name_beats_a_number(tmp_path: Path) -> None:
+def test_a_label_name_takes_precedence_over_a_position(tmp_path: Path) -> None:
     stars = load_task({"name": "stars", "fields": ["text"], "labels": ["1", "2", "3"]})
     rows = rows_of(stars, tmp_path, "train.csv", "text,label\na,1\nb,3\nc,0\n")
     assert [row["label"] for row in rows] == [0, 2, 0]
 
 
 @pytest.mark.parametrize("name", ["dev.csv", "validation.csv"])
-def test_validation_files_go_by_two_names(tmp_path: Path, name: str) -> None:
+def test_validation_files_have_two_names(tmp_path: Path, name: str) -> None:
     assert len(rows_of(OWN, tmp_path, name, "text,label\na,bad\n", "validation")) == 1
 
 
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("train.csv", 'text,label\n"a\nb",bad\nc,awful\n', r"train\.csv, line 4: 'awful' is no label"),
+        ("train.csv", 'text,label\n"a\nb",bad\nc,awful\n', r"train\.csv, line 4: 'awful' is not a label"),
         ("train.csv", 'text,label\na,bad\n"b,good\n', r"train\.csv, line 3: .*comma-separated"),
         ("train.jsonl", '{"text": "a", "label": "bad"}\n{"text": "b"}\n', r"line 2: no 'label' found"),
         ("train.jsonl", '{"text": "a", "label": "bad"}\n\n["b"]\n', r"line 3: '\[\"b\"\]' found; a JSON object"),
         ("train.jsonl", '{"text": "a"', r"line 1: .*; a JSON object was expected"),
         ("train.jsonl", '{"text": null, "label": "bad"}', r"line 1: the text is empty"),
         ("train.parquet", "no parquet", r"train\.parquet cannot be read as parquet"),
-        ("train.tsv", "a\tbad\nb\tgood\n", r"there are the columns a, bad; the text of own was expected .*`columns`"),
+        (
+            "train.tsv",
+            "a\tbad\nb\tgood\n",
+            r"columns a, bad, but the text of own was expected .*`columns`",
+        ),
     ],
 )
 def test_bad_rows_of_other_formats_are_named(tmp_path: Path, file: str, content: str, expected: str) -> None:
@@ -279,14 +305,14 @@ def test_bad_rows_of_other_formats_are_named(tmp_path: Path, file: str, content:
         rows_of(OWN, tmp_path, file, content)
 
 
-def test_the_example_can_be_read() -> None:
+def test_the_example_task_can_be_read() -> None:
     task = load_task(str(EXAMPLE / "task.yaml"))
     for split, count in (("train", 16), ("validation", 8)):
-        rows = load(task, str(EXAMPLE), split)[""]  # type: ignore[arg-type]
+        rows = load_split(task, str(EXAMPLE), split)[""]  # type: ignore[arg-type]
         assert Counter(row["label"] for row in rows) == {0: count // 2, 1: count // 2}
 
 
-def test_the_hubs_parquet_files_are_read_by_the_names_of_their_classes(tmp_path: Path) -> None:
+def test_class_numbers_of_the_hubs_parquet_files_become_labels(tmp_path: Path) -> None:
     import datasets
 
     hub = datasets.Dataset.from_dict(
@@ -302,27 +328,27 @@ def test_the_hubs_parquet_files_are_read_by_the_names_of_their_classes(tmp_path:
     (tmp_path / "trec").mkdir()
     hub.select([0, 1]).to_parquet(tmp_path / "trec" / "train-00000-of-00002.parquet")
     hub.select([2]).to_parquet(tmp_path / "trec" / "train-00001-of-00002.parquet")
-    labels = [TASKS["trec"].labels[row["label"]] for row in load(TASKS["trec"], str(tmp_path), "train")[""]]
+    labels = [TASKS["trec"].labels[row["label"]] for row in load_split(TASKS["trec"], str(tmp_path), "train")[""]]
     assert labels == ["number", "human", "description"]
 
 
 # --- The hub ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_unreachable_hub_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_an_error_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"data\.source=hub: nyu-mll/glue .*--data\.source=<folder.*sample"):
-        load(TASKS["sst2"], "hub", "train")
+        load_split(TASKS["sst2"], "hub", "train")
     assert time.monotonic() - start < 5
-    assert datasets.config.HF_HUB_OFFLINE is False  # others may still reach theirs
+    assert datasets.config.HF_HUB_OFFLINE is False  # other code may still use the hub
 
 
-def test_a_task_of_ones_own_is_not_on_the_hub() -> None:
-    with pytest.raises(UserError, match="own is a task of your own"):
-        load(OWN, "hub", "train")
+def test_a_custom_task_is_not_on_the_hub() -> None:
+    with pytest.raises(UserError, match="own is a custom task"):
+        load_split(OWN, "hub", "train")
 
 
 def test_the_hubs_splits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,24 +364,24 @@ def test_the_hubs_splits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     hub = {name: split(name, -1 if "test" in name else 2) for name in ("train", "validation_matched", "test_matched")}
     monkeypatch.setattr(sources, "_download", lambda path, config: hub)
-    assert load(TASKS["mnli"], "hub", "train") == {"": [{"premise": "train", "hypothesis": "h", "label": 2}]}
+    assert load_split(TASKS["mnli"], "hub", "train") == {"": [{"premise": "train", "hypothesis": "h", "label": 2}]}
     with pytest.raises(UserError, match="mnli has no split 'validation_mismatched', only train,"):
-        load(TASKS["mnli"], "hub", "validation")
+        load_split(TASKS["mnli"], "hub", "validation")
     hub |= {name: split(name, -1 if "test" in name else 0) for name in ("validation_mismatched", "test_mismatched")}
-    validation = load(TASKS["mnli"], "hub", "validation")
+    validation = load_split(TASKS["mnli"], "hub", "validation")
     assert {part: (rows[0]["premise"], rows[0]["label"]) for part, rows in validation.items()} == {
         "": ("validation_matched", 2),
         "mismatched": ("validation_mismatched", 0),
     }
-    assert [rows[0]["label"] for rows in load(TASKS["mnli"], "hub", "test").values()] == [-1, -1]
+    assert [rows[0]["label"] for rows in load_split(TASKS["mnli"], "hub", "test").values()] == [-1, -1]
 
 
-def test_trecs_test_split_stands_in_for_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trecs_test_split_is_used_for_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     hub = {"test": datasets.Dataset.from_dict({"text": ["Who ?"], "coarse_label": ["HUM"]})}
     monkeypatch.setattr(sources, "_download", lambda path, config: hub)
-    assert load(TASKS["trec"], "hub", "validation")[""] == [{"sentence": "Who ?", "label": 3}]
+    assert load_split(TASKS["trec"], "hub", "validation")[""] == [{"sentence": "Who ?", "label": 3}]
 
 
 # --- Few shots -------------------------------------------------------------------------------------------------------
@@ -367,42 +393,42 @@ def test_trecs_test_split_stands_in_for_validation(monkeypatch: pytest.MonkeyPat
     seed=st.integers(0, 9),
     order=st.randoms(use_true_random=False),
 )
-def test_few_shots_are_balanced_and_apart(counts: list[int], shots: int, seed: int, order: Any) -> None:
+def test_few_shot_splits_are_balanced_and_disjoint(counts: list[int], shots: int, seed: int, order: Any) -> None:
     task = TASKS["snli"]
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     order.shuffle(labels)
     rows = [{"premise": str(i), "hypothesis": "h", "label": label} for i, label in enumerate(labels)]
     if min(counts) < 2 * shots:
-        with pytest.raises(UserError, match=rf"data\.shots={shots} takes {2 * shots} examples of each label"):
-            few_shot(task, rows, shots, seed)
+        with pytest.raises(UserError, match=rf"data\.shots={shots} needs {2 * shots} examples of each label"):
+            draw_few_shot_splits(task, rows, shots, seed)
         return
-    drawn = few_shot(task, rows, shots, seed)
+    drawn = draw_few_shot_splits(task, rows, shots, seed)
     for split in ("train", "validation"):
         assert Counter(row["label"] for row in drawn[split]) == {0: shots, 1: shots, 2: shots}
     chosen = [row["premise"] for split in drawn.values() for row in split]
     assert len(set(chosen)) == len(chosen)
-    assert few_shot(task, rows, shots, seed) == drawn
+    assert draw_few_shot_splits(task, rows, shots, seed) == drawn
 
 
-def test_few_shots_follow_the_papers_protocol(tmp_path: Path) -> None:
+def test_few_shot_splits_follow_the_papers_protocol(tmp_path: Path) -> None:
     put(tmp_path, "SST-2/train.tsv", "sentence\tlabel\n" + "".join(f"t{i}\t{i % 2}\n" for i in range(40)))
     put(tmp_path, "SST-2/dev.tsv", "sentence\tlabel\n" + "".join(f"d{i}\t{i % 2}\n" for i in range(10)))
-    drawn = {s: load(TASKS["sst2"], str(tmp_path), s, 4, 13)[""] for s in ("train", "validation", "test")}
+    drawn = {s: load_split(TASKS["sst2"], str(tmp_path), s, 4, 13)[""] for s in ("train", "validation", "test")}
     texts = {split: {row["sentence"] for row in rows} for split, rows in drawn.items()}
     assert {split: len(rows) for split, rows in drawn.items()} == {"train": 8, "validation": 8, "test": 10}
     assert all(text.startswith("t") for text in texts["train"] | texts["validation"])
     assert not texts["train"] & texts["validation"]
     assert texts["test"] == {f"d{i}" for i in range(10)}
-    other = load(TASKS["sst2"], str(tmp_path), "train", 4, 14)[""]
+    other = load_split(TASKS["sst2"], str(tmp_path), "train", 4, 14)[""]
     assert {row["sentence"] for row in other} != texts["train"]
 
 
-# --- The sample, and texts given by hand -----------------------------------------------------------------------------
+# --- Synthetic sample data and given texts ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_sample_data_fit_every_task(task: Task) -> None:
-    rows = load(task, "sample", "validation")[""]
+    rows = load_split(task, "sample", "validation")[""]
     allowed = range(len(task.labels))
     for row in rows:
         assert set(row) == {*task.fields, "label"}
@@ -412,22 +438,22 @@ def test_sample_data_fit_every_task(task: Task) -> None:
 
 
 def test_lines_become_examples() -> None:
-    assert parse(TASKS["sst2"], ["fine\n", " dull "], "here") == [
+    assert parse_lines(TASKS["sst2"], ["fine\n", " dull "], "here") == [
         {"sentence": "fine", "label": -1},
         {"sentence": "dull", "label": -1},
     ]
-    assert parse(TASKS["stsb"], ["a\tb"], "here") == [{"sentence1": "a", "sentence2": "b", "label": -1.0}]
+    assert parse_lines(TASKS["stsb"], ["a\tb"], "here") == [{"sentence1": "a", "sentence2": "b", "label": -1.0}]
 
 
 @pytest.mark.parametrize(
     ("task", "lines", "expected"),
     [
-        ("rte", ["a\tb", "a"], r"here, line 2: 'a' has 1 text\(s\), but rte takes 2: sentence1 <tab> sentence2"),
-        ("sst2", ["a\tb"], r"line 1: .* has 2 text\(s\), but sst2 takes 1: sentence"),
+        ("rte", ["a\tb", "a"], r"here, line 2: 'a' has 1 text\(s\), but rte needs 2: sentence1 <tab> sentence2"),
+        ("sst2", ["a\tb"], r"line 1: .* has 2 text\(s\), but sst2 needs 1: sentence"),
         ("sst2", ["a", "\n"], r"line 2: '' has 0 text\(s\)"),
-        ("sst2", [], r"here: nothing was given"),
+        ("sst2", [], r"here: no text was given"),
     ],
 )
-def test_lines_that_are_no_examples_are_explained(task: str, lines: list[str], expected: str) -> None:
+def test_unusable_lines_are_explained(task: str, lines: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        parse(TASKS[task], lines, "here")
+        parse_lines(TASKS[task], lines, "here")

@@ -1,4 +1,4 @@
-"""The generated examples: right by solvers that read the text alone, the same everywhere, and never told beforehand."""
+"""Tests of the synthetic examples: correct by solvers that read only the text, reproducible, and not in the corpus."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import pytest
 
 from lit_spu.data import synthetic
 from lit_spu.data.synthetic import SIZES, corpus, generate
+from lit_spu.data.text import Row
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
-
-Row = Mapping[str, Any]
 
 
 @cache
@@ -35,7 +34,7 @@ def one_of(names: str) -> str:
 
 
 def opinion(row: Row) -> int:
-    """From -2 to 2: that of the main clause, turned by a negation."""
+    """Return the opinion of the main clause, from -2 to 2; a negation changes its sign."""
     text = row["sentence"].lower().rstrip(".")
     though = one_of("although though while")
     main = re.sub(rf"^({though}|despite) .*, |^.*, but |, {though} .*$| despite .*$", "", text)
@@ -60,13 +59,13 @@ Facts = dict[str, set[int]]
 
 
 def facts(text: str) -> Facts:
-    """The groups that each fact of a text may belong to: one, or several where only their class is named."""
-    told: Facts = {}
+    """Return the groups that each fact of a text may have: one, or several if the text has only their class name."""
+    found: Facts = {}
     for fact, groups in synthetic._EVENTS.items():
         for group, names in enumerate(groups):
             if any(re.search(rf"\b{name}\b", text.lower()) for name in names):
-                told.setdefault(fact, set()).add(group)
-    return told
+                found.setdefault(fact, set()).add(group)
+    return found
 
 
 def inference(row: Row) -> int:
@@ -93,9 +92,9 @@ def similarity(row: Row) -> float:
 
 
 def answered(row: Row) -> int:
-    asked, told = row["question"].split()[0].lower(), facts(row["sentence"])
-    about = all(told[fact] == groups for fact, groups in facts(row["question"]).items())
-    return int(not (about and asked in told))
+    asked, stated = row["question"].split()[0].lower(), facts(row["sentence"])
+    about = all(stated[fact] == groups for fact, groups in facts(row["question"]).items())
+    return int(not (about and asked in stated))
 
 
 def asked_for(row: Row) -> int:
@@ -139,7 +138,7 @@ SOLVERS: Mapping[str, Callable[[Row], float]] = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_labels_are_what_the_text_says(name: str) -> None:
+def test_solvers_find_the_labels_in_the_texts(name: str) -> None:
     for split in SIZES:
         for row in examples(name, split):
             assert SOLVERS[name](row) == row["label"], row
@@ -170,7 +169,7 @@ def test_splits_have_the_tasks_fields_and_labels_and_share_no_text(name: str) ->
 
 
 def test_the_same_on_every_platform() -> None:
-    """A digest, since no oracle exists for chance: it changes with the grammars, and with nothing else."""
+    """The digest is recorded. It may change only if the grammars change."""
     code = (
         "from lit_spu.data.synthetic import *; from lit_spu.tasks import TASKS; from hashlib import sha256;"
         "print(sha256(repr(([generate(t, 'test') for t in TASKS.values()], [*corpus(500)])).encode()).hexdigest())"
@@ -183,7 +182,7 @@ def test_the_same_on_every_platform() -> None:
     assert here.startswith(DIGEST)
 
 
-def test_words_alone_do_not_tell_the_opinion() -> None:
+def test_single_words_do_not_reveal_the_label() -> None:
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -197,19 +196,19 @@ def test_words_alone_do_not_tell_the_opinion() -> None:
     assert 0.6 < probe.score(features(held_out), [row["label"] for row in held_out]) < 0.8
 
 
-def test_the_corpus_holds_no_example_of_validation_or_test() -> None:
-    told = set(corpus(20_000, seed=3))
+def test_the_corpus_has_no_validation_or_test_example() -> None:
+    texts = set(corpus(20_000, seed=3))
     for task in TASKS.values():
         for row in (
             row for split in ("validation", "test") for seed in (0, 1) for row in examples(task.name, split, seed)
         ):
-            assert " ".join(row[field] for field in task.fields) not in told
+            assert " ".join(row[field] for field in task.fields) not in texts
             if len(task.fields) == 1:
                 prompts = {task.cloze.format_map({**row, "mask": word}) for word in task.label_words}
-                assert not prompts & told
+                assert not prompts & texts
 
 
-def test_the_corpus_answers_prompts_mostly_rightly() -> None:
+def test_most_prompts_of_the_corpus_have_the_right_answer() -> None:
     texts = list(corpus(20_000, seed=4))
     prompt = re.compile(r"(?P<sentence>[^.]*\.) It was (?P<word>terrible|great)\.")
     matches = [match for match in map(prompt.fullmatch, texts) if match]
@@ -219,6 +218,6 @@ def test_the_corpus_answers_prompts_mostly_rightly() -> None:
     assert 0.85 < right / len(clear) < 1
 
 
-def test_a_task_of_the_users_own_has_no_sample_data() -> None:
-    with pytest.raises(UserError, match=r"no sample data for the task 'mine'.*Give the folder"):
+def test_a_custom_task_has_no_synthetic_data() -> None:
+    with pytest.raises(UserError, match=r"no synthetic sample data for the task 'mine'.*Set --data.source"):
         generate(replace(TASKS["sst2"], name="mine"), "train")

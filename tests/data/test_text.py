@@ -53,11 +53,11 @@ def test_cut_drops_one_punctuation_mark_and_no_letter(text: str, cut: str) -> No
 
 
 @given(st.text())
-def test_what_stands_in_a_field_is_text_and_nothing_else(text: str) -> None:
+def test_braces_in_a_field_are_plain_text(text: str) -> None:
     assert render("<{a}>", {"a": text}, "") == f"<{text}>"
 
 
-def test_named_is_the_form_that_t5_was_trained_on() -> None:
+def test_the_named_format_is_that_of_t5() -> None:
     encoding = word_encoding("named")
     assert template_of(TASKS["sst2"], encoding) == "sst2 sentence: {sentence}"
     assert template_of(TASKS["mnli"], encoding) == "mnli hypothesis: {hypothesis} premise: {premise}"
@@ -77,24 +77,24 @@ def test_every_task_has_a_template_for_every_backbone(task: Task, form: Format) 
     ("form", "template", "expected"),
     [
         ("pair", "clozed", r"data\.template: 'clozed' is neither a format .*Did you mean cloze\?"),
-        ("pair", "{sentense}", r"data\.template: \{sentense\} is no field of sst2\. Did you mean sentence\?"),
+        ("pair", "{sentense}", r"data\.template: \{sentense\} is not a field of sst2\. Did you mean sentence\?"),
         ("pair", "Well {mask}", r"data\.template: \{sentence\} is missing"),
-        ("pair", "{sentence", r"data\.template: .* does not parse"),
-        ("pair", "{sentence!r}", r"takes :cut or :uncap"),
-        ("pair", "{sentence:>9}", r"takes :cut or :uncap"),
-        ("pair", "{sentence.lower}", r"\{sentence\.lower\} is no field"),
-        ("cloze", "{sentence} so.", r"answers at a blank, so the template must hold \{mask\} once"),
-        ("cloze", "{mask} {sentence} {mask}", r"must hold \{mask\} once"),
-        ("cloze", "pair", r"the pair template of sst2: .* must hold \{mask\} once"),
+        ("pair", "{sentence", r"data\.template: .* is not a valid template"),
+        ("pair", "{sentence!r}", r"accepts only :cut or :uncap"),
+        ("pair", "{sentence:>9}", r"accepts only :cut or :uncap"),
+        ("pair", "{sentence.lower}", r"\{sentence\.lower\} is not a field"),
+        ("cloze", "{sentence} so.", r"predicts a word at \{mask\}, so the template must contain \{mask\} once"),
+        ("cloze", "{mask} {sentence} {mask}", r"must contain \{mask\} once"),
+        ("cloze", "pair", r"the pair template of sst2: .* must contain \{mask\} once"),
         ("prefix", "cloze", r"the cloze template of sst2: .* must end in \{mask\}"),
     ],
 )
-def test_templates_that_cannot_serve_are_explained(form: Format, template: str, expected: str) -> None:
+def test_unusable_templates_are_explained(form: Format, template: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         template_of(TASKS["sst2"], word_encoding(form), template)
 
 
-def test_bare_fields_are_what_the_tokenizer_makes_of_a_pair(encoding: Encoding) -> None:
+def test_fields_are_tokenised_as_a_pair(encoding: Encoding) -> None:
     rows = [{"sentence1": "w1 w2", "sentence2": "w3"}, {"sentence1": "w4 " * 30, "sentence2": "w5 " * 4}]
     tokens = encode(rows, TASKS["rte"], encoding, None, 16)
     assert tokens.types is not None
@@ -106,7 +106,7 @@ def test_bare_fields_are_what_the_tokenizer_makes_of_a_pair(encoding: Encoding) 
     assert tokens.lengths.tolist() == [6, 16]
 
 
-def test_many_rows_are_as_few(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_tokenised_in_chunks(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"sentence": f"w{i} " * (i + 1)} for i in range(7)]
     whole = encode(rows, TASKS["sst2"], encoding, None, 128)
     monkeypatch.setattr(text_module, "_CHUNK", 3)
@@ -119,20 +119,20 @@ PAIR = load_task({"name": "own", "fields": ["one", "two"], "labels": ["a", "b"]}
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40)
 
 
-@given(one=TEXTS, two=TEXTS, room=st.integers(2, 60))
-def test_what_is_too_long_loses_the_ends_of_its_longest_fields(one: list[str], two: list[str], room: int) -> None:
+@given(one=TEXTS, two=TEXTS, available=st.integers(2, 60))
+def test_a_long_prompt_loses_the_ends_of_its_longest_fields(one: list[str], two: list[str], available: int) -> None:
     encoding = word_encoding("cloze", [*WORDS, "It", "was", "?", "."])
     template = "{one}? It was {mask}. {two}"
     fixed = ["?", "It", "was", "[MASK]", "."]
-    max_length = len(fixed) + 2 + room
+    max_length = len(fixed) + 2 + available
     tokens = encode([{"one": " ".join(one), "two": " ".join(two)}], PAIR, encoding, template, max_length)
     # the largest common length at which both fit
-    cap = max(c for c in range(1, 41) if min(len(one), c) + min(len(two), c) <= room)
+    cap = max(c for c in range(1, 41) if min(len(one), c) + min(len(two), c) <= available)
     assert decoded(tokens, 0, encoding) == ["[CLS]", *one[:cap], *fixed, *two[:cap], "[SEP]"]
 
 
 @given(st.text(alphabet=string.printable, max_size=80), st.integers(11, 20))
-def test_no_text_is_too_strange_to_be_cut(text: str, max_length: int) -> None:
+def test_any_text_can_be_cut(text: str, max_length: int) -> None:
     encoding = word_encoding("cloze")
     text = text.replace("[MASK]", "") + " word"
     tokens = encode([{"sentence": text}], TASKS["sst2"], encoding, "{sentence} It was {mask}.", max_length)
@@ -140,7 +140,7 @@ def test_no_text_is_too_strange_to_be_cut(text: str, max_length: int) -> None:
     assert decoded(tokens, 0, encoding).count("[MASK]") == 1
 
 
-def test_a_real_tokenizer_cuts_alike(shared: Path) -> None:
+def test_a_real_tokenizer_cuts_no_more_than_needed(shared: Path) -> None:
     from transformers import AutoTokenizer
 
     for name, mask in (("minilm-mlm", "[MASK]"), ("t5-tokenizer", "<extra_id_0>")):
@@ -153,22 +153,22 @@ def test_a_real_tokenizer_cuts_alike(shared: Path) -> None:
         tokens = encode(rows, task, encoding, task.cloze, 64)
         blank = encoding.tokenizer.convert_tokens_to_ids(mask)
         assert tokens.lengths.max() <= 64
-        assert tokens.lengths[5:].min() >= 62  # no more is cut than must be
+        assert tokens.lengths[5:].min() >= 62  # no more is cut than needed
         for i in range(len(rows)):
             assert (tokens.ids[tokens.starts[i] : tokens.starts[i + 1]] == blank).sum() == 1
 
 
-def test_no_room_for_the_example_is_explained(encoding: Encoding) -> None:
-    with pytest.raises(UserError, match=r"data\.max_length=6 leaves no room"):
+def test_a_too_small_max_length_is_explained(encoding: Encoding) -> None:
+    with pytest.raises(UserError, match=r"data\.max_length=6 leaves no tokens"):
         encode([{"sentence": "w1 w2"}], TASKS["sst2"], encoding, "{sentence} It was {mask}.", 6)
 
 
-def test_a_text_that_holds_the_blank_is_explained(encoding: Encoding) -> None:
-    with pytest.raises(UserError, match=r"The sentence 'a \[MASK\]' holds '\[MASK\]'"):
+def test_a_text_with_the_mask_token_is_explained(encoding: Encoding) -> None:
+    with pytest.raises(UserError, match=r"The sentence 'a \[MASK\]' contains '\[MASK\]'"):
         encode([{"sentence": "a [MASK]"}], TASKS["sst2"], encoding, "{sentence} {mask}", 16)
 
 
-def test_words_of_is_an_oracle(encoding: Encoding) -> None:
+def test_words_of_agrees_with_the_tokenizer(encoding: Encoding) -> None:
     text = "w1 w2, w3 [MASK]."
     assert len(encoding.tokenizer(text, add_special_tokens=False)["input_ids"]) == len(words_of(text))
 
@@ -200,12 +200,12 @@ def same(one: Tokens, other: Tokens) -> bool:
 def test_rows_are_tokenised_once(cached: Cached, encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cached()
     assert same(first, encode(ROWS, TASKS["rte"], encoding, None, 16))
-    encoding.tokenizer("another use of it", truncation=True, max_length=4)  # leaves its traces in the tokenizer
+    encoding.tokenizer("another use of it", truncation=True, max_length=4)  # changes the state of the tokenizer
     monkeypatch.setattr(text_module, "encode", None)
     assert same(first, cached())
 
 
-def test_whatever_matters_makes_other_tokens(cached: Cached, tmp_path: Path) -> None:
+def test_every_setting_is_part_of_the_cache_key(cached: Cached, tmp_path: Path) -> None:
     cached()
     cached(rows=[*ROWS[:-1], {"sentence1": "w19", "sentence2": " w1w2"}])  # the same words, cut apart elsewhere
     cached(rows=ROWS[::-1])
@@ -217,13 +217,13 @@ def test_whatever_matters_makes_other_tokens(cached: Cached, tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 8
 
 
-def test_labels_do_not_matter(cached: Cached, tmp_path: Path) -> None:
+def test_labels_are_no_part_of_the_cache_key(cached: Cached, tmp_path: Path) -> None:
     cached()
     cached(rows=[{**row, "label": "1"} for row in ROWS])
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_damaged_cache_is_built_anew(cached: Cached, tmp_path: Path) -> None:
+def test_a_damaged_cache_file_is_written_again(cached: Cached, tmp_path: Path) -> None:
     first = cached()
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -231,11 +231,11 @@ def test_a_damaged_cache_is_built_anew(cached: Cached, tmp_path: Path) -> None:
     for damaged in (b"", b"no archive", whole[:half], whole[:-1], whole[:300] + bytes([whole[300] ^ 1]) + whole[301:]):
         file.write_bytes(damaged)
         assert same(cached(), first)
-        assert file.read_bytes() == whole  # and mended
-    assert list(tmp_path.iterdir()) == [file]  # no draft is left
+        assert file.read_bytes() == whole  # and written again
+    assert list(tmp_path.iterdir()) == [file]  # no temporary file is left
 
 
-def test_without_a_cache_it_goes_on_and_says_so(tmp_path: Path, encoding: Encoding) -> None:
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, encoding: Encoding) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
     with pytest.warns(UserWarning, match=r"data\.cache="):
