@@ -202,3 +202,9 @@ def encode(backbone: Any, sentences: tuple[str, ...] = SENTENCES, pad_to: int | 
     count = len(sentences)
     labels = torch.rand(count) if backbone.task.regression else torch.arange(count) % max(2, len(backbone.task.labels))
     return batch | {"labels": labels, "index": torch.arange(count)}
+
+
+def use_plain_cross_attention(backbone: Any) -> None:
+    """Let a T5 compute the keys and values of its cross-attention, as transformers does."""
+    for block in backbone.stacks[-1].blocks:
+        del block.get_submodule(backbone.base_model.family.cross_attention).forward

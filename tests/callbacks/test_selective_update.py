@@ -162,7 +162,7 @@ def test_less_is_stored(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", ["full", "lora"])
 def test_blocks_learn_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
     method, watch = made(config, tiny(family)), Watch()
-    depth = len(method.backbone.base_model.stacks[0])
+    depth = method.backbone.stacks[0].depth
     names = {id(p): name for name, p in method.named_parameters()}
     stages = [{names[id(p)] for p in stage if p.requires_grad} for stage in method.parameters_by_depth[1 : depth + 1]]
     shared = set.union(*stages) - {n for s in stages for n in s if sum(n in other for other in stages) == 1}

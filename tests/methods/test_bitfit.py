@@ -8,7 +8,7 @@ import torch
 
 from lit_spu.backbones import load_backbone
 from lit_spu.methods.bitfit import BitFit
-from tests.conftest import encode
+from tests.conftest import encode, use_plain_cross_attention
 
 Tiny = Callable[[str], str]
 
@@ -32,8 +32,8 @@ def test_linears_without_a_bias_get_one_that_changes_nothing_yet(tiny: Tiny) -> 
         load_backbone(tiny("t5"), BitFit(backbone=tiny("t5")).task).eval(),
     )
     batch = encode(plain)
-    with torch.no_grad():  # biases at keys and values have them made
-        scores = plain.apply_head(plain.select_answer_state(plain.base_model.forward(plain.model_inputs(batch)), batch))
-        assert torch.equal(method(batch), scores)
+    use_plain_cross_attention(plain)  # as the method's: biases on keys and values need them
+    with torch.no_grad():
+        assert torch.equal(method(batch), plain(batch))
     encoder, decoder = 4 * (4 * 32 + 64 + 32), 4 * (8 * 32 + 64 + 32)
     assert sum(trained(method).values()) == encoder + decoder

@@ -39,5 +39,5 @@ def test_memory_follows_the_number_of_layers(tiny: Callable[[str], str]) -> None
 
 @pytest.mark.parametrize("layers", [0, 5])
 def test_impossible_depths_are_refused(tiny: Callable[[str], str], layers: int) -> None:
-    with pytest.raises(UserError, match=rf"model.layers={layers}.*give 1 to 4"):
+    with pytest.raises(UserError, match=rf"model.layers={layers}.*use 1 to 4"):
         LastLayers(layers=layers, backbone=tiny("bert"))

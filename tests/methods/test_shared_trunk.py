@@ -92,10 +92,10 @@ def test_a_seed_given_to_the_run_alone_is_that_of_all() -> None:
 @pytest.mark.parametrize(
     ("siblings", "side", "says"),
     [
-        ({}, "LadderSideTuning", "give one at least"),
-        ({"a": {"backbone": "mini-t5"}}, "LadderSideTuning", "model.siblings.a: backbone must be the same"),
+        ({}, "LadderSideTuning", "name at least one"),
+        ({"a": {"backbone": "mini-t5"}}, "LadderSideTuning", "model.siblings.a: backbone must be equal"),
         ({"a": {"reductoin": 2}}, "LadderSideTuning", "no 'reductoin'. Did you mean reduction"),
-        ({"a": {}}, "LoRA", "model.side=LoRA reads no frozen backbone"),
+        ({"a": {}}, "LoRA", "model.side=LoRA reads no hidden states"),
     ],
 )
 def test_what_makes_no_siblings_is_refused(siblings: Any, side: str, says: str) -> None:

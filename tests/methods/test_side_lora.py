@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lit_spu.backbones import load_backbone
+from lit_spu.backbones.hooks import position_wise
 from lit_spu.errors import UserError
 from lit_spu.measure import LiveBytes
 from lit_spu.methods.base import Method
@@ -92,7 +94,8 @@ def test_it_is_its_formula(tiny: Tiny, family: str, reentry: int) -> None:
             linear.register_forward_hook(lambda m, i, out: check(m, i, out) if is_side(m) else None)
 
         def is_side(module: nn.Module) -> bool:
-            return id(module) in entered or "forward" in vars(module)
+            current = side.side._pass
+            return id(module) in entered or (current is not None and current.runs_side)
 
         side(batch)
     assert set(seen) == set(out_of)
@@ -105,13 +108,14 @@ def test_the_last_block_at_one_position_is_the_whole_one_there(
     tiny: Tiny, family: str, head: Any, reentry: int
 ) -> None:
     side = disturbed(twin(tiny(family), SideLoRA, reentry=reentry, head=head))
-    batch, stem = encode(side.backbone), side.backbone.base_model
-    with side.stream.beside():
+    batch, base_model = encode(side.backbone), side.backbone.base_model
+    with side.side.activate():
         whole = side.backbone.apply_head(
-            side.backbone.select_answer_state(stem.run(side.backbone.model_inputs(batch)), batch)
+            side.backbone.select_answer_state(base_model.forward(side.backbone.model_inputs(batch)), batch)
         )
     widths: list[int] = []
-    handle = side.backbone.norms[-1].register_forward_hook(lambda _m, _i, out: widths.append(out.shape[1]))
+    record = position_wise(lambda _m, _i, out: widths.append(out.shape[1]))
+    handle = side.backbone.norms[-1].register_forward_hook(record)
     found = side(batch)
     handle.remove()
     assert set(widths) == {1}
@@ -143,6 +147,20 @@ def test_the_side_of_a_decoder_attends_to_the_side_of_the_encoder(tiny: Tiny, re
     assert [torch.equal(x, y) for x, y in zip(read, wanted, strict=True)] == [True] * len(wanted)
 
 
+class ReadsOf(TorchFunctionMode):
+    """Counts the functions that read weights, by whether gradients are enabled."""
+
+    def __init__(self, weights: set[Any]) -> None:
+        super().__init__()
+        self.weights, self.count = weights, Counter[bool]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_computation = getattr(func, "__name__", "") != "__get__"
+        if is_computation and any(argument is weight for argument in args for weight in self.weights):
+            self.count[torch.is_grad_enabled()] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def linear_of(linear: nn.Module, x: Tensor) -> Tensor:
     out: Tensor = type(linear).forward(linear, x)
     return out.clone()
@@ -150,23 +168,15 @@ def linear_of(linear: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_gradient_enters_the_backbone(tiny: Tiny, family: str) -> None:
-    """Its linears are never asked for one: each runs once, without gradient, and the side's weights all get theirs."""
+    """Its linear layers run without gradients alone, and all weights of the side get theirs."""
     method = disturbed(SideLoRA(backbone=tiny(family)).train())
-    calls: Counter[bool] = Counter()
     linears = {
         target.linear for target in method.backbone.target_linears(*method.backbone.base_model.family.target_linears)
     }
-    for linear in linears:
-        forward = linear.forward
-
-        def counted(x: Tensor, forward: Any = forward) -> Any:
-            calls[torch.is_grad_enabled()] += 1
-            return forward(x)
-
-        linear.forward = counted
-    method.loss(encode(method.backbone)).backward()
-    assert calls[True] == 0
-    assert calls[False] >= len(linears)
+    with ReadsOf({linear.weight for linear in linears}) as reads:
+        method.loss(encode(method.backbone)).backward()
+    assert reads.count[True] == 0
+    assert reads.count[False] >= len(linears)
     head = {id(p) for p in method.backbone.parameters() if p.requires_grad}
     assert all(p.grad is None for p in method.backbone.parameters() if id(p) not in head)
     assert all(p.grad is not None for p in method.pairs.parameters())
@@ -191,7 +201,7 @@ def test_recomputing_changes_memory_alone(tiny: Tiny, family: str) -> None:
 
 @pytest.mark.parametrize("reentry", [-1, 5])
 def test_impossible_depths_are_refused(tiny: Tiny, reentry: int) -> None:
-    with pytest.raises(UserError, match=rf"model.reentry={reentry}.*4 blocks; give 0 to 4"):
+    with pytest.raises(UserError, match=rf"model.reentry={reentry}.*4 blocks; use 0 to 4"):
         SideLoRA(reentry=reentry, backbone=tiny("bert"))
 
 
@@ -212,5 +222,5 @@ def test_an_error_in_a_block_leaves_the_model_as_it_was(tiny: Tiny) -> None:
     with pytest.raises(RuntimeError, match="interrupted"):
         method(batch)
     handle.remove()
-    assert not any("forward" in vars(module) for module in method.backbone.modules())
+    assert method.side._pass is None
     assert torch.equal(method(batch), scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def looped(fusion: CrossAttention, state: Tensor, window: list[Tensor], mask: Te
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_cross_attention_is_a_loop_over_tokens_and_heads(causal: bool, mask: Tensor | None) -> None:
     torch.manual_seed(0)
-    fusion = CrossAttention(STACK._replace(is_causal=causal), THREE, WIDTH).double()
+    fusion = CrossAttention(replace(STACK, is_causal=causal), THREE, WIDTH).double()
     torch.nn.init.normal_(fusion.origin)
     state, window = tensors(3)
     with torch.no_grad():
