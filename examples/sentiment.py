@@ -8,6 +8,7 @@ model, change `SOURCE` to "hub" (or a folder with GLUE's files) and `BACKBONE` t
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -52,7 +53,8 @@ def main(folder: str) -> list[str]:
     labels = []
     for sentence in SENTENCES:
         new = GLUE(task="sst2", text=sentence)
-        (output,) = trainer.predict(loaded, new) or []
+        predictions: Any = trainer.predict(loaded, new)  # one dict for each batch
+        (output,) = predictions
         labels.append(data.task.labels[int(output["prediction"])])
         print(f"  {sentence!r} -> {labels[-1]} ({float(output['scores'].max()):.2f})")
     return labels

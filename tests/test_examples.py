@@ -38,7 +38,8 @@ def test_readme_python_prints_its_accuracy(
     assert Path("lora.ckpt").exists()
 
 
-def test_readme_links_exist() -> None:
+def test_readme_is_short_and_its_links_exist() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
             assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
