@@ -36,8 +36,9 @@ check: lint types docs test-all  ## What continuous integration runs.
 bench: $(INSTALLED)  ## Time and memory of every method against the plain forward pass and full fine-tuning.
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# not --quiet, which hides the warnings that --strict counts
 docs: $(DOCS_INSTALLED)  ## The site, in site/. A broken link or a page outside the navigation is an error.
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
