@@ -1,19 +1,20 @@
-# The one interface: each target sets up what it needs. PYTHON, VENV and ARGS can be given: make demo ARGS="--model.k 2".
+# Each target installs what it needs. PYTHON, VENV and ARGS can be given: make demo ARGS="--model.k 2".
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+DOCS_INSTALLED := $(VENV)/docs-installed
 
 .PHONY: demo test test-all install lint types check bench docs clean
 
-demo: $(INSTALLED)  ## Train k-ladder LST on sample data with an embedded backbone: about a minute, no network.
+demo: $(INSTALLED)  ## Train k-ladder LST on synthetic data with an embedded backbone: under a minute, no downloads.
 	$(BIN)/python cli.py fit --config configs/kladder.yaml $(ARGS)
 
 test: $(INSTALLED)  ## The fast tests, on every core.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-test-all: $(INSTALLED)  ## All tests, the slow ones too.
+test-all: $(INSTALLED)  ## All tests that need no GPU, the slow ones too.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
 
 install: $(INSTALLED)  ## A virtual environment with the exact versions that were tested.
@@ -30,14 +31,18 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-check: lint types test  ## What continuous integration runs.
+check: lint types docs test-all  ## What continuous integration runs.
 
-bench: $(INSTALLED)  ## Time and memory of every method against plain forward and full fine-tuning, in one run.
+bench: $(INSTALLED)  ## Time and memory of every method against the plain forward pass and full fine-tuning.
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: $(INSTALLED)  ## The site, in site/.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+# not --quiet, which hides the warnings that --strict counts
+docs: $(DOCS_INSTALLED)  ## The site, in site/. A broken link or a page outside the navigation is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-clean:  ## Removes the environment and the caches; runs/ stays.
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+clean:  ## Remove the environment and the caches; runs/ stays.
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

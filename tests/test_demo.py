@@ -1,4 +1,4 @@
-"""The README's first command, as a stranger runs it: in a process of its own, on the embedded data and backbone."""
+"""The README's demo in its own process, on synthetic data and an embedded backbone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def fit(folder: Path, *args: str) -> dict[str, float]:
-    """The metrics of a run from the command line, in a working directory without anything in it."""
+    """Run `fit` in an empty working directory and return the metrics of its summary."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "cli.py"), "fit", *args]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
@@ -32,14 +32,14 @@ def fit(folder: Path, *args: str) -> dict[str, float]:
     return metrics
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo_command_of_the_makefile_learns(tmp_path: Path) -> None:
     (target,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if "cli.py fit" in line)
     args = target.partition("cli.py fit ")[2].replace(" $(ARGS)", "").replace("configs/", f"{ROOT}/configs/").split()
     assert fit(tmp_path, *args)["val/accuracy"] > 0.75
 
 
 @pytest.mark.slow
-def test_sample_data_tells_methods_apart(tmp_path: Path) -> None:
+def test_sample_data_separates_full_fine_tuning_from_a_head(tmp_path: Path) -> None:
     scores = {}
     for name in ("full", "head"):
         (tmp_path / name).mkdir()
