@@ -287,19 +287,19 @@ def test_debug_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("placeholder", ["{tsk}", "{}", "{task"])
 def test_a_wrong_placeholder_is_named(placeholder: str) -> None:
     with pytest.raises(UserError, match="--run_dir"):
-        run_dir.directory(f"runs/{placeholder}", task="sst2", method="KLadder", seed=1)
+        run_dir.new_run_dir(f"runs/{placeholder}", task="sst2", method="KLadder", seed=1)
 
 
 def test_a_run_directory_is_never_used_twice(tmp_path: Path) -> None:
     names: dict[str, Any] = {"task": "rte", "method": "KLadder", "seed": 3}
     pattern = str(tmp_path / "{task}/{method}/{seed}/{time}")
-    first = run_dir.directory(pattern, **names)
+    first = run_dir.new_run_dir(pattern, **names)
     assert first.parent == tmp_path / "rte" / "KLadder" / "3"
-    assert run_dir.directory(pattern, **names) != first
+    assert run_dir.new_run_dir(pattern, **names) != first
     first.mkdir(parents=True)
     (first / "config.yaml").touch()
-    with pytest.raises(UserError, match="holds a run already"):
-        run_dir.directory(str(first), **names)
+    with pytest.raises(UserError, match="already holds a run"):
+        run_dir.new_run_dir(str(first), **names)
 
 
 # -- the run directory -------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_peft_answers_the_same_and_back(tiny: Tiny, tmp_path: Path, family: str,
     method = disturbed(MADE[kind](backbone=tiny(family)))
     batch = encode(method.backbone)
     expected = answers(method, batch)
-    writers.peft(method, tmp_path / "out")
+    writers.write_peft(method, tmp_path / "out")
     plain = load_backbone(tiny(family), method.task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft on its own settings
@@ -118,14 +118,14 @@ def test_a_folder_that_peft_wrote_is_a_start(tiny: Tiny, tmp_path: Path, stable:
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
-    writers.peft(disturbed(LoRA(norms=True, backbone=tiny("bert"))), tmp_path / "out")
+    writers.write_peft(disturbed(LoRA(norms=True, backbone=tiny("bert"))), tmp_path / "out")
     given = {"norms": True, "adapter": str(tmp_path / "out"), "backbone": tiny("bert"), **settings}
     with pytest.raises(UserError, match=re.escape(says).replace(r"trained\ encoder", r"trained\ \S*encoder")):
         LoRA(**given)
 
 
 def test_another_kind_of_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    writers.peft(disturbed(IA3(backbone=tiny("bert"))), tmp_path / "out")
+    writers.write_peft(disturbed(IA3(backbone=tiny("bert"))), tmp_path / "out")
     with pytest.raises(UserError, match="holds IA3, where LORA is asked for"):
         LoRA(adapter=str(tmp_path / "out"), backbone=tiny("bert"))
 
@@ -140,9 +140,9 @@ def test_transformers_loads_what_was_merged(
     expected = answers(method, batch)
     if make is HeadOnly and family == "gpt2":  # the rows of the label words learn apart from the tied vocabulary
         with pytest.raises(UserError, match="HeadOnly trained weights that GPT2LMHeadModel does not have"):
-            writers.merged(method, tmp_path / "out")
+            writers.write_merged(method, tmp_path / "out")
         return
-    writers.merged(method, tmp_path / "out")
+    writers.write_merged(method, tmp_path / "out")
     torch.manual_seed(5)  # a head that is not loaded would be another one
     again = load_backbone(str(tmp_path / "out"), method.task)
     torch.testing.assert_close(answers(again, batch), expected, atol=2e-6, rtol=1e-5)
@@ -152,7 +152,7 @@ def test_transformers_loads_what_was_merged(
 
 def test_biases_that_the_model_has_not_are_not_merged_in_silence(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="BitFit trained weights that T5ForConditionalGeneration does not have"):
-        writers.merged(BitFit(backbone=tiny("t5")), tmp_path / "out")
+        writers.write_merged(BitFit(backbone=tiny("t5")), tmp_path / "out")
 
 
 EVERY: tuple[Callable[..., Method], ...] = (LoRA, IA3, BitFit, HeadOnly, SideLoRA, KLadder)
@@ -165,7 +165,7 @@ def test_the_trained_weights_alone_come_back_to_the_bit(
 ) -> None:
     own = {"reduction": 2} if make is KLadder else {}
     method = disturbed(make(backbone=tiny(family), **own))
-    writers.weights(method, tmp_path / "out")
+    writers.write_trained_weights(method, tmp_path / "out")
     learned = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     assert (tmp_path / "out" / trained_weights.WEIGHTS).stat().st_size < learned + 20_000
     again = lit_spu.load(tmp_path / "out")
@@ -182,11 +182,11 @@ def test_weights_of_another_backbone_and_nonsense_are_refused(
     folder = tmp_path / "out"
     method = IA3(backbone=tiny("bert"))
     method.backbone.fingerprint = "0" * 16
-    writers.weights(method, folder)
+    writers.write_trained_weights(method, folder)
     with pytest.raises(UserError, match=rf"trained on the backbone '{tiny('bert')}' \(fingerprint 0000000000000000\)"):
         lit_spu.load(folder)
     method = IA3(backbone=tiny("bert"))
-    writers.weights(method, folder)
+    writers.write_trained_weights(method, folder)
     tensors = load_file(folder / trained_weights.WEIGHTS)
     description = {
         "lit_spu": json.dumps({**trained_weights.read(folder / trained_weights.WEIGHTS), "state_dict": None})
@@ -206,14 +206,14 @@ def test_weights_of_another_backbone_and_nonsense_are_refused(
 def test_what_peft_has_no_form_for_is_refused(tiny: Tiny, tmp_path: Path, make: Callable[..., Method]) -> None:
     own = {"reduction": 2} if make is KLadder else {}
     with pytest.raises(UserError, match=f"{make.__name__} has no form there"):
-        writers.peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
+        writers.write_peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
 
 
 def test_what_was_trained_outside_of_the_model_does_not_get_lost(tiny: Tiny, tmp_path: Path) -> None:
     method = LoRA(backbone=tiny("t5"))
     method.backbone.untie_head()
     with pytest.raises(UserError, match="label words were trained by themselves"):
-        writers.peft(method, tmp_path / "out")
+        writers.write_peft(method, tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # a run of two steps
@@ -237,11 +237,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "before any training" not in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["fit", f"--ckpt_path={tmp_path}/safetensors", f"--run_dir={tmp_path}/more"])
-    assert "no run that could go on" in capsys.readouterr().err
+    assert "not a run that can continue" in capsys.readouterr().err
     for arguments, says in (
-        (["--output", str(tmp_path / "peft")], "holds something already"),
+        (["--output", str(tmp_path / "peft")], "is not an empty folder"),
         (["--output", str(tmp_path / "new"), "--format", "onnx"], "onnx"),
-        (["--ckpt_path", "nowhere", "--output", str(tmp_path / "new")], "nowhere is no checkpoint and no run"),
+        (["--ckpt_path", "nowhere", "--output", str(tmp_path / "new")], "nowhere is no checkpoint and no run directory"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["export", f"--ckpt_path={tmp_path}/run", *arguments])
@@ -258,7 +258,7 @@ def test_methods_loaded_together_hold_their_backbone_once(tiny: Tiny, tmp_path: 
         "ladder": KLadder(backbone=tiny("bert"), reduction=2),
     }
     for name, method in made.items():
-        writers.weights(disturbed(method), tmp_path / name)
+        writers.write_trained_weights(disturbed(method), tmp_path / name)
     expected = {name: answers(method, encode(method.backbone)) for name, method in made.items()}
     together = lit_spu.load_together({name: tmp_path / name for name in made})
     frozen = {p.data_ptr() for m in together.values() for p in m.backbone.parameters() if not p.requires_grad}
@@ -273,6 +273,6 @@ def test_methods_loaded_together_hold_their_backbone_once(tiny: Tiny, tmp_path: 
 
 def test_methods_of_different_backbones_are_not_loaded_together(tiny: Tiny, tmp_path: Path) -> None:
     for family in ("bert", "roberta"):
-        writers.weights(IA3(backbone=tiny(family)), tmp_path / family)
+        writers.write_trained_weights(IA3(backbone=tiny(family)), tmp_path / family)
     with pytest.raises(UserError, match=r"'roberta' .* which is not the same backbone"):
         lit_spu.load_together({family: tmp_path / family for family in ("bert", "roberta")})

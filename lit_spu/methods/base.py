@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -157,12 +155,6 @@ class Method(LightningModule, ABC):
         return self.backbone.encoding
 
     def setup(self, stage: str) -> None:
-        # what is frozen is in evaluation mode on purpose
-        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
-        # torch on Lightning's use of its pytrees, in every run
-        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-        # a step that is left out, on purpose
-        warnings.filterwarnings("ignore", "`training_step` returned `None`")
         self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
 
     def on_fit_start(self) -> None:

@@ -197,7 +197,7 @@ class ZerothOrder(Method):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.weights and stage in ("fit", "replay"):
-            trained_weights.restore(self, run_dir.checkpoint(self.weights, "best"))
+            trained_weights.restore_weights(self, run_dir.find_checkpoint(self.weights, "best"))
             self.total_steps = None  # these were the other run's
         if stage == "fit":
             self.check_trainer({"precision": self.trainer.precision, "strategy": type(self.trainer.strategy).__name__})
