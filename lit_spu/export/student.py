@@ -64,9 +64,7 @@ def _validation_batches(method: Method, settings: dict[str, Any]) -> list[dict[s
     return list(module.val_dataloader()[0])
 
 
-def _comparison_table(
-    title: str, models: dict[str, Backbone], batches: Sequence[dict[str, torch.Tensor]]
-) -> Table:
+def _comparison_table(title: str, models: dict[str, Backbone], batches: Sequence[dict[str, torch.Tensor]]) -> Table:
     """Return a table of size, score and time per model."""
     first, task = batches[0], next(iter(models.values())).task
     seconds = interleave({name: lambda model=model: model(first) for name, model in models.items()}, NUM_ROUNDS)

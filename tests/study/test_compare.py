@@ -188,6 +188,6 @@ def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
     study.send_signal(signal.SIGINT)
     said, _ = study.communicate(timeout=60)
     assert study.returncode == 130
-    assert "Interrupted. The same command goes on." in said
+    assert "Interrupted. The same command continues the study." in said
     assert json.loads((out / "results.json").read_text())["runs"]
     assert (out / "report.html").exists()
