@@ -26,7 +26,8 @@ def classes(name: str) -> Iterator[type]:
 def concrete_subclasses(cls: type) -> list[type]:
     """Return the imported subclasses of a class that are public and not abstract, each once."""
     found: dict[type, None] = {}  # a dict keeps the order; a class with two bases is reached twice
-    for subclass in type.__subclasses__(cls):
+    subclass: type
+    for subclass in cls.__subclasses__():
         if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
             found[subclass] = None
         found.update(dict.fromkeys(concrete_subclasses(subclass)))

@@ -98,7 +98,7 @@ class SpuCLI(LightningCLI):
             parser.add_argument(
                 "--output",
                 type=str | None,
-                help="File of the predictions: .jsonl, or .tsv for the GLUE server. Default: both, in the run directory.",
+                help="File of predictions: .jsonl, or .tsv for the GLUE server. Default: both, in the run directory.",
             )
         return parser
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -66,8 +66,8 @@ def _validation_batches(method: Method, settings: dict[str, Any]) -> list[dict[s
 
 def _comparison_table(title: str, models: dict[str, Backbone], batches: Sequence[dict[str, torch.Tensor]]) -> Table:
     """Return a table of size, score and time per model."""
-    first, task = batches[0], next(iter(models.values())).task
-    seconds = interleave({name: lambda model=model: model(first) for name, model in models.items()}, NUM_ROUNDS)
+    task = models["student"].task
+    seconds = interleave({name: partial(model, batches[0]) for name, model in models.items()}, NUM_ROUNDS)
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for header in ("model", "parameters", "MiB", task.metrics[0], "ms a batch"):
         table.add_column(header, justify="left" if header == "model" else "right")
