@@ -97,20 +97,17 @@ reveal_type(KLadder)  # note: Revealed type is "def (k: int =
 def test_mypy_checks_the_settings_of_methods(tmp_path: Path) -> None:
     file = tmp_path / "uses.py"
     file.write_text(TYPED + MISTYPED)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", str(file)],
-        cwd=CHECKOUT,
-        env={**os.environ, "MYPYPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    reports = [line for line in done.stdout.splitlines() if line.startswith(str(file)) and "defined in" not in line]
+    command = [sys.executable, "-m", "mypy", "--strict", str(file)]
+    environment = {**os.environ, "MYPYPATH": str(CHECKOUT)}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
+    # without the path, which mypy may take from its cache
+    found = [line.partition("uses.py:")[2] for line in done.stdout.splitlines()]
+    reports = [line for line in found if line and "defined in" not in line]
     first = len(TYPED.splitlines()) + 2
     expected = [line.partition("  # ")[2] for line in MISTYPED.splitlines()[1:]]
     assert len(reports) == len(expected), done.stdout
     for number, (report, text) in enumerate(zip(reports, expected, strict=True), start=first):
-        assert report.startswith(f"{file}:{number}: {text}")
+        assert report.startswith(f"{number}: {text}")
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # a run of two steps
