@@ -1,43 +1,46 @@
-# The one interface: each target sets up what it needs. PYTHON, VENV and ARGS can be given: make demo ARGS="--model.k 2".
+# Commands of development. Each target installs what it needs. PYTHON, VENV and ARGS can be set: make demo ARGS="--model.k 2".
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-all install lint types check bench docs clean
+.PHONY: demo test test-all install stub lint types check bench docs clean
 
 demo: $(INSTALLED)  ## Train k-ladder LST on sample data with an embedded backbone: about a minute, no network.
 	$(BIN)/python cli.py fit --config configs/kladder.yaml $(ARGS)
 
-test: $(INSTALLED)  ## The fast tests, on every core.
+test: stub  ## The fast tests, on every core.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-test-all: $(INSTALLED)  ## All tests, the slow ones too.
+test-all: stub  ## All tests, the slow ones too.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
 
-install: $(INSTALLED)  ## A virtual environment with the exact versions that were tested.
+install: $(INSTALLED)  ## A virtual environment with the exact versions that are tested.
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peft,report,test]'
 	touch $@
 
-lint: $(INSTALLED)
+stub: $(INSTALLED)  ## The types of the exported names, for type checkers and editors: lit_spu/__init__.pyi.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.write_stub
+
+lint: stub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED)
+types: stub
 	$(BIN)/mypy
 
-check: lint types test  ## What continuous integration runs.
+check: lint types test  ## All checks of continuous integration.
 
-bench: $(INSTALLED)  ## Time and memory of every method against plain forward and full fine-tuning, in one run.
+bench: $(INSTALLED)  ## Time and memory of every method, beside a plain forward pass and full fine-tuning.
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(INSTALLED)  ## The site, in site/.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-clean:  ## Removes the environment and the caches; runs/ stays.
+clean:  ## Remove the environment and the caches, but not runs/.
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
