@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,8 +61,10 @@ def test_a_mistyped_name_is_explained(name: str, message: str) -> None:
         from lit_spu import Lader  # type: ignore[attr-defined]  # noqa: F401
 
 
-def test_the_stub_is_up_to_date() -> None:
+def test_the_stub_is_up_to_date_and_shipped() -> None:
     assert write_stub.STUB.read_text() == write_stub.write_stub(), "run `make stub`"
+    tool = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]
+    assert {"__init__.pyi", "py.typed"} <= set(tool["setuptools"]["package-data"]["lit_spu"])
 
 
 @pytest.mark.parametrize("cls", [cls for cls in public_classes() if write_stub.has_hidden_settings(cls)])

@@ -260,6 +260,8 @@ def test_errors_are_explained_in_two_lines(
     message = refusal(args.split(), capsys)
     for text in parts:
         assert text in message
+    allowed = message.partition("Allowed: ")[2].rstrip(".").split(", ")
+    assert len(allowed) == len(set(allowed))
     assert set(work.iterdir()) == before
 
 

@@ -238,7 +238,9 @@ def _parser(name: str, command: Callable[..., None]) -> Parser:
     if command is compare:
         parser.add_class_arguments(Study)
         parser.add_function_arguments(compare, skip={"study", "out"})
-        parser.add_argument("--out", type=str | None, help="Directory of the results.")
+        parser.add_argument(
+            "--out", type=str | None, help="Directory of the results; by default named after the config file."
+        )
     else:
         parser.add_function_arguments(command)
     return parser
