@@ -239,7 +239,7 @@ def _parser(name: str, command: Callable[..., None]) -> Parser:
         parser.add_class_arguments(Study)
         parser.add_function_arguments(compare, skip={"study", "out"})
         parser.add_argument(
-            "--out", type=str | None, help="Directory of the results; by default named after the config file."
+            "--out", type=str | None, help="Directory of the results (default: named after the config file)."
         )
     else:
         parser.add_function_arguments(command)
