@@ -6,29 +6,32 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DOCS_INSTALLED := $(VENV)/docs-installed
 
-.PHONY: demo test test-all install lint types check bench docs clean
+.PHONY: demo test test-all install stub lint types check bench docs clean
 
 demo: $(INSTALLED)  ## Train k-ladder LST on synthetic data with an embedded backbone: under a minute, no downloads.
 	$(BIN)/python cli.py fit --config configs/kladder.yaml $(ARGS)
 
-test: $(INSTALLED)  ## The fast tests, on every core.
+test: stub  ## The fast tests, on every core.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 test-all: $(INSTALLED)  ## All tests that need no GPU, the slow ones too.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
 
-install: $(INSTALLED)  ## A virtual environment with the exact versions that were tested.
+install: $(INSTALLED)  ## A virtual environment with the exact versions that are tested.
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peft,report,test]'
 	touch $@
 
-lint: $(INSTALLED)
+stub: $(INSTALLED)  ## The types of the exported names, for type checkers and editors: lit_spu/__init__.pyi.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.write_stub
+
+lint: stub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED)
+types: stub
 	$(BIN)/mypy
 
 check: lint types docs test-all  ## What continuous integration runs.

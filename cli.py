@@ -1,4 +1,4 @@
-"""The door of lit_spu: `python cli.py fit --config configs/kladder.yaml`."""
+"""Command line of lit_spu from a checkout: `python cli.py fit --config configs/kladder.yaml`."""
 
 from lit_spu.__main__ import main
 

@@ -1,44 +1,21 @@
-"""Fine-tune pretrained transformers for little memory and time.
+"""Memory- and time-efficient fine-tuning of pretrained transformers.
 
-`from lit_spu import GLUE, KLadder, Memory`: the data module, every callback and every method are found by their names
-and imported when they are asked for, so that `import lit_spu` costs nothing.
+`from lit_spu import GLUE, KLadder, Memory` finds the data module, every callback and every method by name.
+Type checkers and editors read `__init__.pyi`, which `make stub` generates.
 """
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__version__ = "0.1.0"
-
-
-_FUNCTIONS = ("load", "load_together", "replay")
-
-
-def _classes() -> Iterator[type]:
-    from lit_spu import registry
-
-    for name in ("data.glue", "callbacks", "methods"):  # lightest first
-        yield from registry.classes(f"lit_spu.{name}")
+from lit_spu.version import __version__ as __version__
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        from lit_spu.export import load as loading
+    from lit_spu.public import find_public
 
-        return globals().setdefault(name, getattr(loading, name))
-    if not name[:1].isupper():  # no class, so a module or nothing: not worth importing all for
-        raise AttributeError(f"module 'lit_spu' has no attribute {name!r}")
-    for cls in _classes():
-        if cls.__name__ == name:
-            return globals().setdefault(name, cls)
-    from lit_spu.errors import did_you_mean
-
-    hint = did_you_mean(name, {cls.__name__ for cls in _classes()})
-    raise AttributeError(f"module 'lit_spu' has no class {name!r}. {hint}")
+    return globals().setdefault(name, find_public(name))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FUNCTIONS, *(cls.__name__ for cls in _classes())})
+    from lit_spu.public import FUNCTIONS, public_classes
+
+    return sorted({*globals(), *FUNCTIONS, *(cls.__name__ for cls in public_classes())})

@@ -1,4 +1,4 @@
-"""Mistakes of the user's, told in a line or two instead of a traceback."""
+"""Errors in what a user gave, which the command line reports without a traceback."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """What was given cannot be used; the message says what was given, what is allowed and what to do next."""
+    """Error in a value or file that the user gave.
+
+    The message names what was given, what is allowed and what to do next.
+    """
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """`Did you mean x?` where a name comes close, then all that is allowed."""
-    names = sorted(allowed)
+    """Return `Did you mean x?` if a name is close to the given one, followed by all allowed names."""
+    names = sorted(set(allowed))
     close = get_close_matches(given.lower(), [name.lower() for name in names], n=1, cutoff=0.6)
     hint = next((f"Did you mean {name}? " for name in names if close and name.lower() == close[0]), "")
     return f"{hint}Allowed: {', '.join(names)}."

@@ -1,14 +1,16 @@
-"""The command line, in-process: settings, the run directory, checkpoints, predictions and answers to mistakes."""
+"""The command line, in-process: settings, errors, the run directory, checkpoints and predictions."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import logging
 import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -36,19 +38,19 @@ pytestmark = [
 
 
 class Interrupt(Callback):
-    """Ctrl-C after a number of steps: behind the last, amid the next, or in the validation's second batch."""
+    """Ctrl-C after a number of steps: after the last, within the next, or in the second batch of validation."""
 
-    def __init__(self, steps: int, where: Literal["behind", "amid", "validation"] = "behind") -> None:
+    def __init__(self, steps: int, where: Literal["after", "within", "validation"] = "after") -> None:
         self.steps = steps
         self.where = where
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        self._stop(trainer, self.where == "amid")
+        self._stop(trainer, self.where == "within")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._stop(trainer, self.where == "behind")
+        self._stop(trainer, self.where == "after")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -64,7 +66,7 @@ class Interrupt(Callback):
 
 
 class Peak(Callback):
-    """Makes the second of three epochs the best: there all answers are the majority's, in the others the minority's."""
+    """Makes the second of three epochs the best: it predicts the majority label, the others the minority label."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -77,7 +79,7 @@ class Peak(Callback):
 
 @pytest.fixture(scope="module")
 def small(tiny: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a run of seconds: 96 examples, a tiny random backbone."""
+    """Flags of a short run: 96 examples, a tiny random backbone."""
     return [
         f"--model.backbone={tiny('bert')}",
         f"--data.cache={tmp_path_factory.mktemp('cache')}",
@@ -90,7 +92,7 @@ def small(tiny: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished run of two epochs. Its parent is the working directory that it was run in."""
+    """The directory of a finished run of two epochs. Its parent was the working directory."""
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -117,7 +119,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command line that is refused prints, at most two lines of it."""
+    """Return the error that a refused command line prints, of at most two lines."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(args)
@@ -129,7 +131,7 @@ def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def printed_config(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
-    """The settings that `--print_config` shows."""
+    """Return the settings that `--print_config` prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main([*args, "--print_config"])
@@ -160,7 +162,7 @@ def test_later_configs_win_and_flags_win_over_them(work: Path, capsys: pytest.Ca
     assert config["data"]["source"] == "sample"
 
 
-def test_glue_yaml_makes_a_methods_run_real(capsys: pytest.CaptureFixture[str]) -> None:
+def test_glue_yaml_sets_real_data_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     for file in sorted(CONFIGS.glob("*.yaml")):
         method = yaml.safe_load(file.read_text())["model"].get("class_path")
         if method is None:
@@ -181,7 +183,7 @@ def test_a_methods_help_shows_its_own_settings_and_those_of_all(capsys: pytest.C
     assert "side network" in text  # from the docstring
 
 
-def test_the_task_of_the_data_is_that_of_the_model(run: Path) -> None:
+def test_the_model_gets_the_task_of_the_data(run: Path) -> None:
     hyper_parameters = load(run / "checkpoints" / "best.ckpt")["hyper_parameters"]
     assert hyper_parameters["task"] == "sst2"
     assert hyper_parameters["reduction"] == 2
@@ -206,16 +208,16 @@ def test_a_second_task_is_refused(given: list[str], work: Path, capsys: pytest.C
     assert set(work.iterdir()) == {work / "conflict.yaml", work / "default.yaml"}
 
 
-def test_the_same_task_twice_is_no_conflict(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_task_given_twice_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["fit", "--model=FullFineTuning", "--model.task=rte", "--data.task=rte"]
     assert printed_config(given, capsys)["data"]["task"] == "rte"
 
 
-# -- mistakes ----------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "parts"),
     [
         ("ft", ["'ft'", "Did you mean fit?", "predict"]),
         ("fit", ["--model", "KLadder", "HeadOnly"]),
@@ -229,7 +231,7 @@ def test_the_same_task_twice_is_no_conflict(capsys: pytest.CaptureFixture[str]) 
         ("fit --model.k 2 --model KLadder", ["--model: its .k is set before", "first"]),
         (
             "fit --model KLadder --trainer.callbacks+=Latency --trainer.callbacks.live=false",
-            ["no setting", "of Memory"],
+            ["not a setting", "of Memory"],
         ),
         ("fit --model KLadder --model.kk 2", ["--model.kk", "Did you mean k?"]),
         ("fit --model KLadder --model.k two", ["--model.k", "int", "'two'"]),
@@ -247,8 +249,8 @@ def test_the_same_task_twice_is_no_conflict(capsys: pytest.CaptureFixture[str]) 
         ("test --ckpt_path broken.yaml", ["--ckpt_path", "broken.yaml"]),
     ],
 )
-def test_a_mistake_is_answered_in_two_lines(
-    args: str, said: list[str], work: Path, capsys: pytest.CaptureFixture[str]
+def test_errors_are_explained_in_two_lines(
+    args: str, parts: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (work / "method.yaml").write_text("model: {class_path: Kladdr}\n")
     (work / "setting.yaml").write_text("model: {class_path: LadderSideTuning, init_args: {redution: 4}}\n")
@@ -256,12 +258,14 @@ def test_a_mistake_is_answered_in_two_lines(
     (work / "broken.yaml").write_text("model: [\n")
     before = set(work.iterdir())
     message = refusal(args.split(), capsys)
-    for text in said:
+    for text in parts:
         assert text in message
+    allowed = message.partition("Allowed: ")[2].rstrip(".").split(", ")
+    assert len(allowed) == len(set(allowed))
     assert set(work.iterdir()) == before
 
 
-def test_what_the_trainer_refuses_is_told_as_shortly(
+def test_errors_of_the_trainer_are_explained_too(
     small: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refusal(["fit", "--model=HeadOnly", "--trainer.strategy=dpp", *small], capsys)
@@ -270,7 +274,7 @@ def test_what_the_trainer_refuses_is_told_as_shortly(
     assert list(work.iterdir()) == []
 
 
-def test_more_tokens_than_the_backbone_reads_are_refused(
+def test_texts_longer_than_the_backbone_allows_are_refused(
     small: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refusal(["fit", "--model=HeadOnly", "--data.max_length=137", "--run_dir=run", *small], capsys)
@@ -287,25 +291,25 @@ def test_debug_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("placeholder", ["{tsk}", "{}", "{task"])
 def test_a_wrong_placeholder_is_named(placeholder: str) -> None:
     with pytest.raises(UserError, match="--run_dir"):
-        run_dir.directory(f"runs/{placeholder}", task="sst2", method="KLadder", seed=1)
+        run_dir.new_run_dir(f"runs/{placeholder}", task="sst2", method="KLadder", seed=1)
 
 
 def test_a_run_directory_is_never_used_twice(tmp_path: Path) -> None:
     names: dict[str, Any] = {"task": "rte", "method": "KLadder", "seed": 3}
     pattern = str(tmp_path / "{task}/{method}/{seed}/{time}")
-    first = run_dir.directory(pattern, **names)
+    first = run_dir.new_run_dir(pattern, **names)
     assert first.parent == tmp_path / "rte" / "KLadder" / "3"
-    assert run_dir.directory(pattern, **names) != first
+    assert run_dir.new_run_dir(pattern, **names) != first
     first.mkdir(parents=True)
     (first / "config.yaml").touch()
-    with pytest.raises(UserError, match="holds a run already"):
-        run_dir.directory(str(first), **names)
+    with pytest.raises(UserError, match="already holds a run"):
+        run_dir.new_run_dir(str(first), **names)
 
 
 # -- the run directory -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_into_its_directory_alone(run: Path) -> None:
+def test_a_run_writes_only_into_its_directory(run: Path) -> None:
     assert list(run.parent.iterdir()) == [run]
     assert {path.name for path in run.iterdir()} == {
         "checkpoints",
@@ -320,7 +324,7 @@ def test_a_run_writes_into_its_directory_alone(run: Path) -> None:
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_what_was_run_can_be_told_from_its_directory(run: Path) -> None:
+def test_a_run_directory_records_settings_versions_and_command(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["lr"] == 0.02
     assert config["seed_everything"] == 7
@@ -333,7 +337,7 @@ def test_what_was_run_can_be_told_from_its_directory(run: Path) -> None:
     assert (launch["git"] or "").removesuffix("-dirty") == head.stdout.strip()
 
 
-def test_the_best_checkpoint_is_the_best_and_the_last_the_last(small: list[str], work: Path) -> None:
+def test_best_and_last_checkpoint(small: list[str], work: Path) -> None:
     peak = "--trainer.callbacks+=tests.test_cli.Peak"
     main(["fit", "--model=HeadOnly", "--trainer.max_epochs=3", "--run_dir=run", *small, peak])
     low, high, low_again = metrics(work / "run", "val/accuracy")
@@ -343,7 +347,7 @@ def test_the_best_checkpoint_is_the_best_and_the_last_the_last(small: list[str],
     assert (last["epoch"], last["global_step"]) == (2, 18)
 
 
-def test_the_same_config_gives_the_same_run(run: Path, work: Path) -> None:
+def test_the_same_config_repeats_the_run_bitwise(run: Path, work: Path) -> None:
     main(["fit", f"--config={run}/config.yaml", "--run_dir=again"])
     first, again = (load(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (run, work / "again"))
     assert first.keys() == again.keys()
@@ -351,12 +355,23 @@ def test_the_same_config_gives_the_same_run(run: Path, work: Path) -> None:
         torch.testing.assert_close(again[name], weight, rtol=0, atol=0)
 
 
-def test_the_start_is_quiet(small: list[str], work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_no_advertisements(small: list[str], work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     main(["validate", "--model=FullFineTuning", "--run_dir=run", *small])
     text = "".join(capfd.readouterr())
     for noise in ("Tip", "litlogger", "TPU", "deprecated", "does not have many workers"):
         assert noise not in text
     assert "No --ckpt_path" in text
+
+
+@pytest.mark.filterwarnings("error:Found .* in eval mode")  # the command line itself must hide it
+@pytest.mark.filterwarnings("error:.*LeafSpec.* is deprecated")
+def test_a_run_restores_the_filters_of_warnings_and_logs(small: list[str], work: Path) -> None:
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before, log_before = list(warnings.filters), list(log.filters)
+    main(["fit", "--model=HeadOnly", "--trainer.max_steps=2", "--run_dir=run", *small])
+    main(["validate", "--ckpt_path=run", "--run_dir=validated"])
+    assert list(warnings.filters) == before
+    assert log.filters == log_before
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -368,7 +383,9 @@ def test_a_checkpoint_alone_is_enough_to_evaluate(run: Path, work: Path) -> None
         assert metrics(work / str(number), "val/accuracy") == [max(metrics(run, "val/accuracy"))]
 
 
-def test_flags_win_over_a_checkpoint_and_say_so(run: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_override_a_checkpoint_and_are_reported(
+    run: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["validate", f"--ckpt_path={run}", "--model.lr=0.5", "--data.limit_validation=8", "--run_dir=run"])
     config = yaml.safe_load((work / "run" / "config.yaml").read_text())
     assert config["model"]["init_args"]["lr"] == 0.5
@@ -378,7 +395,7 @@ def test_flags_win_over_a_checkpoint_and_say_so(run: Path, work: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "parts"),
     [
         (["validate", "--model.reduction=4"], ["--model.reduction=4 (checkpoint: 2)"]),
         (["fit", "--model.lr=0.5", "--model.warmup=0"], ["--model.lr=0.5 (checkpoint: 0.02)", "--model.warmup=0"]),
@@ -386,16 +403,16 @@ def test_flags_win_over_a_checkpoint_and_say_so(run: Path, work: Path, capsys: p
         (["fit", "--model=HeadOnly"], ["HeadOnly", "LadderSideTuning"]),
     ],
 )
-def test_what_a_checkpoint_cannot_follow_is_refused(
-    args: list[str], said: list[str], run: Path, work: Path, capsys: pytest.CaptureFixture[str]
+def test_settings_that_contradict_a_checkpoint_are_refused(
+    args: list[str], parts: list[str], run: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refusal([*args, f"--ckpt_path={run}", "--run_dir=run"], capsys)
-    for text in said:
+    for text in parts:
         assert text in message
 
 
-def interrupted(args: list[str]) -> None:
-    """Run a command line whose `Interrupt` strikes."""
+def run_interrupted(args: list[str]) -> None:
+    """Run a command line that its `Interrupt` stops."""
     Interrupt.armed = True
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as exit_:
@@ -410,14 +427,14 @@ def resumed(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed") / "run"
     given = ["--model=LadderSideTuning", "--model.reduction=2", "--model.lr=0.02", "--seed_everything=7"]
     stop = ["--trainer.callbacks+=tests.test_cli.Interrupt", "--trainer.callbacks.steps=8"]
-    interrupted(["fit", *given, "--trainer.max_epochs=2", f"--run_dir={folder}", *small, *stop])
+    run_interrupted(["fit", *given, "--trainer.max_epochs=2", f"--run_dir={folder}", *small, *stop])
     assert load(folder / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     main(["fit", f"--ckpt_path={folder}"])
     return folder
 
 
-def test_a_resumed_run_goes_on_in_its_directory_and_loses_nothing(resumed: Path) -> None:
+def test_a_resumed_run_continues_in_its_directory(resumed: Path) -> None:
     assert list(resumed.parent.iterdir()) == [resumed]
     assert load(resumed / "checkpoints" / "last.ckpt")["global_step"] == 12
     assert len((resumed / "launches.jsonl").read_text().splitlines()) == 2
@@ -432,14 +449,14 @@ def test_a_resumed_run_ends_as_if_never_interrupted(run: Path, resumed: Path) ->
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stop", [["steps=5"], ["steps=5", "where=amid"], ["steps=6", "where=validation"]], ids=str)
+@pytest.mark.parametrize("stop", [["steps=5"], ["steps=5", "where=within"], ["steps=6", "where=validation"]], ids=str)
 def test_dropout_and_an_unfinished_validation_survive_an_interruption(
     stop: list[str], small: list[str], work: Path
 ) -> None:
     given = ["--model=FullFineTuning", *small, "--model.backbone=mini-bert", "--trainer.max_epochs=2"]
     main(["fit", *given, "--run_dir=straight"])
     halt = ["--trainer.callbacks+=tests.test_cli.Interrupt", *(f"--trainer.callbacks.{setting}" for setting in stop)]
-    interrupted(["fit", *given, "--run_dir=halted", *halt])
+    run_interrupted(["fit", *given, "--run_dir=halted", *halt])
     main(["fit", "--ckpt_path=halted"])
     for name in ("best", "last"):
         straight, halted = (load(work / run / "checkpoints" / f"{name}.ckpt") for run in ("straight", "halted"))
@@ -449,9 +466,9 @@ def test_dropout_and_an_unfinished_validation_survive_an_interruption(
     assert scores[0]["val/loss"] == scores[1]["val/loss"]
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # so it has: the best one so far is the other run's
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the best checkpoint so far is in the other run
 @pytest.mark.filterwarnings("ignore:This run is resumed with 18 steps")
-def test_a_checkpoint_file_begins_a_run_of_its_own(run: Path, work: Path) -> None:
+def test_a_checkpoint_file_starts_a_new_run_directory(run: Path, work: Path) -> None:
     before = load(run / "checkpoints" / "last.ckpt")["global_step"]
     main(["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", "--trainer.max_epochs=3", "--run_dir=longer"])
     assert load(work / "longer" / "checkpoints" / "last.ckpt")["global_step"] == 18
@@ -466,7 +483,7 @@ def test_a_callback_that_is_given_again_replaces_the_default(small: list[str], w
     assert "memory/live_peak_mib" not in measured
 
 
-def test_tensorboard_has_the_settings_with_the_score(run: Path) -> None:
+def test_tensorboard_has_the_settings_and_the_score(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -489,7 +506,7 @@ def test_tensorboard_has_the_settings_with_the_score(run: Path) -> None:
 # -- predictions -------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_those_of_the_method_row_by_row(run: Path, work: Path) -> None:
+def test_predictions_equal_those_of_the_loaded_method(run: Path, work: Path) -> None:
     main(["predict", f"--ckpt_path={run}", "--run_dir=run"])
     method = lit_spu.load(run)
     data = GLUE(batch_size=1, limit_test=30, cache=str(work / "cache"))
@@ -519,7 +536,7 @@ def test_output_names_the_file(run: Path, work: Path, capsys: pytest.CaptureFixt
     assert "'mine.csv'" in refusal(["predict", f"--ckpt_path={run}", "--run_dir=other", "--output=mine.csv"], capsys)
 
 
-def test_sentences_are_answered_a_line_each_and_nothing_is_written(
+def test_given_sentences_are_predicted_without_writing_files(
     run: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answers(*args: str) -> list[str]:
@@ -553,7 +570,7 @@ def test_sentences_are_answered_a_line_each_and_nothing_is_written(
         ("stsb", 3.14159, "3.142"),
     ],
 )
-def test_the_servers_form_spells_labels_as_the_official_files_do(
+def test_the_tsv_file_has_the_labels_of_the_glue_server(
     task: str, prediction: float, line: str, tmp_path: Path
 ) -> None:
     description = TASKS[task]
@@ -570,23 +587,23 @@ def test_the_servers_form_spells_labels_as_the_official_files_do(
         assert answer["label"] == description.labels[int(prediction)]
 
 
-def test_a_second_test_set_gets_files_of_its_own(tmp_path: Path) -> None:
+def test_a_second_test_set_gets_its_own_files(tmp_path: Path) -> None:
     row = {"premise": "a", "hypothesis": "b"}
     Predictions([tmp_path / "out.tsv"])._write("mismatched", [row], {0: (1, [0.0, 1.0, 0.0])}, TASKS["mnli"])
     assert (tmp_path / "out.mismatched.tsv").read_text() == "index\tprediction\n0\tneutral\n"
 
 
 @pytest.mark.slow
-def test_two_devices_share_a_directory_and_answer_each_row_once(run: Path, small: list[str], work: Path) -> None:
-    door = [sys.executable, str(CHECKOUT / "cli.py")]
+def test_two_devices_share_a_directory_and_predict_each_row_once(run: Path, small: list[str], work: Path) -> None:
+    command = [sys.executable, str(CHECKOUT / "cli.py")]
     devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     fit = ["fit", "--model=LadderSideTuning", "--model.reduction=2", "--trainer.max_epochs=1", *small]
-    subprocess.run([*door, *fit, *devices], check=True)
+    subprocess.run([*command, *fit, *devices], check=True)
     (directory,) = work.glob("runs/*/*/*/*")
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert len((directory / "launches.jsonl").read_text().splitlines()) == 1
 
-    subprocess.run([*door, "predict", f"--ckpt_path={run}", "--run_dir=two", *devices], check=True)
+    subprocess.run([*command, "predict", f"--ckpt_path={run}", "--run_dir=two", *devices], check=True)
     main(["predict", f"--ckpt_path={run}", "--run_dir=one"])
     one, two = (
         [json.loads(line) for line in (work / name / "predictions.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""estimate and compare as a user meets them."""
+"""The subcommands estimate and compare, from their command lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def said(args: str, capsys: pytest.CaptureFixture[str]) -> str:
+def run_refused(args: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(args.format(configs=CONFIGS).split())
     assert exit_.value.code == 2
@@ -45,8 +45,8 @@ def said(args: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("compare --configs {configs}/full.yaml --sed 1", ["--sed", "Did you mean --seeds?"]),
     ],
 )
-def test_mistakes_are_answered_in_a_line(args: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    message = said(args, capsys)
+def test_errors_are_explained_in_two_lines(args: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = run_refused(args, capsys)
     for part in parts:
         assert part in message
 
@@ -61,7 +61,7 @@ def test_estimates_are_printed_smallest_first(capsys: pytest.CaptureFixture[str]
     assert largest["head"] > largest["full"] > 1
 
 
-def test_what_a_study_would_run_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_lists_the_runs_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     main(f"compare --configs={CONFIGS}/full.yaml,{CONFIGS}/lst.yaml --seeds 1,2 --dry_run".split())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 2 * 2
@@ -69,9 +69,7 @@ def test_what_a_study_would_run_is_listed(capsys: pytest.CaptureFixture[str]) ->
     assert list(Path().iterdir()) == []
 
 
-def test_the_studies_that_are_shipped_can_be_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_shipped_studies_are_valid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     for study in (CONFIGS / "compare").glob("*.yaml"):
         main(["compare", f"--config={study}", "--dry_run"])

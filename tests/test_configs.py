@@ -1,4 +1,4 @@
-"""Every config runs as it stands, on both embedded backbones, through the command line."""
+"""Every config runs unchanged, on both embedded backbones, from the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OVERLAYS = [path for path in CONFIGS if path not in METHODS]
 pytestmark = [
     # the tiny runs of these tests are shorter than any sensible logging interval
     pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:Before training, accuracy"),  # a ladder that MeZO trains from a random start
+    pytest.mark.filterwarnings("ignore:Before training, accuracy"),  # a ladder that MeZO trains from random weights
 ]
 
 
@@ -29,7 +29,7 @@ def test_there_are_configs() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_states_only_what_differs(config: Path) -> None:
+def test_a_config_is_short(config: Path) -> None:
     lines = [line for line in config.read_text().splitlines() if line and not line.startswith("#")]
     assert len(lines) <= 15
 
@@ -54,7 +54,7 @@ def test_config_on_backbone(tmp_path: Path, config: Path, backbone: str) -> None
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
-def test_an_overlay_fits_every_config(config: Path, overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_overlay_applies_to_every_config(config: Path, overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--config={config}", f"--config={overlay}", "--print_config"])
     assert stop.value.code == 0

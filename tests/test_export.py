@@ -1,4 +1,4 @@
-"""What is exported answers as the method did, in other tools and back here."""
+"""Exported methods give the same logits in other tools, and when they are loaded again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAMILIES = ("bert", "roberta", "distilbert", "deberta-v2", "t5", "gpt2", "llama"
 
 
 def disturbed(method: Any, seed: int = 1) -> Any:
-    """The method with all that it trains away from its start, in evaluation mode."""
+    """Return the method with noise on its trained weights, in evaluation mode."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in method.parameters():
@@ -58,21 +58,21 @@ MADE: dict[str, Callable[..., Method]] = {
 
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_answers_the_same_and_back(tiny: Tiny, tmp_path: Path, family: str, kind: str) -> None:
-    """The folder under the peft library, on the plain model, and as the start of a method here."""
+def test_peft_gives_the_same_logits_and_loads_back(tiny: Tiny, tmp_path: Path, family: str, kind: str) -> None:
+    """The folder gives the same logits in the peft library, and as the initial adapter of a method."""
     peft = pytest.importorskip("peft")
     method = disturbed(MADE[kind](backbone=tiny(family)))
     batch = encode(method.backbone)
     expected = answers(method, batch)
-    writers.peft(method, tmp_path / "out")
+    writers.write_peft(method, tmp_path / "out")
     plain = load_backbone(tiny(family), method.task)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft on its own settings
+        warnings.simplefilter("ignore")  # peft warns about its own settings
         twin = peft.PeftModel.from_pretrained(plain.model, str(tmp_path / "out")).eval()
-    with torch.no_grad():  # the library puts a head of its own in the place of the plain model's
+    with torch.no_grad():  # the library replaces the head of the plain model
         theirs = twin(**plain.model_inputs(batch)).logits if plain.has_classifier else answers(plain, batch)
     torch.testing.assert_close(theirs, expected, atol=2e-6, rtol=1e-5)
-    if kind == "siva":  # what SVD took from the weights is given back: a pair of twice the rank
+    if kind == "siva":  # the export adds the factors that SVD removed: twice the rank
         back: Method = LoRA(rank=6, alpha=16, adapter=str(tmp_path / "out"), backbone=tiny(family))
     else:
         back = MADE[kind](adapter=str(tmp_path / "out"), backbone=tiny(family))
@@ -80,12 +80,12 @@ def test_peft_answers_the_same_and_back(tiny: Tiny, tmp_path: Path, family: str,
 
 
 @pytest.mark.parametrize("stable", [False, True])
-def test_a_folder_that_peft_wrote_is_a_start(tiny: Tiny, tmp_path: Path, stable: bool) -> None:
+def test_a_folder_of_peft_is_an_initial_adapter(tiny: Tiny, tmp_path: Path, stable: bool) -> None:
     peft = pytest.importorskip("peft")
     plain = load_backbone(tiny("gpt2"), LoRA(backbone=tiny("gpt2")).task)
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True, use_rslora=stable)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft on its own settings
+        warnings.simplefilter("ignore")  # peft warns about its own settings
         twin = peft.get_peft_model(plain.model, config)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -117,42 +117,44 @@ def test_a_folder_that_peft_wrote_is_a_start(tiny: Tiny, tmp_path: Path, stable:
         ({"adapter": "nowhere"}, "nowhere is no adapter folder"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
-    writers.peft(disturbed(LoRA(norms=True, backbone=tiny("bert"))), tmp_path / "out")
+def test_an_adapter_folder_with_other_settings_is_refused(
+    tiny: Tiny, tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    writers.write_peft(disturbed(LoRA(norms=True, backbone=tiny("bert"))), tmp_path / "out")
     given = {"norms": True, "adapter": str(tmp_path / "out"), "backbone": tiny("bert"), **settings}
     with pytest.raises(UserError, match=re.escape(says).replace(r"trained\ encoder", r"trained\ \S*encoder")):
         LoRA(**given)
 
 
-def test_another_kind_of_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    writers.peft(disturbed(IA3(backbone=tiny("bert"))), tmp_path / "out")
+def test_an_adapter_folder_of_another_kind_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    writers.write_peft(disturbed(IA3(backbone=tiny("bert"))), tmp_path / "out")
     with pytest.raises(UserError, match="holds IA3, where LORA is asked for"):
         LoRA(adapter=str(tmp_path / "out"), backbone=tiny("bert"))
 
 
 @pytest.mark.parametrize("make", [LoRA, IA3, BitFit, FullFineTuning, HeadOnly])
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2"])
-def test_transformers_loads_what_was_merged(
+def test_transformers_loads_a_merged_model(
     tiny: Tiny, tmp_path: Path, family: str, make: Callable[..., Method]
 ) -> None:
     method = disturbed(make(backbone=tiny(family)))
     batch = encode(method.backbone)
     expected = answers(method, batch)
-    if make is HeadOnly and family == "gpt2":  # the rows of the label words learn apart from the tied vocabulary
+    if make is HeadOnly and family == "gpt2":  # the label words' rows are trained apart from the tied vocabulary
         with pytest.raises(UserError, match="HeadOnly trained weights that GPT2LMHeadModel does not have"):
-            writers.merged(method, tmp_path / "out")
+            writers.write_merged(method, tmp_path / "out")
         return
-    writers.merged(method, tmp_path / "out")
-    torch.manual_seed(5)  # a head that is not loaded would be another one
+    writers.write_merged(method, tmp_path / "out")
+    torch.manual_seed(5)  # a head that is not loaded would differ
     again = load_backbone(str(tmp_path / "out"), method.task)
     torch.testing.assert_close(answers(again, batch), expected, atol=2e-6, rtol=1e-5)
     if again.has_classifier:
         assert again.model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_biases_that_the_model_has_not_are_not_merged_in_silence(tiny: Tiny, tmp_path: Path) -> None:
+def test_merging_biases_that_the_model_lacks_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="BitFit trained weights that T5ForConditionalGeneration does not have"):
-        writers.merged(BitFit(backbone=tiny("t5")), tmp_path / "out")
+        writers.write_merged(BitFit(backbone=tiny("t5")), tmp_path / "out")
 
 
 EVERY: tuple[Callable[..., Method], ...] = (LoRA, IA3, BitFit, HeadOnly, SideLoRA, KLadder)
@@ -160,12 +162,12 @@ EVERY: tuple[Callable[..., Method], ...] = (LoRA, IA3, BitFit, HeadOnly, SideLoR
 
 @pytest.mark.parametrize("make", EVERY)
 @pytest.mark.parametrize("family", ["bert", "t5"])
-def test_the_trained_weights_alone_come_back_to_the_bit(
+def test_trained_weights_load_back_bitwise(
     tiny: Tiny, tmp_path: Path, family: str, make: Callable[..., Method]
 ) -> None:
     own = {"reduction": 2} if make is KLadder else {}
     method = disturbed(make(backbone=tiny(family), **own))
-    writers.weights(method, tmp_path / "out")
+    writers.write_trained_weights(method, tmp_path / "out")
     learned = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     assert (tmp_path / "out" / trained_weights.WEIGHTS).stat().st_size < learned + 20_000
     again = lit_spu.load(tmp_path / "out")
@@ -174,7 +176,7 @@ def test_the_trained_weights_alone_come_back_to_the_bit(
     assert torch.equal(answers(again, batch), answers(method, batch))
 
 
-def test_weights_of_another_backbone_and_nonsense_are_refused(
+def test_weights_of_another_backbone_and_broken_files_are_refused(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -182,14 +184,14 @@ def test_weights_of_another_backbone_and_nonsense_are_refused(
     folder = tmp_path / "out"
     method = IA3(backbone=tiny("bert"))
     method.backbone.fingerprint = "0" * 16
-    writers.weights(method, folder)
+    writers.write_trained_weights(method, folder)
     with pytest.raises(UserError, match=rf"trained on the backbone '{tiny('bert')}' \(fingerprint 0000000000000000\)"):
         lit_spu.load(folder)
     method = IA3(backbone=tiny("bert"))
-    writers.weights(method, folder)
+    writers.write_trained_weights(method, folder)
     tensors = load_file(folder / trained_weights.WEIGHTS)
     description = {
-        "lit_spu": json.dumps({**trained_weights.read(folder / trained_weights.WEIGHTS), "state_dict": None})
+        "lit_spu": json.dumps({**trained_weights.read_weights(folder / trained_weights.WEIGHTS), "state_dict": None})
     }
     save_file({**tensors, "nonsense": torch.zeros(1)}, folder / trained_weights.WEIGHTS, description)
     with pytest.raises(UserError, match="1 of the weights do not match"):
@@ -203,21 +205,21 @@ def test_weights_of_another_backbone_and_nonsense_are_refused(
 
 
 @pytest.mark.parametrize("make", [SideLoRA, KLadder, BitFit])
-def test_what_peft_has_no_form_for_is_refused(tiny: Tiny, tmp_path: Path, make: Callable[..., Method]) -> None:
+def test_peft_export_of_other_methods_is_refused(tiny: Tiny, tmp_path: Path, make: Callable[..., Method]) -> None:
     own = {"reduction": 2} if make is KLadder else {}
-    with pytest.raises(UserError, match=f"{make.__name__} has no form there"):
-        writers.peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
+    with pytest.raises(UserError, match=f"peft library has no form of {make.__name__}"):
+        writers.write_peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
 
 
-def test_what_was_trained_outside_of_the_model_does_not_get_lost(tiny: Tiny, tmp_path: Path) -> None:
+def test_peft_export_of_untied_label_word_rows_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     method = LoRA(backbone=tiny("t5"))
     method.backbone.untie_head()
-    with pytest.raises(UserError, match="label words were trained by themselves"):
-        writers.peft(method, tmp_path / "out")
+    with pytest.raises(UserError, match="were trained apart from the vocabulary"):
+        writers.write_peft(method, tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # a run of two steps
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Path(__file__).parents[1] / "configs" / "ia3.yaml"
     small = ["--data.limit_train=64", "--data.limit_validation=50", "--trainer.max_epochs=1"]
     main(["fit", f"--config={config}", *small, f"--run_dir={tmp_path}/run", f"--data.cache={tmp_path}"])
@@ -237,9 +239,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "before any training" not in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["fit", f"--ckpt_path={tmp_path}/safetensors", f"--run_dir={tmp_path}/more"])
-    assert "no run that could go on" in capsys.readouterr().err
+    assert "not a run that can continue" in capsys.readouterr().err
     for arguments, says in (
-        (["--output", str(tmp_path / "peft")], "holds something already"),
+        (["--output", str(tmp_path / "peft")], "is not an empty folder"),
         (["--output", str(tmp_path / "new"), "--format", "onnx"], "onnx"),
         (["--ckpt_path", "nowhere", "--output", str(tmp_path / "new")], "nowhere is no checkpoint and no run"),
     ):
@@ -251,21 +253,21 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert "Traceback" not in message
 
 
-def test_methods_loaded_together_hold_their_backbone_once(tiny: Tiny, tmp_path: Path) -> None:
+def test_methods_loaded_together_share_one_backbone(tiny: Tiny, tmp_path: Path) -> None:
     made = {
         "lora": LoRA(backbone=tiny("bert")),
         "ia3": IA3(backbone=tiny("bert"), task="trec"),
         "ladder": KLadder(backbone=tiny("bert"), reduction=2),
     }
     for name, method in made.items():
-        writers.weights(disturbed(method), tmp_path / name)
+        writers.write_trained_weights(disturbed(method), tmp_path / name)
     expected = {name: answers(method, encode(method.backbone)) for name, method in made.items()}
     together = lit_spu.load_together({name: tmp_path / name for name in made})
     frozen = {p.data_ptr() for m in together.values() for p in m.backbone.parameters() if not p.requires_grad}
     assert len(frozen) == len([p for p in made["lora"].backbone.parameters() if not p.requires_grad])
-    for name in (*made, *made):  # in any order, as often as wanted
+    for name in (*made, *made):  # in any order, several times
         assert torch.equal(answers(together[name], encode(together[name].backbone)), expected[name])
-    together["lora"].merge()  # is nobody else's concern
+    together["lora"].merge()  # must not change the others
     assert torch.equal(answers(together["ladder"], encode(together["ladder"].backbone)), expected["ladder"])
     together["lora"].unmerge()
     assert torch.equal(answers(together["lora"], encode(together["lora"].backbone)), expected["lora"])
@@ -273,6 +275,6 @@ def test_methods_loaded_together_hold_their_backbone_once(tiny: Tiny, tmp_path: 
 
 def test_methods_of_different_backbones_are_not_loaded_together(tiny: Tiny, tmp_path: Path) -> None:
     for family in ("bert", "roberta"):
-        writers.weights(IA3(backbone=tiny(family)), tmp_path / family)
+        writers.write_trained_weights(IA3(backbone=tiny(family)), tmp_path / family)
     with pytest.raises(UserError, match=r"'roberta' .* which is not the same backbone"):
         lit_spu.load_together({family: tmp_path / family for family in ("bert", "roberta")})

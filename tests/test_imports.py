@@ -1,18 +1,20 @@
-"""Who may import whom: the arrows of the design, read from the source."""
+"""The allowed imports between the parts of the package, read from the source."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1] / "lit_spu"
 
-# What each part may import of the others. `errors` knows nothing of the project, so all may use it.
-ARROWS: dict[str, set[str]] = {
+# The other parts that each part may import. Every part may import `errors`, which imports nothing of the project.
+ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "version": set(),
     "registry": set(),
     "measure": set(),
     "tasks": set(),
@@ -24,48 +26,84 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"nn", "optim", "backbones", "tasks", "registry", "checkpoints", "export.load"},
     "callbacks": {"measure", "nn", "optim", "tasks", "methods.teacher"},
     "study": {"methods", "data", "measure", "registry", "tasks"},
+    "export": {"methods", "data", "backbones", "nn", "optim", "measure", "tasks", "checkpoints", "registry", "version"},
+    "public": {"methods.base", "export.load", "registry"},
+    "__init__": {"public", "version"},
+    "__main__": {"cli", "version"},
 }
-TOP = {"__init__", "__main__", "cli", "export"}  # the top may import everything below it
+UNRESTRICTED = {"cli"}  # the command line may import every other part, but no other part may import it
 
 
-def modules() -> list[Path]:
+def source_files() -> list[Path]:
     return sorted(ROOT.rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[str]:
-    """The project's modules that a file imports, without the package's name, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: relative import"
-            names = [node.module] if node.module != "lit_spu" else [f"lit_spu.{alias.name}" for alias in node.names]
-        else:
+def module_name(path: Path) -> str:
+    """Return the full name of the module in a file of the package."""
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in source_files()}
+
+
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below `node` without those under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
-        yield from (name.removeprefix("lit_spu.") for name in names if name.startswith("lit_spu."))
+        yield child
+        yield from runtime_nodes(child)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the full names of the project's modules that a file imports, also inside functions."""
+    for node in runtime_nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "") in MODULES:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else str(node.module) for name in names)
+
+
+def short(name: str) -> str:
+    """Return a module's name without that of the package."""
+    return name.partition(".")[2] or "__init__"
 
 
 def part(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def test_every_part_is_in_the_design() -> None:
-    assert {part(path) for path in modules()} == set(ARROWS) | TOP
+def file_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows(path: Path) -> None:
+def test_every_part_has_a_rule() -> None:
+    assert {part(path) for path in source_files()} == set(ALLOWED) | UNRESTRICTED
+
+
+@pytest.mark.parametrize("path", source_files(), ids=file_id)
+def test_a_file_imports_only_allowed_parts(path: Path) -> None:
     own = part(path)
-    if own in TOP:
+    if own in UNRESTRICTED:
         return
-    allowed = ARROWS[own] | {own, "errors"}
-    for name in imports(path):
-        known = any(name == target or name.startswith(f"{target}.") for target in allowed)
-        assert known, f"{own} must not import {name}"
+    allowed = ALLOWED[own] | {own, "errors"}
+    for name in map(short, imports(path)):
+        assert any(name == target or name.startswith(f"{target}.") for target in allowed), f"{own} imports {name}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_backbones_and_data_know_transformers(path: Path) -> None:
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {name: set(imports(path)) for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > len(MODULES)  # imports are found
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import circle: {' imports '.join(reversed(error.args[1]))}")
+
+
+@pytest.mark.parametrize("path", source_files(), ids=file_id)
+def test_only_backbones_and_data_import_transformers(path: Path) -> None:
     names = {
         node.module.partition(".")[0]
         for node in ast.walk(ast.parse(path.read_text()))
@@ -75,16 +113,16 @@ def test_only_backbones_and_data_know_transformers(path: Path) -> None:
         assert "transformers" not in names
 
 
-def can_be_made(module: str) -> bool:
+def defines_method(name: str) -> bool:
     """Return whether a module of `methods` holds a method, not a base class or a helper."""
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    tree = ast.parse(MODULES[name].read_text())
     derived = any(isinstance(node, ast.ClassDef) and node.bases for node in tree.body)
     return derived and "abstractmethod" not in ast.dump(tree)
 
 
-def test_no_method_imports_a_sibling_but_to_be_one() -> None:
+def test_a_method_imports_another_only_as_its_base() -> None:
     for path in (ROOT / "methods").glob("*.py"):
-        siblings = {name for name in imports(path) if name.startswith("methods.") and can_be_made(name)}
+        siblings = {name for name in imports(path) if name.startswith("lit_spu.methods.") and defines_method(name)}
         bases = {
             base.id
             for node in ast.walk(ast.parse(path.read_text()))

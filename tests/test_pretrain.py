@@ -1,4 +1,4 @@
-"""The tool that makes the embedded models, and the models that it made."""
+"""The tool that pretrains the embedded models, and these models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lit_spu.data.synthetic import corpus, generate
 from lit_spu.data.text import render
 from lit_spu.tasks import TASKS
-from tools import pretrain_mini
+from tools import mini_objectives, mini_text, pretrain_mini
 
 ASSETS = Path(__file__).parents[1] / "lit_spu" / "backbones" / "assets"
 MINIS = sorted(pretrain_mini.ARCHITECTURES)
@@ -24,8 +24,8 @@ TEXTS = list(corpus(300, seed=5))
 rows_of_tokens = st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=60), min_size=1, max_size=8)
 
 
-class Spelling:
-    """Stands for a tokenizer whose words are numbers below 100, and whose sentinels are the numbers from 1000 on."""
+class NumberTokenizer:
+    """Fake tokenizer: words are numbers below 100, sentinels are the numbers from 1000 on."""
 
     eos_token_id, pad_token_id, cls_token_id, sep_token_id, mask_token_id = 1, 0, 2, 3, 4
     all_special_ids = (0, 1, 2, 3, 4)
@@ -39,7 +39,7 @@ class Spelling:
 
 
 def auto(name: str) -> tuple[Any, Any]:
-    """An embedded model as plain transformers loads it, and its tokenizer."""
+    """Return the tokenizer and the model as plain transformers loads them."""
     from transformers import AutoConfig, AutoTokenizer
 
     kind = pretrain_mini.model_class(AutoConfig.from_pretrained(ASSETS / name))
@@ -50,8 +50,8 @@ def auto(name: str) -> tuple[Any, Any]:
 
 
 @given(rows_of_tokens, st.integers())
-def test_spans_put_back_behind_their_sentinels_give_the_text(rows: list[list[int]], seed: int) -> None:
-    inputs = pretrain_mini.corrupted_spans(Spelling())([torch.tensor(row) for row in rows], Random(seed))
+def test_labels_of_corrupted_spans_complete_the_text(rows: list[list[int]], seed: int) -> None:
+    inputs = mini_objectives.corrupted_spans(NumberTokenizer())([torch.tensor(row) for row in rows], Random(seed))
     for row, ids, labels in zip(rows, inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True):
         spans: dict[int, list[int]] = {}
         for token in labels[: labels.index(1)]:
@@ -67,8 +67,8 @@ def test_spans_put_back_behind_their_sentinels_give_the_text(rows: list[list[int
 
 
 @given(rows_of_tokens, st.integers())
-def test_only_guessed_words_change_and_labels_hold_what_they_were(rows: list[list[int]], seed: int) -> None:
-    inputs = pretrain_mini.masked_words(Spelling())([torch.tensor(row) for row in rows], Random(seed))
+def test_only_masked_words_change_and_the_labels_hold_the_originals(rows: list[list[int]], seed: int) -> None:
+    inputs = mini_objectives.masked_words(NumberTokenizer())([torch.tensor(row) for row in rows], Random(seed))
     ids, labels = inputs["input_ids"], inputs["labels"]
     before = torch.where(labels == -100, ids, labels)
     for row, text, types, real in zip(rows, before, inputs["token_type_ids"], inputs["attention_mask"], strict=True):
@@ -78,27 +78,27 @@ def test_only_guessed_words_change_and_labels_hold_what_they_were(rows: list[lis
         assert whole[-1] == 3
         first = whole.index(3) + 1
         assert types.tolist() == [0] * first + [1] * (len(whole) - first) + [0] * (len(types) - len(whole))
-        assert first == len(whole) or row[first - 3] in (10, 11, 12)  # a second segment starts behind a stop
-    assert not torch.isin(labels, torch.tensor(Spelling.all_special_ids)).any()
+        assert first == len(whole) or row[first - 3] in (10, 11, 12)  # a second segment begins after a full stop
+    assert not torch.isin(labels, torch.tensor(NumberTokenizer.all_special_ids)).any()
 
 
-def test_shares_of_guessed_masked_and_exchanged_words() -> None:
+def test_shares_of_predicted_masked_and_replaced_words() -> None:
     rows = [torch.full((120,), 50)] * 400
-    inputs = pretrain_mini.masked_words(Spelling())(rows, Random(0))
-    guessed = inputs["labels"] == 50
-    now = inputs["input_ids"][guessed]
+    inputs = mini_objectives.masked_words(NumberTokenizer())(rows, Random(0))
+    predicted = inputs["labels"] == 50
+    now = inputs["input_ids"][predicted]
     words = 400 * 120
-    assert guessed.sum().item() / words == pytest.approx(0.2, abs=0.01)
+    assert predicted.sum().item() / words == pytest.approx(0.2, abs=0.01)
     assert (now == 4).float().mean().item() == pytest.approx(0.8, abs=0.02)
     assert (now == 50).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 200), st.text())
-def test_batches_hold_every_text_once_and_no_more_tokens_than_asked(lengths: list[int], tokens: int, seed: str) -> None:
-    batches = pretrain_mini.batches(lengths, tokens, seed)
+def test_batches_hold_every_text_once_within_the_limit_of_tokens(lengths: list[int], tokens: int, seed: str) -> None:
+    batches = mini_text.make_batches(lengths, tokens, seed)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens for batch in batches)
-    assert batches == pretrain_mini.batches(lengths, tokens, seed)
+    assert batches == mini_text.make_batches(lengths, tokens, seed)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
         patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pretrain(tmp_path / "parts", *flags)
-    with pytest.raises(SystemExit, match=r"unfinished\.pt is an unfinished run\. Go on with --resume"):
+    with pytest.raises(SystemExit, match=r"unfinished\.pt is an unfinished run\. Continue it with --resume"):
         pretrain(tmp_path / "parts", *flags)
     with pytest.raises(SystemExit, match=r"started with texts=200, not 100\. Give the same"):
         pretrain(tmp_path / "parts", "--kind", kind, "--texts", "100", "--resume")
@@ -143,11 +143,11 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
 
 
 @pytest.mark.parametrize("kind", MINIS)
-def test_goes_on_from_a_model_on_text_of_the_users_own(kind: str, tmp_path: Path) -> None:
+def test_pretraining_continues_from_a_given_model_on_given_text(kind: str, tmp_path: Path) -> None:
     with lzma.open(tmp_path / "more.txt.xz", "wt") as file:
         file.write("\n\n".join(TEXTS))
     pretrain(tmp_path / "out", "--from", str(ASSETS / kind), "--text", str(tmp_path))
-    assert list(pretrain_mini.read_text(tmp_path)) == TEXTS
+    assert list(mini_text.read_text(tmp_path)) == TEXTS
     assert (tmp_path / "out" / "tokenizer.json").read_text() == (ASSETS / kind / "tokenizer.json").read_text()
     assert weights(tmp_path / "out") != weights(ASSETS / kind)
     readme = (tmp_path / "out" / "README.md").read_text()
@@ -156,7 +156,7 @@ def test_goes_on_from_a_model_on_text_of_the_users_own(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", MINIS)
-def test_starts_anew_a_model_of_a_config_with_the_tokenizer_beside_it(kind: str, tmp_path: Path) -> None:
+def test_a_new_model_of_a_given_config_uses_its_tokenizer(kind: str, tmp_path: Path) -> None:
     (tmp_path / "like").mkdir()
     for file in (ASSETS / kind).glob("*.json"):
         (tmp_path / "like" / file.name).write_text(file.read_text())
@@ -173,7 +173,7 @@ def test_starts_anew_a_model_of_a_config_with_the_tokenizer_beside_it(kind: str,
     assert losses[0] > losses[1] + 1  # its weights were random
 
 
-def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
+def test_errors_are_explained_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"good\n\xff\n")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "broken.txt.xz").write_bytes(b"no archive")
@@ -182,10 +182,13 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
         ((*bert, "--text", str(tmp_path / "none")), "--text: .*none is neither a file nor a folder"),
         ((*bert, "--text", str(tmp_path / "bad.txt")), r"--text: .*bad\.txt, line 2: .*0xff"),
         ((*bert, "--text", str(tmp_path / "empty.txt")), r"--text: .*empty\.txt holds no text"),
-        ((*bert, "--text", str(tmp_path / "broken.txt.xz")), r"--text: .*broken\.txt\.xz: .*was expected"),
+        (
+            (*bert, "--text", str(tmp_path / "broken.txt.xz")),
+            r"--text: .*broken\.txt\.xz: .*Give plain or xz-compressed UTF-8",
+        ),
         (
             (*bert, "--texts", "9", "--length", "500"),
-            "--length: 500 is too long for this model, which has room for 155",
+            "--length: 500 is too long for this model: give 155 or less",
         ),
         ((*bert, "--resume"), "--resume: there is no unfinished run"),
         (("--from", str(tmp_path)), "--from: .* holds no masked language model or encoder-decoder"),
@@ -209,7 +212,7 @@ def test_embedded_models_load_in_full_precision_and_are_small(name: str) -> None
 
 
 @pytest.mark.parametrize("name", MINIS)
-def test_what_a_model_answers_with_is_one_token_and_sample_text_is_spelled_in_words(name: str) -> None:
+def test_labels_are_one_token_and_sample_text_is_tokenized_by_words(name: str) -> None:
     tokenizer, _ = auto(name)
     skip = len(tokenizer("It was", add_special_tokens=False).input_ids)
 
@@ -233,7 +236,7 @@ def test_what_a_model_answers_with_is_one_token_and_sample_text_is_spelled_in_wo
 
 
 @pytest.mark.parametrize("name", MINIS)
-def test_a_prompt_to_an_embedded_model_carries_signal_but_not_the_task(name: str) -> None:
+def test_zero_shot_accuracy_of_an_embedded_model_is_between_chance_and_solved(name: str) -> None:
     tokenizer, model = auto(name)
     task = TASKS["sst2"]
     rows = generate(task, "validation")

@@ -1,4 +1,4 @@
-"""What starts without torch, and that the quick answers agree with the real parser."""
+"""Entry points: what runs without importing torch, and the quick help, which agrees with the real parser."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from lit_spu import __version__
-from lit_spu.__main__ import COMMANDS, SUBCOMMANDS, main
+from lit_spu.__main__ import main
+from lit_spu.cli.subcommands import COMMANDS, RUNS
 
 CHECKOUT = Path(__file__).parents[1]
+ENTRY_POINTS = (["cli.py"], ["-m", "lit_spu"])
 HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "datasets")
 
 
 def heavy_imports(statement: str) -> list[str]:
-    """Which heavy packages a fresh interpreter has imported after `statement`."""
+    """Return the heavy packages that a new interpreter has imported after `statement`."""
     code = f"import sys\n{statement}\nprint(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT)
     return done.stderr.split()
@@ -29,7 +31,7 @@ def heavy_imports(statement: str) -> list[str]:
     [
         "import lit_spu",
         "import lit_spu; lit_spu.__version__; hasattr(lit_spu, 'nothing')",
-        "from lit_spu import errors",
+        "from lit_spu import errors, public, registry",
         "from lit_spu.__main__ import main; main([])",
         "from lit_spu.__main__ import main; main(['--help'])",
         "from lit_spu.__main__ import main; main(['--version'])",
@@ -39,17 +41,17 @@ def test_nothing_heavy_is_imported(statement: str) -> None:
     assert heavy_imports(statement) == []
 
 
-def test_the_probe_sees_heavy_imports() -> None:
+def test_heavy_imports_are_detected() -> None:
     assert "torch" in heavy_imports("import torch")
 
 
 def test_the_quick_help_lists_the_real_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     from lit_spu.cli.fit import SpuCLI
 
-    assert set(SpuCLI.subcommands()) == set(SUBCOMMANDS)
+    assert set(SpuCLI.subcommands()) == set(RUNS)
     main(["--help"])
     text = capsys.readouterr().out
-    for name, description in (SUBCOMMANDS | COMMANDS).items():
+    for name, description in (RUNS | COMMANDS).items():
         assert f"  {name}" in text
         assert description in text
         with pytest.raises(SystemExit):
@@ -78,9 +80,9 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert project["scripts"]["lit-spu"] == "lit_spu.__main__:main"
 
 
-@pytest.mark.parametrize("door", [["cli.py"], ["-m", "lit_spu"]])
-def test_every_door_leads_to_the_same_place(door: list[str]) -> None:
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS, ids=" ".join)
+def test_entry_points_are_the_same(entry_point: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, *door, "--version"], capture_output=True, text=True, check=True, cwd=CHECKOUT
+        [sys.executable, *entry_point, "--version"], capture_output=True, text=True, check=True, cwd=CHECKOUT
     )
     assert done.stdout == f"lit-spu {__version__}\n"

@@ -1,1 +1,1 @@
-"""Things that are run once, by hand."""
+"""Tools of development, which are not part of the package."""

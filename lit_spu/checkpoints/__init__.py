@@ -1,1 +1,1 @@
-"""Run directories, trained weights as files, and fingerprints of weights."""
+"""Run directories, files of trained weights, and fingerprints of weights."""

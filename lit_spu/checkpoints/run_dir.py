@@ -1,9 +1,12 @@
-"""Run directories: where a run puts what it writes, and how a checkpoint is found again.
+"""Run directories: the files that a run writes, and the checkpoints in them.
 
-A run directory holds `config.yaml`, the settings as run (give them back with --config to run the same again),
-`launches.jsonl`, a line a launch with its time, command line, versions and git revision, `metrics.csv`, what was logged
-(`tensorboard/` has the same as events), `summary.json`, and `checkpoints/`: `best.ckpt` by the task's metric and
-`last.ckpt` of the latest epoch or of an interruption.
+A run directory holds:
+
+- `config.yaml`: the settings as run; `--config` reads them to run the same again;
+- `launches.jsonl`: a line per launch with its time, command line, package versions and git revision;
+- `metrics.csv`: the logged metrics; `tensorboard/` has the same as events;
+- `summary.json`: the results;
+- `checkpoints/`: `best.ckpt` by the task's metric, and `last.ckpt` of the latest epoch or of an interruption.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ PATTERN = "runs/{task}/{method}/{seed}/{time}"
 """The default run directory."""
 
 
-def directory(pattern: str, *, task: str, method: str, seed: object) -> Path:
-    """The run directory that `pattern` stands for.
+def new_run_dir(pattern: str, *, task: str, method: str, seed: object) -> Path:
+    """Return the path of a new run directory: `pattern` with its placeholders filled in. Nothing is created.
 
     Raises:
-        UserError: if the pattern has an unknown placeholder, or if the directory holds a run already.
+        UserError: if the pattern has an unknown placeholder, or if the directory already holds a run.
     """
     names = {"task": task, "method": method, "seed": seed, "time": f"{datetime.now():%Y%m%d-%H%M%S-%f}"}
     try:
@@ -36,19 +39,21 @@ def directory(pattern: str, *, task: str, method: str, seed: object) -> Path:
     except (KeyError, IndexError, ValueError) as error:
         placeholder = str(error).strip("'")
         hint = did_you_mean(placeholder, names)
-        raise UserError(f"--run_dir: {pattern!r} has no placeholder {placeholder!r}. {hint}") from error
+        raise UserError(f"--run_dir: {pattern!r} has an unknown placeholder {placeholder!r}. {hint}") from error
     if (path / "config.yaml").exists():
         raise UserError(
-            f"--run_dir: {path} holds a run already."
+            f"--run_dir: {path} already holds a run."
             f" Give another directory, or continue that run with --ckpt_path {path}."
         )
     return path
 
 
-def checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
-    """The checkpoint file at `path`, which may also be a run directory: then its best or its last.
+def find_checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
+    """Return a checkpoint file.
 
-    Of a folder that `lit-spu export` wrote as safetensors, it is the file of the weights.
+    Args:
+        path: The file itself, a run directory, or a folder that `lit-spu export` wrote as safetensors.
+        which: The checkpoint to take from a run directory. The last one replaces a missing best one.
 
     Raises:
         UserError: if there is none.
@@ -56,47 +61,48 @@ def checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    # a run that never validated has no best one
+    # a run that never validated has no best checkpoint
     for file in (path / trained_weights.WEIGHTS, *(path / "checkpoints" / f"{name}.ckpt" for name in (which, "last"))):
         if file.is_file():
             return file
-    problem = "is a run that saved no checkpoint" if (path / "config.yaml").exists() else "is no checkpoint and no run"
+    is_run = (path / "config.yaml").exists()
+    problem = "is a run without a checkpoint" if is_run else "is no checkpoint and no run directory"
     raise UserError(f"--ckpt_path: {path} {problem}. Give a file, or a run directory that has checkpoints/last.ckpt.")
 
 
-def made_with(file: Path) -> dict[str, Any]:
-    """The settings of `model` and `data` that a checkpoint was made with, as a config file would give them.
+def saved_config(file: Path) -> dict[str, Any]:
+    """Return the settings of `model` and `data` that a checkpoint file was trained with, as in a config file.
 
     Raises:
-        UserError: if it is not the checkpoint of a method.
+        UserError: if the file is not the checkpoint of a method.
     """
     import torch
 
     try:
-        return settings(
-            trained_weights.read(file, weights=False)
+        return checkpoint_config(
+            trained_weights.read_weights(file, weights=False)
             if file.name == trained_weights.WEIGHTS
             else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         )
     except UserError:
         raise
-    except Exception as error:  # whatever torch makes of a file that is something else
+    except Exception as error:  # torch raises many kinds for a file of another format
         raise UserError(f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu.") from error
 
 
-def settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `model` and `data` in a checkpoint."""
+def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of `model` and `data` in a checkpoint, as in a config file."""
     model = dict(checkpoint["hyper_parameters"])
-    made_by = model.pop("_class_path", None) or checkpoint["method"]
+    class_path = model.pop("_class_path", None) or checkpoint["method"]
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-    data["task"] = model.pop("task")  # one task for both, given to the data
-    for either in (model, data):
-        either.pop("_instantiator", None)
-    return {"model": {"class_path": made_by, "init_args": model}, "data": data}
+    data["task"] = model.pop("task")  # the command line links data.task to the model
+    for settings in (model, data):
+        settings.pop("_instantiator", None)
+    return {"model": {"class_path": class_path, "init_args": model}, "data": data}
 
 
-def launch(args: Sequence[str]) -> dict[str, object]:
-    """What is needed to run the same again: the command line, the versions and the revision of the code."""
+def describe_launch(args: Sequence[str]) -> dict[str, object]:
+    """Return the facts that are needed to run the same again: command line, package versions and git revision."""
     packages = ("lit-spu", "torch", "lightning", "transformers", "datasets", "jsonargparse")
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

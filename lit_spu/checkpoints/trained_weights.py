@@ -1,4 +1,4 @@
-"""What was trained, in one file of safetensors without pickle: weights by their names, and what they belong to."""
+"""Files of trained weights: safetensors without pickle, with the rest of the checkpoint as JSON in the metadata."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 WEIGHTS = "trained.safetensors"
+"""Name of such a file."""
 
 
-def write(checkpoint: dict[str, Any], file: Path) -> None:
-    """Write what a method says of itself (`described`): its trained weights, and the rest as JSON in the metadata."""
+def write_weights(checkpoint: dict[str, Any], file: Path) -> None:
+    """Write a checkpoint: its `state_dict` as tensors, and its other entries, which JSON must hold, as metadata."""
     from safetensors.torch import save_file
 
-    rest = dict(checkpoint)
-    weights = {name: tensor.contiguous() for name, tensor in rest.pop("state_dict").items()}
+    metadata = dict(checkpoint)
+    weights = {name: tensor.contiguous() for name, tensor in metadata.pop("state_dict").items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, file, metadata={"lit_spu": json.dumps(rest)})
+    save_file(weights, file, metadata={"lit_spu": json.dumps(metadata)})
 
 
-def read(file: Path, weights: bool = True) -> dict[str, Any]:
-    """The same as a checkpoint, with its weights or without.
+def read_weights(file: Path, weights: bool = True) -> dict[str, Any]:
+    """Read the checkpoint that `write_weights` wrote.
+
+    Args:
+        file: The file.
+        weights: Read the tensors too; otherwise `state_dict` is empty.
 
     Raises:
-        UserError: if the file was not written so.
+        UserError: if the file is of another kind.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -42,24 +47,26 @@ def read(file: Path, weights: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
-def restore(method: LightningModule, file: Path) -> None:
-    """Give a method the weights in a file so written, or in a checkpoint.
+def restore_weights(method: LightningModule, file: Path) -> None:
+    """Load trained weights into a method, from a file of `write_weights` or a checkpoint of Lightning.
 
     Raises:
-        UserError: if the file is neither, or belongs to another backbone or another method.
+        UserError: if the file is of another kind, or belongs to another backbone or another method.
     """
-    import torch
-
-    if file.name == WEIGHTS:
-        checkpoint = read(file)
-    else:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            checkpoint["state_dict"]
-        except Exception as error:  # whatever torch makes of a file that is something else
-            raise UserError(f"{file} is not the checkpoint of a method of lit_spu.") from error
+    checkpoint = read_weights(file) if file.name == WEIGHTS else _read_lightning_checkpoint(file)
     method.on_load_checkpoint(checkpoint)
     try:
         method.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:  # of which torch says the shapes
+    except RuntimeError as error:  # torch lists the shapes that differ
         raise UserError(f"{file} does not fit these settings of {type(method).__name__}: {error}") from error
+
+
+def _read_lightning_checkpoint(file: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
+    except Exception as error:  # torch raises many kinds for a file of another format
+        raise UserError(f"{file} is not the checkpoint of a method of lit_spu.") from error
+    return checkpoint

@@ -1,4 +1,4 @@
-"""`lit-spu doctor`: whether this installation can work, and what to do where it cannot."""
+"""`lit-spu doctor`: checks of the installation, with what to do about each problem."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -24,125 +24,150 @@ KNOWN_BAD = {
 }
 """Versions that install and must not be used."""
 
+DEVELOPMENT = "test"
+"""The optional dependencies that are reported only if they are too old."""
+
+State = Literal["ok", "note", "bad"]
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """A line of the report."""
 
     subject: str
-    state: Literal["ok", "note", "bad"]
-    says: str
+    state: State
+    text: str
 
 
 def examine() -> Iterator[Finding]:
-    """Everything that is looked at, in order."""
+    """Yield the findings of all checks, in the order of the report."""
     yield Finding("python", "ok", f"{platform.python_version()}, {platform.platform()}")
-    yield from packages()
-    yield from devices()
-    yield from storage()
-    yield from network()
+    yield from check_packages()
+    yield from check_devices()
+    yield from check_storage()
+    yield from check_hub()
 
 
-def packages() -> Iterator[Finding]:
-    """The packages that this one needs, and the optional ones that are there, against what is declared."""
-    for text in requires("lit-spu") or []:
-        requirement = Requirement(text)
-        extra = re.search(r"extra == ['\"](\w+)['\"]", text)
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            if extra is None:
-                yield Finding(
-                    requirement.name, "bad", f"missing: pip install '{requirement.name}{requirement.specifier}'"
-                )
-            elif extra[1] != "test":
-                yield Finding(
-                    requirement.name, "note", f"missing, for {extra[1]} alone: pip install 'lit-spu[{extra[1]}]'"
-                )
-            continue
-        if why := KNOWN_BAD.get((requirement.name, found)):
-            yield Finding(requirement.name, "bad", f"{found}: {why}")
-        elif not requirement.specifier.contains(found, prereleases=True):
-            wanted = f"{requirement.name}{requirement.specifier}"
-            yield Finding(requirement.name, "bad", f"{found} is not {requirement.specifier}: pip install '{wanted}'")
-        elif extra is None or extra[1] != "test":
-            yield Finding(requirement.name, "ok", found)
+def check_packages() -> Iterator[Finding]:
+    """Check the required packages, and the optional ones that are installed, against the declared versions."""
+    declared = [(Requirement(text), _extra(text)) for text in requires("lit-spu") or []]
+    tested = {requirement.name: _pinned(requirement) for requirement, extra in declared if extra == "tested"}
+    for requirement, extra in declared:
+        if extra != "tested":
+            yield from _check_package(requirement, extra, tested.get(requirement.name))
 
 
-def devices() -> Iterator[Finding]:
-    """What there is to compute on."""
+def _extra(declaration: str) -> str | None:
+    """Return the extra that a declared dependency belongs to, if it is optional."""
+    found = re.search(r"extra == ['\"](\w+)['\"]", declaration)
+    return found[1] if found else None
+
+
+def _pinned(requirement: Requirement) -> str:
+    """Return the version that `==` requires."""
+    (specifier,) = requirement.specifier
+    return specifier.version
+
+
+def _check_package(requirement: Requirement, extra: str | None, tested: str | None) -> Iterator[Finding]:
+    """Check one package; `tested` is the version that the tests ran with, for the packages with an upper bound."""
+    name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        if extra is None:
+            yield Finding(name, "bad", f"missing: pip install '{wanted}'")
+        elif extra != DEVELOPMENT:
+            yield Finding(name, "note", f"missing, needed for {extra} only: pip install 'lit-spu[{extra}]'")
+        return
+    if reason := KNOWN_BAD.get((name, found)):
+        yield Finding(name, "bad", f"{found}: {reason}")
+    elif not requirement.specifier.contains(found, prereleases=True):
+        yield Finding(name, "bad", f"{found} is not {requirement.specifier}: pip install '{wanted}'")
+    elif extra != DEVELOPMENT:
+        yield Finding(name, "ok", f"{found} (tested: {tested})" if tested else found)
+
+
+def check_devices() -> Iterator[Finding]:
+    """Check cores, memory and CUDA devices."""
     import torch
 
     memory = psutil.virtual_memory()
     yield Finding("cpu", "ok", f"{cores()} cores for this process, {torch.get_num_threads()} threads")
     free = memory.available / 2**30
-    state: Literal["ok", "note"] = "ok" if free > 2 else "note"
+    state: State = "ok" if free > 2 else "note"
     yield Finding("memory", state, f"{free:.1f} GiB free of {memory.total / 2**30:.1f}")
     for number in range(torch.cuda.device_count()):
         free_bytes, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
         yield Finding(f"cuda:{number}", "ok", f"{name}, {free_bytes / 2**30:.1f} GiB free of {total / 2**30:.1f}")
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        if shutil.which("nvidia-smi") and built is None:
-            yield Finding(
-                "cuda",
-                "bad",
-                "there is a driver, but this torch is built for CPUs: pip install torch from its CUDA index",
-            )
-        elif built:
-            yield Finding("cuda", "note", f"torch is built for CUDA {built}, but there is no device that it can use")
-        else:
-            yield Finding("cuda", "ok", "none: everything runs on the CPU")
+        yield _explain_missing_cuda(torch.version.cuda)
 
 
-def storage() -> Iterator[Finding]:
-    """Where things are kept, and how much room there is."""
+def _explain_missing_cuda(cuda_version: str | None) -> Finding:
+    """Explain why torch, which is built for this version of CUDA or for none, finds no device."""
+    if cuda_version:
+        return Finding("cuda", "note", f"torch is built for CUDA {cuda_version}, but finds no device")
+    if shutil.which("nvidia-smi"):
+        advice = "pip install torch from its CUDA index"
+        return Finding("cuda", "bad", f"there is a driver, but this torch is built for CPUs: {advice}")
+    return Finding("cuda", "ok", "none: everything runs on the CPU")
+
+
+def check_storage() -> Iterator[Finding]:
+    """Check that the caches and the run directory can be written, with their sizes and the free space."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from lit_spu.data.glue import user_cache
 
     for name, folder in (("tokens", user_cache()), ("hub cache", Path(HF_HUB_CACHE)), ("runs", Path("runs"))):
-        exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(exists).free / 2**30
-        if not os.access(exists, os.W_OK):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**30
+        if not os.access(existing, os.W_OK):
             advice = " Give --data.cache." if name == "tokens" else ""
-            yield Finding(name, "bad", f"{folder} cannot be written.{advice}")
+            yield Finding(name, "bad", f"{folder} is not writable.{advice}")
         else:
-            held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-            state: Literal["ok", "note"] = "ok" if free > 1 else "note"
-            yield Finding(name, state, f"{folder}: {held / 2**20:,.0f} MiB, {free:.1f} GiB free")
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+            state: State = "ok" if free > 1 else "note"
+            yield Finding(name, state, f"{folder}: {size / 2**20:,.0f} MiB, {free:.1f} GiB free")
 
 
-def network() -> Iterator[Finding]:
-    """Whether the hub gives models and data."""
+def check_hub() -> Iterator[Finding]:
+    """Check that the Hugging Face hub can be reached."""
     from huggingface_hub import HfApi, constants
 
-    local = "the embedded models, sample data and folders work all the same"
+    advice = "the embedded models, the sample data and local folders work without it"
     if constants.HF_HUB_OFFLINE:
-        yield Finding("hub", "note", f"HF_HUB_OFFLINE is set, so only what is cached loads; {local}")
+        yield Finding("hub", "note", f"HF_HUB_OFFLINE is set, so only cached models and data load; {advice}")
         return
     try:
         HfApi().model_info("gpt2", timeout=5)
-    except Exception as error:  # whatever its transport raises
+    except Exception as error:  # the transport raises many kinds
         reason = " ".join(str(error).split())[:80] or type(error).__name__
-        yield Finding("hub", "note", f"{constants.ENDPOINT} gives nothing here ({reason}); {local}")
+        yield Finding("hub", "note", f"{constants.ENDPOINT} cannot be reached ({reason}); {advice}")
     else:
         yield Finding("hub", "ok", constants.ENDPOINT)
 
 
 def doctor() -> None:
-    """Look at versions, devices, caches and the hub, and tell what to do where something is amiss."""
+    """Check versions, devices, caches and the hub, and report what to do about each problem."""
+    findings = _print_findings(examine())
+    if problems := sum(finding.state == "bad" for finding in findings):
+        print(f"{problems} problem{'' if problems == 1 else 's'} found.")
+        sys.exit(1)
+
+
+def _print_findings(findings: Iterator[Finding]) -> Sequence[Finding]:
+    """Print each finding as soon as it is there, and return all."""
     from rich.console import Console
     from rich.markup import escape
 
     console = Console()
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
-    bad = 0
-    for found in examine():
-        mark = f"[{colours[found.state]}]{found.state:<4}[/]"
-        console.print(f"{mark}  {escape(found.subject):<22} {escape(found.says)}", highlight=False, soft_wrap=True)
-        bad += found.state == "bad"
-    if bad:
-        console.print(f"To mend: {bad}.", highlight=False)
-        sys.exit(1)
+    colours: dict[State, str] = {"ok": "green", "note": "yellow", "bad": "red"}
+    printed = []
+    for finding in findings:
+        mark = f"[{colours[finding.state]}]{finding.state:<4}[/]"
+        console.print(f"{mark}  {escape(finding.subject):<22} {escape(finding.text)}", highlight=False, soft_wrap=True)
+        printed.append(finding)
+    return printed

@@ -1,16 +1,13 @@
-"""The command line: LightningCLI over every method and GLUE, with one directory for all that a run writes."""
+"""The subcommands that run a Trainer: LightningCLI over every method and GLUE, with one directory per run."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
-import logging
 import signal
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -24,65 +21,61 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_spu import registry
-from lit_spu.__main__ import SUBCOMMANDS
 from lit_spu.callbacks.finish_validation import FinishValidation
 from lit_spu.callbacks.last_checkpoint import LastCheckpoint
 from lit_spu.callbacks.predictions import Predictions
 from lit_spu.callbacks.run_summary import RunSummary
 from lit_spu.checkpoints import run_dir, trained_weights
-from lit_spu.cli.messages import Parser, answered, say
+from lit_spu.cli.parser import Parser
+from lit_spu.cli.quiet import hide_callback_states, hide_expected_warnings
+from lit_spu.cli.resume import Checkpoint, open_checkpoint
+from lit_spu.cli.subcommands import RUNS
+from lit_spu.cli.user_errors import exit_on_user_error, print_to_stderr
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
-from lit_spu.tasks import load_task
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
-"""The settings below every config file and flag; in the package, so that they are found from anywhere."""
+"""The settings below every config file and flag. In the package, so that they are found from any directory."""
 
 
 class SaveRun(SaveConfigCallback):
-    """Saves the settings as run, and what else is needed to run the same again."""
+    """Saves the settings of the run, and a line in `launches.jsonl` with its command line and versions."""
 
     def __init__(self, *args: Any, command: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.command = command
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # not trainer.log_dir: that asks all ranks, and this is called on the first alone
+        # not trainer.log_dir, which waits for all ranks: this is called on the first alone
         with Path(trainer.default_root_dir, "launches.jsonl").open("a") as file:
-            file.write(json.dumps(run_dir.launch(self.command)) + "\n")
+            file.write(json.dumps(run_dir.describe_launch(self.command)) + "\n")
 
 
 class SpuCLI(LightningCLI):
     """fit, validate, test and predict for every method on every task.
 
-    Settings, later ones win: defaults.yaml; what the checkpoint of `--ckpt_path` was made with; config files; flags.
+    Settings, later ones win: defaults.yaml; those of the checkpoint of `--ckpt_path`; config files; flags.
     The task is given once, as `data.task`, and linked to the model.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        for package in ("methods", "callbacks"):  # short names resolve for imported classes only
+        for package in ("methods", "callbacks"):  # jsonargparse resolves short names of imported classes only
             list(registry.classes(f"lit_spu.{package}"))
-        self.args = Parser.given = list(args)
-        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        peek.add_argument("--ckpt_path")
-        peek.add_argument("--model.task", "--model.init_args.task", dest="model_task")
-        peek.add_argument("-c", "--config", action="append", default=[])
-        self.flags = peek.parse_known_args(self.args)[0]
-        self.file: Path | None = None  # the checkpoint
-        self.made_with: dict[str, Any] = {}  # its settings
-        self.differences: list[str] = []  # what is set otherwise now
-        self.resumed: Path | None = None  # the run directory that goes on
+        self.args = Parser.command_line = list(args)
+        self.flags = _parse_early(self.args)
+        self.checkpoint: Checkpoint | None = None
+        self.differences: list[str] = []  # settings that differ from the checkpoint's
         self.run_dir: Path | None = None
         defaults = [str(DEFAULTS)]
         super().__init__(
             Method,
             GLUE,
             save_config_callback=SaveRun,
-            save_config_kwargs={"command": self.args, "overwrite": True},  # a resumed run's, perhaps of more epochs
+            save_config_kwargs={"command": self.args, "overwrite": True},  # a resumed run may have more epochs
             seed_everything_default=42,
             parser_kwargs={"prog": "lit-spu"}
-            | {name: {"description": text, "default_config_files": defaults} for name, text in SUBCOMMANDS.items()},
+            | {name: {"description": text, "default_config_files": defaults} for name, text in RUNS.items()},
             parser_class=Parser,
             subclass_mode_model=True,
             args=self.args,
@@ -92,8 +85,8 @@ class SpuCLI(LightningCLI):
     # -- settings ---------------------------------------------------------------------------------------------------
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default=run_dir.PATTERN, help="All that the run writes goes here.")
-        parser.link_arguments(("data.task", "model"), "model.init_args.task", compute_fn=self._one_task)
+        parser.add_argument("--run_dir", type=str, default=run_dir.PATTERN, help="Directory of all files of the run.")
+        parser.link_arguments(("data.task", "model"), "model.init_args.task", compute_fn=self._link_task)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -101,26 +94,29 @@ class SpuCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # RunSummary prints the same
         if subcommand == "predict":
-            parser.set_defaults({"return_predictions": False})  # Predictions keeps what it needs of them
+            parser.set_defaults({"return_predictions": False})  # Predictions collects what it writes
             parser.add_argument(
                 "--output",
                 type=str | None,
-                help="File for the answers: .jsonl, or .tsv for the GLUE server. By default both in the run directory.",
+                help="File of predictions: .jsonl, or .tsv for the GLUE server. Default: both, in the run directory.",
             )
         return parser
 
-    def _one_task(self, task: Any, model: Namespace | None) -> Any:
-        """The data's task, also for the model."""
+    def _link_task(self, task: Any, model: Namespace | None) -> Any:
+        """Return the task of the data, for the model.
+
+        Raises:
+            UserError: if the model is given another task.
+        """
         if model is None:
             return task
-        # a flag or a file may repeat the default, which what is parsed does not tell from nothing given at all
+        # a flag or a file may repeat the default, which the parsed settings do not distinguish from nothing given
         default = inspect.signature(Method).parameters["task"].default
-        spelled = self.flags.model_task or next(filter(None, map(_task_of_model, self.flags.config)), None)
-        by_hand = spelled or model.init_args.get("task", default)
-        if by_hand != task and (spelled or by_hand != default):
+        written = self.flags.model_task or next(filter(None, map(_model_task_in, self.flags.config)), None)
+        given = written or model.init_args.get("task", default)
+        if given != task and (written or given != default):
             raise UserError(
-                f"--model.task: {by_hand!r}, but the data's task is {task!r}."
-                f" Give it once, for both: --data.task={by_hand}"
+                f"--model.task: {given!r}, but the data's task is {task!r}. Give it once, for both: --data.task={given}"
             )
         return task
 
@@ -128,132 +124,104 @@ class SpuCLI(LightningCLI):
         """Parse, with the settings of a checkpoint below those of files and flags."""
         given = list(self.args)
         if self.flags.ckpt_path not in (None, "null"):
-            subcommand = next((arg for arg in given if arg in SUBCOMMANDS), "fit")
-            settings = self._recall(self.flags.ckpt_path, subcommand)
-            below = given.index(subcommand) + 1
-            given[below:below] = ["--config", yaml.safe_dump(settings)]
+            subcommand = next((arg for arg in given if arg in RUNS), "fit")
+            self.checkpoint = open_checkpoint(self.flags.ckpt_path, subcommand)
+            position = given.index(subcommand) + 1
+            given[position:position] = ["--config", yaml.safe_dump(dict(self.checkpoint.config))]
         self.config = parser.parse_args(given)
 
-    def _recall(self, path: str, subcommand: str) -> dict[str, Any]:
-        """The settings that the checkpoint at `path` was made with; to resume a run directory, also its trainer's."""
-        self.file = run_dir.checkpoint(path, "last" if subcommand == "fit" else "best")
-        self.made_with = run_dir.made_with(self.file)
-        config = Path(path, "config.yaml")
-        if subcommand != "fit" or not config.exists():
-            return self.made_with
-        self.resumed = Path(path)
-        run = yaml.safe_load(config.read_text())
-        return {**self.made_with, "trainer": run["trainer"], "seed_everything": run["seed_everything"]}
-
-    @property
-    def exported(self) -> Path | None:
-        """The checkpoint, if it is what `lit-spu export` wrote as safetensors."""
-        return self.file if self.file and self.file.name == trained_weights.WEIGHTS else None
-
     def _parse_ckpt_path(self) -> None:
-        """Compare the settings with those of the checkpoint; Lightning's own would let the checkpoint win in silence.
+        """Compare the settings with those of the checkpoint. Lightning's own method lets the checkpoint win silently.
 
         Raises:
-            UserError: if a run is to be resumed with other settings, or by another method.
+            UserError: if the checkpoint is of another method, or a run is resumed with other settings.
         """
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         if not config.ckpt_path:
             return
-        if self.file is None:
-            self._recall(config.ckpt_path, subcommand)
-        config.ckpt_path = str(self.file)
-        if self.exported:
-            if subcommand == "fit":
-                raise UserError(
-                    f"--ckpt_path: {self.file} holds what was trained, and no run that could go on. Give the directory"
-                    " of a run, or leave out --ckpt_path to start a new one."
-                )
-            config.ckpt_path = None  # Lightning cannot read it
+        # a config file may name the checkpoint, too
+        checkpoint = self.checkpoint = self.checkpoint or open_checkpoint(config.ckpt_path, subcommand)
+        config.ckpt_path = None if checkpoint.is_export else str(checkpoint.file)
         self._dump_config()
-        was, now = self.made_with["model"], self.config_dump["model"]
-        ours, its = (either["class_path"].rpartition(".")[2] for either in (now, was))
-        if ours != its:
-            raise UserError(
-                f"--model: {ours}, but the checkpoint {self.file} holds {its}. Leave out --model and its config."
-            )
-        self.differences = [
-            f"--model.{name}={now['init_args'].get(name)} (checkpoint: {value})"
-            for name, value in was["init_args"].items()
-            if now["init_args"].get(name) != value
-        ]
-        tasks = now["init_args"]["task"], self.made_with["data"]["task"]
-        if load_task(tasks[0]) != load_task(tasks[1]):
-            self.differences.append(f"--data.task={tasks[0]} (checkpoint: {tasks[1]})")
-        if self.differences and subcommand == "fit":
-            raise UserError(
-                f"--ckpt_path resumes a run with its own settings, but these differ: {', '.join(self.differences)}.\n"
-                "Leave them out, or leave out --ckpt_path to start a new run."
-            )
-        if self.differences:
-            print(f"Other than the checkpoint was made with: {', '.join(self.differences)}", file=sys.stderr)
+        self.differences = checkpoint.find_differences(self.config_dump["model"])
+        if subcommand == "fit":
+            checkpoint.check_resumable(self.differences)
+        elif self.differences:
+            print_to_stderr(f"These settings differ from the checkpoint's: {', '.join(self.differences)}")
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Ask the method about the trainer, before it is loaded."""
+        """Let the method check the trainer's settings, before its weights are loaded."""
         if self.subcommand == "fit":
             method = resolve_name(self._get(self.config, "model").class_path)
             method.check_trainer(vars(self._get(self.config, "trainer")))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer that writes into the run directory alone; with `--data.text`, one that writes nothing.
+        """Return a trainer that writes into the run directory alone; with `--data.text`, one that writes nothing.
 
         Raises:
             UserError: if the trainer refuses its settings.
         """
-        given = self._get(self.config_init, "trainer")["callbacks"] or []
-        callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
-        callbacks = [c for i, c in enumerate(callbacks) if not any(_replaces(later, c) for later in callbacks[i + 1 :])]
-        if self._get(self.config, "trainer").enable_progress_bar is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         if self._get(self.config, "data").text is None:
-            self.run_dir = self._run_directory()
-            kwargs["default_root_dir"] = self.run_dir
-            kwargs["callbacks"] = [*callbacks, *self._own_callbacks()]
-            if self.subcommand != "fit":
-                kwargs["enable_checkpointing"] = False  # else Lightning adds a ModelCheckpoint even to evaluate
-            if self._get(self.config, "trainer").logger in (None, True):
-                kwargs["logger"] = [  # the first one's directory is trainer.log_dir
-                    CSVLogger(self.run_dir, name="", version=""),
-                    TensorBoardLogger(self.run_dir, "", "", sub_dir="tensorboard", default_hp_metric=False),
-                ]
+            kwargs.update(self._trainer_of_run())
         else:
             self.save_config_callback = None
-            kwargs.update(logger=False, callbacks=[Predictions(self._outputs(), echo=True)])
+            kwargs.update(logger=False, callbacks=[Predictions(self._output_files(), echo=True)])
             kwargs.update(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
 
-    def _run_directory(self) -> Path:
-        """The run directory: a resumed run's own, if no other is given."""
-        pattern = self._get(self.config, "run_dir")
-        if self.resumed is not None and pattern == run_dir.PATTERN:
-            return self.resumed
-        seed = self._get(self.config, "seed_everything")
-        return run_dir.directory(pattern, task=self.model.task.name, method=type(self.model).__name__, seed=seed)
+    def _trainer_of_run(self) -> dict[str, Any]:
+        """Return the trainer's settings that depend on the run directory: callbacks, loggers and directories."""
+        self.run_dir = self._choose_run_dir()
+        settings: dict[str, Any] = {
+            "default_root_dir": self.run_dir,
+            "callbacks": [*self._given_callbacks(), *self._required_callbacks()],
+        }
+        if self.subcommand != "fit":
+            settings["enable_checkpointing"] = False  # otherwise Lightning adds a ModelCheckpoint even to evaluate
+        if self._get(self.config, "trainer").logger in (None, True):
+            settings["logger"] = [  # the first one's directory is trainer.log_dir
+                CSVLogger(self.run_dir, name="", version=""),
+                TensorBoardLogger(self.run_dir, "", "", sub_dir="tensorboard", default_hp_metric=False),
+            ]
+        return settings
 
-    def _own_callbacks(self) -> list[Callback]:
-        """What belongs to every run, whatever callbacks are asked for."""
+    def _choose_run_dir(self) -> Path:
+        """Return the run directory: that of a resumed run, unless another is given."""
+        pattern = self._get(self.config, "run_dir")
+        if self.checkpoint and self.checkpoint.resumed_dir and pattern == run_dir.PATTERN:
+            return self.checkpoint.resumed_dir
+        seed = self._get(self.config, "seed_everything")
+        return run_dir.new_run_dir(pattern, task=self.model.task.name, method=type(self.model).__name__, seed=seed)
+
+    def _given_callbacks(self) -> list[Callback]:
+        """Return the callbacks of the settings. One that is given again replaces the earlier one."""
+        given = self._get(self.config_init, "trainer")["callbacks"] or []
+        callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
+        callbacks = [c for i, c in enumerate(callbacks) if not any(_replaces(later, c) for later in callbacks[i + 1 :])]
+        if self._get(self.config, "trainer").enable_progress_bar is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        return callbacks
+
+    def _required_callbacks(self) -> list[Callback]:
+        """Return the callbacks of every run, whatever callbacks the settings name."""
         if self.subcommand == "predict":
-            return [Predictions(self._outputs())]
+            return [Predictions(self._output_files())]
         if self.subcommand != "fit" or self._get(self.config, "trainer").enable_checkpointing is False:
             return [RunSummary()]
-        folder = Path(str(self.run_dir), "checkpoints")  # given, Lightning makes it absolute, and knows it again
+        folder = Path(str(self.run_dir), "checkpoints")  # explicit, so that Lightning makes it absolute
         return [
             ModelCheckpoint(
                 folder,
                 "best",
                 self.model.task.monitor,
                 mode="max",
-                save_on_train_epoch_end=False,  # but behind validation: a resumed epoch may end without its metrics
+                save_on_train_epoch_end=False,  # but after validation: a resumed epoch may end without its metrics
                 enable_version_counter=False,
             ),
             LastCheckpoint(folder),
@@ -261,8 +229,12 @@ class SpuCLI(LightningCLI):
             RunSummary(),
         ]
 
-    def _outputs(self) -> list[Path]:
-        """The files that predictions go to."""
+    def _output_files(self) -> list[Path]:
+        """Return the files that predictions are written to.
+
+        Raises:
+            UserError: if the given file has another ending.
+        """
         output = self._get(self.config, "output")
         if output is None:
             return [self.run_dir / "predictions.jsonl", self.run_dir / "predictions.tsv"] if self.run_dir else []
@@ -271,77 +243,67 @@ class SpuCLI(LightningCLI):
         return [Path(output)]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand != "fit":
-            # to evaluate, the states of the callbacks of training are not wanted
-            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-            if self.file is None:
-                say("No --ckpt_path: this is the method before any training.")
-        if exported := self.exported:
-            trained_weights.restore(self.model, exported)
-        if self.resumed == self.run_dir:
-            self._keep_metrics()
+        checkpoint = self.checkpoint
+        if checkpoint is None and subcommand != "fit":
+            print_to_stderr("No --ckpt_path: this is the method before any training.")
+        if checkpoint and checkpoint.is_export:
+            trained_weights.restore_weights(self.model, checkpoint.file)
+        if checkpoint and self.run_dir and checkpoint.resumed_dir == self.run_dir:
+            _rename_metrics(self.run_dir)
+        with nullcontext() if subcommand == "fit" else hide_callback_states():
+            self._run_trainer(subcommand)
+        if subcommand == "predict" and self.run_dir is not None:
+            print_to_stderr(f"Predictions: {', '.join(map(str, self._output_files()))}")
+
+    def _run_trainer(self, subcommand: str) -> None:
+        """Run the trainer, and turn an interruption or weights that do not fit into an exit or a UserError."""
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit:  # Lightning's answer to an interruption, once callbacks and loggers have finished
+        except SystemExit:  # Lightning raises it after Ctrl-C, when callbacks and loggers have finished
             if Path(str(self.run_dir), "checkpoints", "last.ckpt").exists():
-                say(f"Interrupted. Continue with: lit-spu fit --ckpt_path {self.run_dir}")
-            signalled = signal.SIGTERM if self.trainer.received_sigterm else signal.SIGINT
-            raise SystemExit(128 + signalled) from None
+                print_to_stderr(f"Interrupted. Continue with: lit-spu fit --ckpt_path {self.run_dir}")
+            signal_number = signal.SIGTERM if self.trainer.received_sigterm else signal.SIGINT
+            raise SystemExit(128 + signal_number) from None
         except RuntimeError as error:
-            if self.differences and "loading state_dict" in str(error):
-                raise UserError(f"{self.file} does not fit these settings: {', '.join(self.differences)}.") from error
+            if self.checkpoint and self.differences and "loading state_dict" in str(error):
+                differences = ", ".join(self.differences)
+                raise UserError(f"{self.checkpoint.file} does not fit these settings: {differences}.") from error
             raise
-        if subcommand == "predict" and self.run_dir is not None:
-            say(f"Predictions: {', '.join(map(str, self._outputs()))}")
-
-    @rank_zero_only
-    def _keep_metrics(self) -> None:
-        """Move the metrics of a run that is resumed aside, because CSVLogger begins a new file."""
-        file = Path(str(self.run_dir), "metrics.csv")
-        if file.exists():
-            earlier = len(list(file.parent.glob("metrics.*.csv")))
-            file.rename(file.with_suffix(f".{earlier + 1}.csv"))
 
 
-def _replaces(later: Callback, earlier: Callback) -> bool:
-    """Whether one of ours is given once more, with other settings (`--trainer.callbacks+=Memory …`)."""
-    return type(later) is type(earlier) and type(later).__module__.startswith("lit_spu.")
+def _parse_early(args: Sequence[str]) -> argparse.Namespace:
+    """Parse the few flags that are needed before the parser exists."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--model.task", "--model.init_args.task", dest="model_task")
+    parser.add_argument("-c", "--config", action="append", default=[])
+    return parser.parse_known_args(args)[0]
 
 
-def _task_of_model(config: str) -> str | None:
-    """The task that a config file sets for the model, if it does."""
+def _model_task_in(config_file: str) -> str | None:
+    """Return the task that a config file sets for the model, if it sets one."""
     try:
-        settings = yaml.safe_load(Path(config).read_text())
+        settings = yaml.safe_load(Path(config_file).read_text())
         return str(settings["model"]["init_args"]["task"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):  # the parser tells what is wrong with a file
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # the parser reports errors in the file
         return None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning and torch say that no user can act on."""
+def _replaces(later: Callback, earlier: Callback) -> bool:
+    """Return whether both are of one class of lit_spu, as after `--trainer.callbacks+=Memory …`."""
+    return type(later) is type(earlier) and type(later).__module__.startswith("lit_spu.")
 
-    def wanted(record: logging.LogRecord) -> bool:
-        # advertisements, absent accelerators, and what our table of parameters and our schedule make Lightning say
-        noise = ("💡 Tip", "TPU available", "Trainer already configured with model summary", "Loading `train_data")
-        return not record.getMessage().startswith(noise)
 
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    log.addFilter(wanted)
-    with warnings.catch_warnings():
-        # Lightning's use of what jsonargparse 5 removes, which we bound it below
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(lightning|jsonargparse)\.")
-        # torch on Lightning's use of its pytrees, in every run
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-        # a resumed run goes on in its own directory, and its metrics have been moved aside
-        warnings.filterwarnings("ignore", message="(Experiment logs|Checkpoint) directory .* exists and is not empty")
-        try:
-            yield
-        finally:
-            log.removeFilter(wanted)
+@rank_zero_only
+def _rename_metrics(folder: Path) -> None:
+    """Rename the metrics of a run that is resumed, because CSVLogger begins a new file."""
+    file = folder / "metrics.csv"
+    if file.exists():
+        count = len(list(folder.glob("metrics.*.csv")))
+        file.rename(file.with_suffix(f".{count + 1}.csv"))
 
 
 def run(args: Sequence[str]) -> None:
     """Run a command line."""
-    with answered(), _quiet():
+    with exit_on_user_error(), hide_expected_warnings():
         SpuCLI(args)

@@ -1,1 +1,1 @@
-"""Trained methods: load them, and write them for other tools."""
+"""Loading of trained methods, and export for other tools."""

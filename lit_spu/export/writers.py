@@ -1,4 +1,4 @@
-"""A trained method for other tools: a peft folder, a plain Hugging Face model, or the trained weights alone."""
+"""Export of a trained method: a peft folder, a plain Hugging Face model, or the trained weights alone."""
 
 from __future__ import annotations
 
@@ -9,111 +9,130 @@ from typing import Any, Literal, get_args
 
 import torch
 
-import lit_spu
-from lit_spu import __version__, load
 from lit_spu.backbones import Backbone
 from lit_spu.backbones.load import quiet_loading
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError
+from lit_spu.export import load as loading
 from lit_spu.methods.base import Method
 from lit_spu.nn import peft_format
+from lit_spu.version import __version__
 
-Form = Literal["peft", "merged", "safetensors"]
+Format = Literal["peft", "merged", "safetensors"]
 
 
-def export(ckpt_path: str, output: str, format: Form = "safetensors") -> None:
+def export(ckpt_path: str, output: str, format: Format = "safetensors") -> None:
     """Write a trained method for other tools, with a model card.
 
     Args:
         ckpt_path: A run directory (its best checkpoint) or a checkpoint.
-        output: The folder to write; it must not hold anything yet.
+        output: The folder to write; it must be new or empty.
         format: `peft`: an adapter folder of the peft library (LoRA, SiVA and (IA)3). `merged`: a Hugging Face model of
-            the backbone's own kind, with what was trained in its weights. `safetensors`: what was trained and nothing
-            else, for every method, which `lit_spu.load` reads.
+            the backbone's class, with the trained weights merged into it. `safetensors`: the trained weights alone,
+            for every method; `lit_spu.load` reads them.
 
     Raises:
-        UserError: if there is no checkpoint, the folder is not empty, or the method has no such form.
+        UserError: if there is no checkpoint, the folder is not empty, or the method does not support the format.
     """
     folder = new_folder(output)
-    file = run_dir.checkpoint(ckpt_path, "best")
-    method = load(file)
-    write: Mapping[Form, Callable[[Method, Path], str]] = {"peft": peft, "merged": merged, "safetensors": weights}
-    assert set(write) == set(get_args(Form))
-    use = write[format](method, folder)
-    (folder / "README.md").write_text(card(method, file, use, format))
-    _say(folder, method, format)
+    file = run_dir.find_checkpoint(ckpt_path, "best")
+    method = loading.load(file)
+    writers: Mapping[Format, Callable[[Method, Path], str]] = {
+        "peft": write_peft,
+        "merged": write_merged,
+        "safetensors": write_trained_weights,
+    }
+    assert set(writers) == set(get_args(Format))
+    usage = writers[format](method, folder)
+    (folder / "README.md").write_text(model_card(method, file, usage, format))
+    _print_size(folder, method, format)
 
 
 def replay(trajectory: str, output: str, step: int | None = None) -> None:
-    """Make again what MeZO trained, from the few bytes that its run kept of each step.
+    """Rebuild the weights that MeZO trained, from the few bytes per step that its run recorded.
 
     Args:
         trajectory: A run directory, or its trajectory.mezo.
-        output: The folder to write, as export does in the format safetensors; it must not hold anything yet.
-        step: Stop behind so many steps rather than behind the last.
+        output: The folder to write, as export does in the format safetensors; it must be new or empty.
+        step: Stop after this number of steps rather than after the last.
 
     Raises:
-        UserError: if there is no trajectory or no such step, or if what it starts from cannot be had here.
+        UserError: if there is no trajectory or no such step, or if its initial weights are not available here.
     """
     folder = new_folder(output)
-    method = lit_spu.replay(trajectory, step)
-    use = weights(method, folder)
-    (folder / "README.md").write_text(card(method, None, use, "safetensors"))
-    _say(folder, method, "safetensors")
+    method = loading.replay(trajectory, step)
+    usage = write_trained_weights(method, folder)
+    (folder / "README.md").write_text(model_card(method, None, usage, "safetensors"))
+    _print_size(folder, method, "safetensors")
 
 
-def _say(folder: Path, method: Method, form: Form) -> None:
+def _print_size(folder: Path, method: Method, format: Format) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    print(f"{folder}: {type(method).__name__} as {form}, {size:,.2f} MB")
+    print(f"{folder}: {type(method).__name__} as {format}, {size:,.2f} MB")
 
 
 def new_folder(output: str) -> Path:
-    """The folder to write.
+    """Return the folder to write.
 
     Raises:
-        UserError: if it holds something.
+        UserError: if it is not empty, or is a file.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output: {folder} holds something already. Give a new folder.")
+        raise UserError(f"--output: {folder} is not an empty folder. Give a new folder.")
     return folder
 
 
-def peft(method: Method, folder: Path) -> str:
-    """An adapter folder of the peft library; gives how to load it."""
+def write_peft(method: Method, folder: Path) -> str:
+    """Write an adapter folder of the peft library.
+
+    Returns:
+        The code that loads it.
+    """
     if type(method).forward is not Method.forward or not method.adapters:
         raise UserError(
-            f"--format peft: {type(method).__name__} has no form there, only LoRA and (IA)3 have. Use safetensors."
+            f"--format peft: the peft library has no form of {type(method).__name__}, only of LoRA and (IA)3. Use"
+            " safetensors."
         )
-    inside = {id(p) for adapter in method.adapters for p in adapter.parameters()} | {
-        id(p) for p in method.backbone.model.parameters()
-    }
-    if any(p.requires_grad and id(p) not in inside for p in method.parameters()):
-        raise UserError("--format peft: the rows of the label words were trained by themselves. Use safetensors.")
+    exported = {id(p) for adapter in method.adapters for p in adapter.parameters()}
+    exported |= {id(p) for p in method.backbone.model.parameters()}
+    if any(p.requires_grad and id(p) not in exported for p in method.parameters()):
+        raise UserError(
+            "--format peft: the label words' rows of the head were trained apart from the vocabulary, which peft cannot"
+            " store. Use safetensors."
+        )
     peft_format.write_peft_folder(method.backbone, method.adapters, folder)
     return f"""from peft import PeftModel
-from transformers import {_auto(method)}
+from transformers import {_auto_class(method)}
 
-model = {_auto(method)}.from_pretrained({method.backbone.name!r}{_labels(method)})
+model = {_auto_class(method)}.from_pretrained({method.backbone.name!r}{_num_labels_argument(method)})
 model = PeftModel.from_pretrained(model, {str(folder)!r})"""
 
 
-def merged(method: Method, folder: Path) -> str:
-    """A Hugging Face model with its tokenizer; gives how to load it."""
+def write_merged(method: Method, folder: Path) -> str:
+    """Merge the trained weights into the backbone, and write it as a Hugging Face model with its tokenizer.
+
+    Returns:
+        The code that loads it.
+    """
     method.merge()
     model = method.backbone.model
     with torch.device("meta"):
-        plain = set(type(model)(model.config).state_dict())
-    if method.backbone.label_weight is not None or set(model.state_dict()) - plain:
+        plain_names = set(type(model)(model.config).state_dict())
+    if method.backbone.label_weight is not None or set(model.state_dict()) - plain_names:
         raise UserError(
             f"--format merged: {type(method).__name__} trained weights that {type(model).__name__} does not have. Use"
             " safetensors."
         )
-    return model_folder(method, method.backbone, folder)
+    return write_model(method, method.backbone, folder)
 
 
-def model_folder(method: Method, backbone: Backbone, folder: Path) -> str:
-    """A model of a method with its tokenizer; gives how to load it."""
+def write_model(method: Method, backbone: Backbone, folder: Path) -> str:
+    """Write a backbone of a method as a Hugging Face model with its tokenizer.
+
+    Returns:
+        The code that loads it.
+    """
     model = backbone.model
     if backbone.has_classifier and not method.task.regression:
         model.config.id2label = dict(enumerate(method.task.labels))
@@ -121,52 +140,48 @@ def model_folder(method: Method, backbone: Backbone, folder: Path) -> str:
     with quiet_loading():
         model.save_pretrained(folder)
     method.encoding.tokenizer.save_pretrained(folder)
-    return f"""from transformers import {_auto(method)}, AutoTokenizer
+    return f"""from transformers import {_auto_class(method)}, AutoTokenizer
 
-model = {_auto(method)}.from_pretrained({str(folder)!r})
+model = {_auto_class(method)}.from_pretrained({str(folder)!r})
 tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"""
 
 
-def weights(method: Method, folder: Path) -> str:
-    """What was trained and nothing else; gives how to load it."""
-    trained_weights.write(method.checkpoint_dict(), folder / trained_weights.WEIGHTS)
+def write_trained_weights(method: Method, folder: Path) -> str:
+    """Write the trained weights alone.
+
+    Returns:
+        The code that loads them.
+    """
+    trained_weights.write_weights(method.checkpoint_dict(), folder / trained_weights.WEIGHTS)
     return f"""import lit_spu
 
 method = lit_spu.load({str(folder)!r})
-scores = method(batch)  # [batch, labels], of a batch of lit_spu.GLUE or of `method.encoding.tokenizer`"""
+logits = method(batch)  # [batch, labels]; the batch is one of lit_spu.GLUE or of `method.encoding.tokenizer`"""
 
 
-def _auto(method: Method) -> str:
+def _auto_class(method: Method) -> str:
     backbone = method.backbone
     return f"AutoModelFor{'SequenceClassification' if backbone.has_classifier else backbone.language_model}"
 
 
-def _labels(method: Method) -> str:
+def _num_labels_argument(method: Method) -> str:
     return f", num_labels={method.task.num_logits}" if method.backbone.has_classifier else ""
 
 
-def card(method: Method, file: Path | None, use: str, format: Form) -> str:
-    """The model card: what it is, how it was made, what it scored, how it is loaded, and how it is asked.
+def model_card(method: Method, file: Path | None, usage: str, format: Format) -> str:
+    """Return the model card: base model, method, task, score, code to load it, inputs, outputs and settings.
 
-    The score is that of the run directory which the checkpoint `file` is in, if it is in one.
+    Args:
+        method: The trained method.
+        file: Its checkpoint. The score is that of the run directory that holds it, if there is one.
+        usage: The code that loads what was written.
+        format: The format that was written.
     """
-    summary = file.absolute().parents[1] / "summary.json" if file else None
-    found: dict[str, Any] = json.loads(summary.read_text()) if summary and summary.exists() else {}
-    task, metric = method.task, method.task.monitor.removeprefix("val/")
+    task = method.task
     count = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    scored = f"- best {metric} on validation: {found['best_score']:.4f}\n" if found.get("best_score") else ""
     settings = {name: value for name, value in method.hparams.items() if name != "task" and not name.startswith("_")}
     listed = "\n".join(f"- {name}: {value}" for name, value in sorted(settings.items()))
     library = {"peft": "peft", "merged": "transformers", "safetensors": "lit_spu"}[format]
-    labels = ", ".join(task.labels)
-    if method.backbone.has_classifier:
-        asked = f"A text is read as it is, and the scores are of {labels or 'a number'}, in this order."
-    else:
-        asked = (
-            f"A text is put into the task's template (the {method.encoding.format} format). The answer is"
-            f" the likeliest of the label words {', '.join(task.label_words)}, which stand for"
-            f" {labels or 'the ends of the scale'}."
-        )
     return f"""---
 base_model: {method.backbone.name}
 library_name: {library}
@@ -175,18 +190,42 @@ tags: [lit_spu, {type(method).__name__}]
 
 # {method.backbone.name}, {type(method).__name__}, {task.name}
 
-{(type(method).__doc__ or "").splitlines()[0]} Made by lit_spu {__version__} ({format}).
+{(type(method).__doc__ or "").splitlines()[0]} Written by lit_spu {__version__} ({format}).
 
 - task: {task.name}
 - trained parameters: {count:,}
-{scored}
+{_best_score(method, file)}
 ```python
-{use}
+{usage}
 ```
 
-{asked}
+{_inputs_and_outputs(method)}
 
 ## Settings
 
 {listed}
 """
+
+
+def _best_score(method: Method, file: Path | None) -> str:
+    """Return a line with the best score of the run that holds the checkpoint `file`; empty if there is none."""
+    summary = file.absolute().parents[1] / "summary.json" if file else None
+    results: dict[str, Any] = json.loads(summary.read_text()) if summary and summary.exists() else {}
+    if not results.get("best_score"):
+        return ""
+    metric = method.task.monitor.removeprefix("val/")
+    return f"- best {metric} on validation: {results['best_score']:.4f}\n"
+
+
+def _inputs_and_outputs(method: Method) -> str:
+    """Return a sentence or two on the texts that the model reads and the logits that it returns."""
+    task = method.task
+    labels = ", ".join(task.labels)
+    if method.backbone.has_classifier:
+        output = f"one logit for each of {labels}, in this order" if labels else "a number"
+        return f"The input is the plain text. The output is {output}."
+    return (
+        f"The input is a text in the task's template (the {method.encoding.format} format). The answer is the most"
+        f" likely of the label words {', '.join(task.label_words)}, which stand for"
+        f" {labels or 'the ends of the scale'}."
+    )

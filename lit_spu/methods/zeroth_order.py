@@ -134,7 +134,7 @@ class ZerothOrder(Method):
 
     def _load_initial_weights(self) -> None:
         if self.weights:
-            trained_weights.restore(self, run_dir.checkpoint(self.weights, "best"))
+            trained_weights.restore_weights(self, run_dir.find_checkpoint(self.weights, "best"))
             self.total_steps = None  # the checkpoint's belong to the other run
 
     def train(self, mode: bool = True) -> Self:

@@ -116,7 +116,7 @@ def test_at_the_teacher_nothing_moves_and_backward_passes_may_be_left_out(
     fit(start, data(), max_epochs=1)
     from lit_spu.export import writers
 
-    writers.model_folder(start, start.backbone, backbone)
+    writers.write_model(start, start.backbone, backbone)
     for skip, count in ((0.0, 8), (1e-3, 0)):
         method = made(str(backbone), teacher=str(backbone), skip_below=skip, weight_decay=0.1)
         before, latency = weights(method), Latency(warmup=0)
@@ -191,9 +191,9 @@ def test_a_teacher_may_be_a_run_a_checkpoint_or_an_export(data: Data, fit: Run, 
     method = FullFineTuning(backbone=tiny("bert"))
     trainer = fit(method, data(), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    writers.model_folder(method, method.backbone, tmp_path / "merged")
+    writers.write_model(method, method.backbone, tmp_path / "merged")
     method.setup("export")
-    writers.weights(method, tmp_path / "weights")
+    writers.write_trained_weights(method, tmp_path / "weights")
     module = data()
     module.encoding = method.encoding
     sources = ("run", "run/checkpoints/last.ckpt", "merged", "weights")

@@ -142,4 +142,4 @@ def test_separated_it_is_a_model_of_its_own(tmp_path: Path, capsys: pytest.Captu
     assert f"on validation: {found}" in (tmp_path / "student" / "README.md").read_text()
     with pytest.raises(SystemExit):
         main(["separate", f"--ckpt_path={tmp_path}/run", f"--output={tmp_path}/student"])
-    assert "holds something already" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_accuracy_itself_is_learnt(data: Callable[..., GLUE], fit: Run) -> None:
 def test_the_zero_shot_score_is_told_and_that_of_validation(data: Callable[..., GLUE], fit: Run) -> None:
     method, small = MeZO(), data(limit_validation=100)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", "Before training")
         trainer = fit(method, small, num_sanity_val_steps=-1, max_steps=1)
     score = float(trainer.callback_metrics["zero_shot/accuracy"])
     assert score == pytest.approx(trainer.validate(MeZO(), small, verbose=False)[0]["val/accuracy"])

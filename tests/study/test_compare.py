@@ -187,6 +187,6 @@ def test_ctrl_c_writes_the_report_of_finished_cells(tmp_path: Path) -> None:
     study.send_signal(signal.SIGINT)
     output, _ = study.communicate(timeout=60)
     assert study.returncode == 130
-    assert "Interrupted. The same command goes on." in output
+    assert "Interrupted. The same command continues the study." in output
     assert json.loads((out / "results.json").read_text())["runs"]
     assert (out / "report.html").exists()

@@ -1,0 +1,94 @@
+"""The checkpoint of `--ckpt_path`: its settings, and how those of the command line differ from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_spu.checkpoints import run_dir, trained_weights
+from lit_spu.errors import UserError
+from lit_spu.tasks import load_task
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file with the settings that it was trained with."""
+
+    file: Path
+    config: Mapping[str, Any]
+    """The settings, as in a config file: `model` and `data`; if a run is resumed, also those of its trainer."""
+    resumed_dir: Path | None = None
+    """The run directory that a resumed run continues in."""
+
+    @property
+    def is_export(self) -> bool:
+        """Return whether `lit-spu export` wrote the file as safetensors, which Lightning cannot read."""
+        return self.file.name == trained_weights.WEIGHTS
+
+    def find_differences(self, model: Mapping[str, Any]) -> list[str]:
+        """Return the settings of the model that differ from the checkpoint's, as `--flag=value (checkpoint: value)`.
+
+        Args:
+            model: The settings as given, with `class_path` and `init_args`.
+
+        Raises:
+            UserError: if the checkpoint belongs to another method.
+        """
+        saved, given = self.config["model"], model["init_args"]
+        saved_method, given_method = (settings["class_path"].rpartition(".")[2] for settings in (saved, model))
+        if saved_method != given_method:
+            raise UserError(
+                f"--model: {given_method}, but the checkpoint {self.file} holds {saved_method}."
+                " Leave out --model and its config."
+            )
+        differences = [
+            f"--model.{name}={given.get(name)} (checkpoint: {value})"
+            for name, value in saved["init_args"].items()
+            if given.get(name) != value
+        ]
+        given_task, saved_task = given["task"], self.config["data"]["task"]
+        if load_task(given_task) != load_task(saved_task):
+            differences.append(f"--data.task={given_task} (checkpoint: {saved_task})")
+        return differences
+
+    def check_resumable(self, differences: list[str]) -> None:
+        """Check that training can continue from here with the given settings.
+
+        Raises:
+            UserError: if the file is an export, or a setting differs.
+        """
+        if self.is_export:
+            raise UserError(
+                f"--ckpt_path: {self.file} holds trained weights alone, not a run that can continue. Give the directory"
+                " of a run, or leave out --ckpt_path to start a new one."
+            )
+        if differences:
+            raise UserError(
+                f"--ckpt_path resumes a run with its own settings, but these differ: {', '.join(differences)}.\n"
+                "Leave them out, or leave out --ckpt_path to start a new run."
+            )
+
+
+def open_checkpoint(path: str, subcommand: str) -> Checkpoint:
+    """Read the settings of a checkpoint.
+
+    Args:
+        path: A checkpoint file, a run directory, or a folder of `lit-spu export`.
+        subcommand: `fit` takes the last checkpoint of a run directory and resumes that run; the others take the best.
+
+    Raises:
+        UserError: if there is no checkpoint.
+    """
+    file = run_dir.find_checkpoint(path, "last" if subcommand == "fit" else "best")
+    config = run_dir.saved_config(file)
+    run_config = Path(path, "config.yaml")
+    if subcommand != "fit" or not run_config.exists():
+        return Checkpoint(file, config)
+    run = yaml.safe_load(run_config.read_text())
+    return Checkpoint(
+        file, {**config, "trainer": run["trainer"], "seed_everything": run["seed_everything"]}, Path(path)
+    )
