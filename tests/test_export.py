@@ -111,9 +111,9 @@ def test_a_folder_of_peft_is_an_initial_adapter(tiny: Tiny, tmp_path: Path, stab
         ({"rank": 2}, "--model.rank=4 --model.alpha=8"),
         ({"alpha": 4.0}, "--model.rank=4 --model.alpha=8"),
         ({"roles": ("query", "value")}, "for those of the roles query, key, value, output, up, down"),
-        ({"norms": False}, "trained encoder.layer.0"),
-        ({"task": "trec"}, "Give the task and the settings of that run"),
-        ({"init": "svd"}, "give one of them"),
+        ({"norms": False}, "also holds encoder.layer.0"),
+        ({"task": "trec"}, "Use the task and the settings of that run"),
+        ({"init": "svd"}, "use one of them"),
         ({"adapter": "nowhere"}, "nowhere is no adapter folder"),
     ],
 )
@@ -122,13 +122,13 @@ def test_an_adapter_folder_with_other_settings_is_refused(
 ) -> None:
     writers.write_peft(disturbed(LoRA(norms=True, backbone=tiny("bert"))), tmp_path / "out")
     given = {"norms": True, "adapter": str(tmp_path / "out"), "backbone": tiny("bert"), **settings}
-    with pytest.raises(UserError, match=re.escape(says).replace(r"trained\ encoder", r"trained\ \S*encoder")):
+    with pytest.raises(UserError, match=re.escape(says).replace(r"holds\ encoder", r"holds\ \S*encoder")):
         LoRA(**given)
 
 
 def test_an_adapter_folder_of_another_kind_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     writers.write_peft(disturbed(IA3(backbone=tiny("bert"))), tmp_path / "out")
-    with pytest.raises(UserError, match="holds IA3, where LORA is asked for"):
+    with pytest.raises(UserError, match="holds IA3, but this method needs LORA"):
         LoRA(adapter=str(tmp_path / "out"), backbone=tiny("bert"))
 
 

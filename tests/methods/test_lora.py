@@ -79,12 +79,12 @@ def disturb(method: Method) -> Method:
 @pytest.mark.parametrize("make", [LoRA, IA3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_it_answers_the_same(tiny: Tiny, family: str, make: Callable[..., Method]) -> None:
-    method = disturb(make(backbone=tiny(family)).eval())
+    method = disturb(make(backbone=tiny(family)).eval().double())
     batch, weights = encode(method.backbone), {n: p.detach().clone() for n, p in method.backbone.named_parameters()}
     with torch.no_grad():
         scores = method(batch)
         method.merge()
-        torch.testing.assert_close(method(batch), scores, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(method(batch), scores, atol=1e-12, rtol=1e-12)
         method.unmerge()
         assert torch.equal(method(batch), scores)
     assert all(torch.equal(p, weights[n]) for n, p in method.backbone.named_parameters())

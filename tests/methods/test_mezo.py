@@ -270,7 +270,7 @@ def test_a_run_along_a_trajectory_may_be_interrupted(fit: Run, data: Callable[..
 
 def test_a_loss_that_is_no_number_is_told(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     method = MeZO(directions=2)
-    monkeypatch.setattr(method, "value", lambda batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(method, "objective_value", lambda batch: torch.tensor(float("nan")))
     trainer = fit(method, data())
     assert int(trainer.callback_metrics["train/left_out"]) == 8
     assert trainer.callback_metrics["train/loss"].isnan()
@@ -300,8 +300,8 @@ def test_a_trajectory_of_something_else_is_refused(
     trajectory = Trajectory.read(tmp_path / "run")
     wrong: list[tuple[MeZO, str]] = [
         (MeZO(backbone=tiny("bert")), "starts from the backbone 'mini-bert'"),
-        (MeZO(noise="table"), "z is something else here"),
-        (MeZO(share=0.5), "z is something else here"),
+        (MeZO(noise="table"), "the noise differs here"),
+        (MeZO(share=0.5), "the noise differs here"),
     ]
     moved = MeZO()
     with torch.no_grad():
