@@ -1,1 +1,1 @@
-"""What watches a run: each works on any LightningModule, and what it found is in its `summary` at any time."""
+"""Callbacks that watch or steer a run, for any LightningModule; their results so far are in their `summary`."""

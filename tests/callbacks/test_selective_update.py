@@ -95,17 +95,17 @@ def test_chance_leaves_out_whole_steps(tiny: Tiny, tmp_path: Path, config: str) 
     method, latency, watch = made(config, tiny("bert")), Latency(warmup=0), Watch()
     callback = SelectiveUpdate(Random(rate=0.5))
     fit(method, tmp_path, latency, callback, watch)
-    assert watch.whole == [Random(rate=0.5).chooses(step, {}) for step in range(12)]
+    assert watch.whole == [Random(rate=0.5).before_forward(step, {}) for step in range(12)]
     assert [bool(names) for names in watch.moved] == watch.whole
     assert latency.summary["passes/forward"] == latency.summary["passes/backward"] == sum(watch.whole)
-    assert callback.skipped == 12 - sum(watch.whole)
+    assert callback.num_skipped == 12 - sum(watch.whole)
 
 
 def test_chance_has_its_rate() -> None:
     for rate in (0.1, 0.5, 0.9):
-        left_out = sum(not Random(rate).chooses(step, {}) for step in range(10_000))
+        left_out = sum(not Random(rate).before_forward(step, {}) for step in range(10_000))
         assert left_out / 10_000 == pytest.approx(rate, abs=0.02)
-        passed = sum(len(DropBackward(rate).passes(step, 10)) for step in range(1000))
+        passed = sum(len(DropBackward(rate).bypassed_blocks(step, 10)) for step in range(1000))
         assert passed / 10_000 == pytest.approx(rate, abs=0.02)
 
 
@@ -191,7 +191,7 @@ def test_a_step_in_which_nothing_is_left_to_learn_is_left_out(tiny: Tiny, tmp_pa
     method = made("lora", tiny("bert"), head="prompt")  # whose head is frozen
     callback, watch = SelectiveUpdate(DropBackward(rate=0.8)), Watch()
     fit(method, tmp_path, callback, watch)
-    none = [len(callback.policy.passes(step, 4)) == 4 for step in range(12)]
+    none = [len(callback.policy.bypassed_blocks(step, 4)) == 4 for step in range(12)]
     assert 0 < sum(none) < 12
     assert [not moved for moved in watch.moved] == none
 
@@ -253,14 +253,14 @@ def test_batches_whose_examples_had_low_losses_are_left_out(tiny: Tiny, tmp_path
 def test_batches_that_came_with_small_gradients_are_left_out() -> None:
     policy = GradNorm(rate=0.5, decay=0.0)
     small, large = ({"index": torch.tensor(numbers)} for numbers in ([0, 1], [2, 3]))
-    assert policy.chooses(0, small)
-    policy.learnt(1.0, small)
-    policy.learnt(3.0, large)
+    assert policy.before_forward(0, small)
+    policy.after_step(1.0, small)
+    policy.after_step(3.0, large)
     mixed = {"index": torch.tensor([0, 2])}
-    assert policy.chooses(2, mixed)  # the first value that is known is no lower than any
-    assert not policy.chooses(3, small)
-    assert policy.chooses(4, large)
-    assert policy.chooses(5, {"index": torch.tensor([0, 9])})  # one of which nothing is known
+    assert policy.before_forward(2, mixed)  # the first value that is known is no lower than any
+    assert not policy.before_forward(3, small)
+    assert policy.before_forward(4, large)
+    assert policy.before_forward(5, {"index": torch.tensor([0, 9])})  # one of which nothing is known
 
 
 def test_where_student_and_teacher_agree_there_is_no_backward_pass(tiny: Tiny, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def made(backbone: str, cls: Any = LRDistillation, **settings: Any) -> Any:
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_factor_of_one_is_plain_training_to_the_bit(data: Data, fit: Run, tiny: Tiny, optimizer: str) -> None:
     plain = made(tiny("bert"), FullFineTuning, optimizer=optimizer, weight_decay=0.1)
-    ours = made(tiny("bert"), teacher="mini-t5", low=1.0, high=1.0, optimizer=optimizer, weight_decay=0.1)
+    ours = made(tiny("bert"), teacher="mini-t5", min_factor=1.0, max_factor=1.0, optimizer=optimizer, weight_decay=0.1)
     for method in (plain, ours):
         torch.manual_seed(2)
         fit(method, data(), max_epochs=2)
@@ -63,7 +63,12 @@ def test_the_rate_follows_the_law(data: Data, fit: Run, tiny: Tiny) -> None:
     """Rates are those of the schedule times the clipped distance over the mean of the first three."""
     plain, ours = Seen(), Seen()
     fit(made(tiny("bert"), FullFineTuning), data(), plain, max_epochs=3)
-    fit(made(tiny("bert"), teacher="mini-t5", reference=3, low=0.9, high=1.05), data(), ours, max_epochs=3)
+    fit(
+        made(tiny("bert"), teacher="mini-t5", reference_steps=3, min_factor=0.9, max_factor=1.05),
+        data(),
+        ours,
+        max_epochs=3,
+    )
     first = ours.distances[:3]
     starts = [sum(first[: n + 1]) / len(first[: n + 1]) for n in range(len(ours.distances))]
     factors = [min(1.05, max(0.9, d / d_0)) for d, d_0 in zip(ours.distances, starts, strict=True)]
@@ -73,7 +78,7 @@ def test_the_rate_follows_the_law(data: Data, fit: Run, tiny: Tiny) -> None:
 
 def test_the_distance_alone_may_set_the_rate(data: Data, fit: Run, tiny: Tiny) -> None:
     seen = Seen()
-    method = made(tiny("bert"), teacher="mini-t5", schedule="constant", reference=1)
+    method = made(tiny("bert"), teacher="mini-t5", schedule="constant", reference_steps=1)
     fit(method, data(), seen, max_epochs=2)
     assert seen.rates == pytest.approx([1e-3 * min(2.0, d / seen.distances[0]) for d in seen.distances], rel=1e-5)
 
@@ -143,7 +148,7 @@ def test_what_is_left_out_moves_nothing_by_momentum_or_decay(data: Data, fit: Ru
     fit(method, data(), Steps(), max_epochs=2)
     assert True in left_out
     assert False in left_out
-    assert method.skipped == sum(left_out)
+    assert method.num_skipped == sum(left_out)
 
 
 def test_the_control_has_the_same_mean_rate(tmp_path: Path) -> None:
@@ -164,7 +169,7 @@ def test_the_control_has_the_same_mean_rate(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
-    settings = {"teacher": "mini-t5", "reference": 6}
+    settings = {"teacher": "mini-t5", "reference_steps": 6}
     torch.manual_seed(2)
     whole = made(tiny("bert"), **settings)
     fit(whole, data(), max_epochs=3)
@@ -178,7 +183,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(data: Data, fit: Run, tiny: Tiny
 def test_batches_of_a_step_share_their_mean_factor(data: Data, fit: Run, tiny: Tiny) -> None:
     plain, ours = Seen(), Seen()
     fit(made(tiny("bert"), FullFineTuning), data(), plain, max_epochs=1, accumulate_grad_batches=2)
-    fit(made(tiny("bert"), teacher="mini-t5", reference=1), data(), ours, max_epochs=1, accumulate_grad_batches=2)
+    fit(made(tiny("bert"), teacher="mini-t5", reference_steps=1), data(), ours, max_epochs=1, accumulate_grad_batches=2)
     d = [one / ours.distances[0] for one in ours.distances]
     assert ours.rates[1::2] == pytest.approx(
         [(d[0] + d[1]) / 2 * plain.rates[1], (d[2] + d[3]) / 2 * plain.rates[3]], rel=1e-5
@@ -197,7 +202,7 @@ def test_a_teacher_may_be_a_run_a_checkpoint_or_an_export(data: Data, fit: Run, 
     module = data()
     module.encoding = method.encoding
     sources = ("run", "run/checkpoints/last.ckpt", "merged", "weights")
-    found = [Teacher(str(tmp_path / name), method.task).answers(module, torch.device("cpu")) for name in sources]
+    found = [Teacher(str(tmp_path / name), method.task).compute_logits(module, torch.device("cpu")) for name in sources]
     method.eval()
     for answers in found:
         for batch in module.as_read_by(method.encoding):
@@ -244,8 +249,8 @@ def test_a_folder_of_other_labels_or_none_is_refused(data: Data, fit: Run, tiny:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"low": 2.0, "high": 1.0}, "model.low=2.0"),
-        ({"reference": 0}, "model.reference=0"),
+        ({"min_factor": 2.0, "max_factor": 1.0}, "model.min_factor=2.0"),
+        ({"reference_steps": 0}, "model.reference_steps=0"),
         ({"temperature": 0.0}, "model.temperature=0.0"),
         ({"task": "stsb"}, "only mse"),
     ],
