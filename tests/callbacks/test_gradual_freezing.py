@@ -157,6 +157,20 @@ def test_layers_settle_by_all_gradients_of_an_interval() -> None:
     assert [flags.count(False) for flags in watch.trainable] == [0, 0, 0, 0, 1]
 
 
+class Fail(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise RuntimeError("step failed")
+
+
+def test_a_failing_run_unfreezes_all_layers(tiny: Tiny, tmp_path: Path) -> None:
+    method, watch = made("full", tiny("bert")), Watch()
+    with pytest.raises(RuntimeError, match="step failed"):
+        fit(method, tmp_path, GradualFreezing(), watch, Fail())
+    assert not all(watch.trainable[-1])
+    assert trainable_layers(method) == list(range(len(method.parameters_by_depth)))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -49,14 +49,16 @@ def test_summary_has_the_results_of_fit(
         assert name in printed
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_test_adds_its_results_to_those_of_fit(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer, module = make_trainer(RunSummary()), Tiny()
-    trainer.fit(module)
+    module = Tiny()
+    make_trainer(RunSummary(), TrainableParameters()).fit(module)
     fit = read(tmp_path)
-    trainer.test(module, verbose=False)
+    make_trainer(RunSummary(), Latency(warmup=0)).test(module, verbose=False)
     both = read(tmp_path)
     assert set(both["metrics"]) == {*fit["metrics"], "test/accuracy"}
-    assert both | {"metrics": fit["metrics"]} == fit
+    assert set(both["measured"]) == {*fit["measured"], "latency/inference_ms", "latency/inference_p95_ms"}
+    assert both | {"metrics": fit["metrics"], "measured": fit["measured"]} == fit
 
 
 def test_validate_alone_writes_a_summary(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ def test_layer_cyclic_trains_blocks_in_turn(tiny: Tiny, tmp_path: Path, config: 
     names = {id(p): name for name, p in method.named_parameters()}
     blocks = [{names[id(p)] for p in block if p.requires_grad} for block in method.parameters_by_depth[1 : depth + 1]]
     shared = set.union(*blocks) - {n for b in blocks for n in b if sum(n in other for other in blocks) == 1}
-    fit(method, tmp_path, SelectiveUpdate(LayerCyclic(blocks=1)), watch, max_epochs=1)
+    trainer = fit(method, tmp_path, SelectiveUpdate(LayerCyclic(blocks=1)), watch, max_epochs=1)
+    assert trainer.callback_metrics["update/blocks"] == 1
     for step, changed in enumerate(watch.changed):
         assert {i for i, block in enumerate(blocks) if changed & (block - shared)} == {step % depth}
 
@@ -297,6 +298,19 @@ def test_teacher_distance_skips_backward_passes(tiny: Tiny, tmp_path: Path) -> N
     assert [bool(names) for names in watch.changed] == watch.full
 
 
+def test_teacher_distance_skips_the_batches_close_to_the_teacher() -> None:
+    policy, batch = TeacherDistance("unused", rate=0.5), {"index": torch.tensor([0])}
+    policy.teacher_logits = torch.tensor([[2.0, 0.0]])
+    far, near = torch.tensor([[0.0, 2.0]]), torch.tensor([[1.9, 0.0]])
+    assert [policy.after_forward(logits, batch) for logits in (far, near, far)] == [True, False, True]
+
+
+def test_a_low_value_is_low_among_the_last_values_only() -> None:
+    policy = TeacherDistance("unused", rate=0.5, window=2)
+    assert not any(policy.is_low(value) for value in (1.0, 10.0, 10.0, 20.0))
+    assert [policy.is_low(value) for value in (1.0, 1.0, 5.0)] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -324,6 +338,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 def test_no_hook_remains_after_training(tiny: Tiny, tmp_path: Path) -> None:
     method = made("full", tiny("bert"))
     fit(method, tmp_path, SelectiveUpdate(Random()))
+    assert method.step_wrapper is None
+    assert not method._forward_hooks
+
+
+class LayerCyclicBiases(LayerCyclic):
+    """Trains only the biases of a few blocks in each step."""
+
+    def before_forward(self, step: int, batch: Any) -> bool:
+        return False
+
+
+def test_a_failing_run_restores_the_method(tiny: Tiny, tmp_path: Path) -> None:
+    method = made("full", tiny("bert"))
+    before, blocks = trained(method), list(method.backbone.blocks)
+    forwards = [block.forward for block in blocks]
+
+    def fail(batch: Any) -> Tensor:
+        raise RuntimeError("step failed")
+
+    method.loss = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="step failed"):
+        fit(method, tmp_path, SelectiveUpdate(LayerCyclicBiases(), otherwise="biases"))
+    assert trained(method) == before
+    assert [block.forward for block in blocks] == forwards
     assert method.step_wrapper is None
     assert not method._forward_hooks
 
@@ -364,6 +402,11 @@ def test_wrong_settings_are_refused(make: Callable[[], object], message: str) ->
 
 class WithoutHook(LightningModule):
     """A module without `step_wrapper`, which a callback could set."""
+
+
+def test_several_devices_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="devices 1"):
+        SelectiveUpdate(Random()).setup(quiet_trainer(devices=2, strategy="ddp"), made("full", tiny("bert")), "fit")
 
 
 def test_a_module_without_the_hook_is_refused() -> None:

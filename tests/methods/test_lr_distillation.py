@@ -22,6 +22,7 @@ from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.lr_distillation import LRDistillation
 from lit_spu.methods.teacher import Teacher
 from lit_spu.tasks import load_task
+from tests.ddp import quiet_trainer
 from tests.runs import StopBehind, same, weights
 
 Run = Callable[..., Trainer]
@@ -130,19 +131,23 @@ def test_skipped_steps_change_nothing(data: Data, fit: Run, tiny: Tiny) -> None:
     class Steps(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
             self.before = weights(pl_module)
+            plain_lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
 
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
             skipped.append(float(trainer.callback_metrics["distance"]) < threshold)
+            scaled_lrs.append(0.0 if skipped[-1] else float(trainer.callback_metrics["lr"]))
             assert same(self.before, weights(pl_module)) == skipped[-1]
 
     watch, threshold, skipped = Watch(), 0.0, list[bool]()
+    plain_lrs, scaled_lrs = list[float](), list[float]()
     fit(made(tiny("bert"), teacher="mini-t5"), data(), watch, max_epochs=2)
     threshold = sorted(watch.distances)[4]
     method = made(tiny("bert"), teacher="mini-t5", skip_below=threshold, weight_decay=0.1)
-    fit(method, data(), Steps(), max_epochs=2)
+    trainer = fit(method, data(), Steps(), max_epochs=2)
     assert True in skipped
     assert False in skipped
     assert method.num_skipped == sum(skipped)
+    assert trainer.callback_metrics["lr/mean_factor"] == pytest.approx(sum(scaled_lrs) / sum(plain_lrs), rel=1e-5)
 
 
 def test_the_control_has_the_same_mean_learning_rate(tmp_path: Path) -> None:
@@ -252,6 +257,22 @@ def test_a_folder_with_other_labels_is_refused(data: Data, fit: Run, tiny: Tiny,
 def test_wrong_settings_are_refused(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(tiny("bert"), teacher="mini-t5", **settings)
+
+
+def test_the_control_of_a_pattern_is_the_last_run(tiny: Tiny, tmp_path: Path) -> None:
+    for name, factor in (("run-1", 0.25), ("run-2", 0.75)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"metrics": {"lr/mean_factor": factor}}))
+    method = made(tiny("bert"), teacher="mini-t5", control=f"{tmp_path}/run-*")
+    method.setup("fit")
+    assert method.control_factor == 0.75
+
+
+def test_skipping_on_several_devices_is_refused(tiny: Tiny) -> None:
+    method = made(tiny("bert"), teacher="mini-t5", skip_below=0.1)
+    method.trainer = quiet_trainer(devices=2, strategy="ddp")
+    with pytest.raises(UserError, match=r"model\.skip_below=0\.1"):
+        method.setup("fit")
 
 
 def test_a_control_must_be_a_run(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
