@@ -1,1 +1,1 @@
-"""Callbacks that watch or steer a run, for any LightningModule; their results so far are in their `summary`."""
+"""Callbacks that measure or change a run; many have a `summary` of their results so far."""

@@ -8,10 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class FinishValidation(Callback):
-    """Runs the whole validation again when a run is resumed that was interrupted while it validated.
+    """Callback that repeats an interrupted validation from its first batch when the run is resumed.
 
     Lightning would continue with the next epoch, or validate on the remaining batches alone and report the result as
-    the epoch's score.
+    the epoch's metrics.
     """
 
     def __init__(self) -> None:

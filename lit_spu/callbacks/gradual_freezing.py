@@ -21,11 +21,12 @@ from lit_spu.errors import UserError
 
 
 class GradualFreezing(Callback):
-    """Freezes the backbone layer by layer during training: the embeddings first, then the blocks from the bottom up.
+    """Callback that freezes the embeddings and then block by block during training, from the bottom up.
 
-    A frozen layer has no gradient, so neither momentum nor weight decay changes it. Nothing below the lowest trainable
-    layer is stored for the backward pass, which saves time and memory. `params/trainable` and `freezing/frozen`, the
-    number of frozen layers, are logged whenever they change. After training all layers are unfrozen again.
+    The embeddings and each block are a layer here. A frozen layer has no gradient, so neither momentum nor weight decay
+    changes it. Nothing below the lowest trainable layer is stored for the backward pass, which saves time and memory.
+    `params/trainable` and `freezing/frozen`, the number of frozen layers, are logged whenever they change. After
+    training all layers are unfrozen again.
 
     The callback works on any module whose `parameters_by_depth` lists the parameters of each layer from the bottom up.
     Layers without trainable parameters are not counted. The head is not in the list and always trains.

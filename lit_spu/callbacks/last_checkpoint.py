@@ -13,7 +13,7 @@ SAVE_INTERVAL = 20
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Saves `last.ckpt` after epochs, always after the last epoch, and at an interruption.
+    """Callback that saves `last.ckpt` after epochs, always after the last one, and at an interruption.
 
     An epoch may consist of one batch, as with a few examples per label. Epochs that end soon after a save are therefore
     skipped (see `SAVE_INTERVAL`).

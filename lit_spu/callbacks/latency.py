@@ -18,7 +18,9 @@ from lit_spu.measure.clocks import Instant
 
 
 class Latency(Callback):
-    """Times steps and forward passes in milliseconds, on each rank; an accelerator is synchronised once per batch.
+    """Callback that times steps and forward passes in milliseconds, on each rank.
+
+    An accelerator is synchronised once per batch.
 
     - `latency/step_ms`: one optimizer step, including the forward and backward passes of all its batches, excluding the
       wait for data and validation.
@@ -171,7 +173,7 @@ class Latency(Callback):
 
 
 class _CallTimer:
-    """Records the start and end of each call of a module; of nested calls of the same module, only the innermost.
+    """Timer of the calls of one module; of nested calls of the same module only the innermost counts.
 
     A strategy may run a whole training step through the module's `__call__`, around the call inside the step.
     """

@@ -24,7 +24,7 @@ LIVE_BATCHES = 32
 
 
 class Memory(Callback):
-    """Measures the peak memory of every training step in MiB (2**20 bytes), on each rank.
+    """Callback that measures the peak memory of every training step in MiB (2**20 bytes), on each rank.
 
     - `memory/peak_mib`: on an accelerator, the memory of all tensors; on a CPU, the resident memory of the process. The
       latter includes the interpreter, imports and freed memory that malloc retains, so compare differences.

@@ -14,7 +14,7 @@ from lit_spu.errors import UserError
 
 
 class TrainableParameters(ModelSummary):
-    """Prints a table of the trainable parameters by part and logs their number as `params/trainable`.
+    """Callback that prints the trainable parameters by part and logs their number as `params/trainable`.
 
     It replaces Lightning's own model summary. If the module has a `backbone` with `blocks`, the parts are the
     embeddings, the blocks (including adapters inside them), the head (everything else in the backbone) and the module's

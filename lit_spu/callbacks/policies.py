@@ -56,11 +56,11 @@ class Policy:
 
 
 class Always(Policy):
-    """Takes every step in full: plain training, bit for bit."""
+    """Policy with only full steps: plain training, bit for bit."""
 
 
 class Never(Policy):
-    """Takes no step in full."""
+    """Policy without full steps."""
 
     def before_forward(self, step: int, batch: Batch) -> bool:
         return False
@@ -90,7 +90,7 @@ class _ByChance(_WithRate):
 
 
 class Random(_ByChance):
-    """Skips steps at random: the control for every other policy at the same rate.
+    """Policy that skips steps at random: the control for every other policy at the same rate.
 
     Args:
         rate: Share of the steps that are not full steps.
@@ -102,7 +102,7 @@ class Random(_ByChance):
 
 
 class LayerCyclic(Policy):
-    """Trains a few blocks in each step, cyclically from the bottom up (LCSB, https://arxiv.org/abs/2602.13073).
+    """Policy that trains a few blocks in each step, in turn from the bottom up (LCSB, https://arxiv.org/abs/2602.13073).
 
     Args:
         blocks: Number of blocks that train in a step.
@@ -119,7 +119,7 @@ class LayerCyclic(Policy):
 
 
 class DropBackward(_ByChance):
-    """Bypasses randomly drawn blocks in the backward pass of each step (DropBP, https://arxiv.org/abs/2402.17812).
+    """Policy that bypasses random blocks in each backward pass (DropBP, https://arxiv.org/abs/2402.17812).
 
     Args:
         rate: Share of the blocks that are bypassed.
@@ -183,7 +183,9 @@ class _SkipLowAverages(_SkipLowest):
 
 
 class LossEMA(_SkipLowAverages):
-    """Skips batches whose examples have a low loss, by its moving average (https://arxiv.org/abs/1910.00762).
+    """Policy that skips batches whose examples have a low average loss (https://arxiv.org/abs/1910.00762).
+
+    Each example has its own moving average.
 
     Args:
         rate: Share of the steps that are not full steps, from the second epoch on.
@@ -202,7 +204,9 @@ class LossEMA(_SkipLowAverages):
 
 
 class GradNorm(_SkipLowAverages):
-    """Skips batches whose examples have small gradients, by the moving average of the batches' gradient norms.
+    """Policy that skips batches whose examples have small gradients.
+
+    Each example has a moving average of the gradient norms of its batches.
 
     Args:
         rate: Share of the steps that are not full steps, from the second epoch on.
@@ -215,7 +219,7 @@ class GradNorm(_SkipLowAverages):
 
 
 class TeacherDistance(_SkipLowest):
-    """Skips the backward pass of batches on which the student is close to a teacher.
+    """Policy that skips the backward pass of batches on which the student is close to a teacher.
 
     Args:
         teacher: A run directory, a checkpoint, an export, or a Hugging Face folder or name.

@@ -17,7 +17,7 @@ Prediction: TypeAlias = tuple[float, list[float]]
 
 
 class Predictions(Callback):
-    """Collects the results of `predict_step` from every device, and writes each example once and in order.
+    """Callback that collects the results of `predict_step` on every device and writes each example once and in order.
 
     Args:
         files: Files to write: `.tsv` for the GLUE server, any other suffix for JSON lines. A second test set of the

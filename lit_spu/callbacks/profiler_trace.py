@@ -17,11 +17,12 @@ VIEWER = "https://ui.perfetto.dev"
 
 
 class ProfilerTrace(Callback):
-    """Writes gzipped Chrome traces of training steps into the run directory, one for each rank and cycle.
+    """Callback that writes gzipped Chrome traces of training steps into the run directory.
 
-    A trace named `trace-rank0-step00042.json.gz` ends with the 42nd batch. Operators are grouped into phases: those
-    that the method names with `torch.profiler.record_function` (`backbone`, `side`, `rung 3`), `backward`, and the
-    optimizer step. Open a trace at https://ui.perfetto.dev. A step is a batch here.
+    There is one trace for each rank and cycle. A trace named `trace-rank0-step00042.json.gz` ends with the 42nd batch.
+    Operators are grouped into phases: those that the method names with `torch.profiler.record_function` (`backbone`,
+    `side`, `rung 3`), `backward`, and the optimizer step. Open a trace at https://ui.perfetto.dev. Here a step is one
+    batch.
 
     Args:
         wait: Number of steps to skip at the beginning of each cycle.

@@ -31,13 +31,14 @@ TABLE = (
 
 
 class RunSummary(Callback):
-    """Writes `summary.json` into the run directory after fit, validate or test, and prints a closing table.
+    """Callback that writes `summary.json` after fit, validate or test, and prints a closing table.
 
-    The file has `status` (`completed`, `interrupted`, or `failed` with an `error`), `command`, `metrics` (the last
-    values), `measured` (the `summary` of every other callback: memory in MiB, latency in ms, parameters), `monitor`,
-    `best_score`, `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices` and `versions`. TensorBoard
-    gets the method's settings together with the score and the measurements of the closing table, as `final/…`. Validate
-    and test add their results to the file of a fit in the same directory, and do not change the rest of it.
+    The file is in the run directory. It has `status` (`completed`, `interrupted`, or `failed` with an `error`),
+    `command`, `metrics` (the last values), `measured` (the `summary` of every other callback: memory in MiB, latency in
+    ms, parameters), `monitor`, `best_score`, `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices`
+    and `versions`. TensorBoard gets the method's settings together with the score and the measurements of the closing
+    table, as `final/…`. Validate and test add their results to the file of a fit in the same directory, and do not
+    change the rest of it.
     """
 
     def __init__(self) -> None:
@@ -125,13 +126,13 @@ def _finite(value: float) -> float | None:
 
 def _versions() -> dict[str, str]:
     """Return the version of each installed package."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:  # not installed, or imported from its source folder
             continue
-    return found
+    return versions
 
 
 def _print(title: str, record: dict[str, Any], folder: Path) -> None:

@@ -18,13 +18,13 @@ from lit_spu.nn.bypass import bypassed
 
 
 class SelectiveUpdate(Callback):
-    """Lets a policy choose, step by step, between a full update and a smaller one.
+    """Callback in which a policy chooses, step by step, between a full update and a smaller one.
 
     The callback sets `step_wrapper` of the method, which is then called instead of `step_loss`. A step has four parts:
 
     1. Before the forward pass the policy decides whether this is a full step. Any other step is skipped, or updates the
        biases alone (`otherwise`).
-    2. In the forward pass, some blocks are marked to be bypassed by the backward pass, if the policy names any.
+    2. Before the forward pass the policy may also name blocks that the backward pass bypasses.
     3. After the forward pass the policy may skip the backward pass.
     4. Before the optimizer step the policy receives the gradient norm.
 
@@ -144,7 +144,7 @@ class SelectiveUpdate(Callback):
             pl_module.log("update/blocks", float(len(blocks) - len(bypassed_blocks)))
 
     def _needs_backward(self, loss: Tensor | None, batch: Any) -> bool:
-        """Return whether the policy wants the backward pass, and anything is left to train in it."""
+        """Return whether to run the backward pass: the policy decides, and something must train in it."""
         logits, self._logits = self._logits, None
         if logits is not None and not self.policy.after_forward(logits.detach(), batch):
             return False
