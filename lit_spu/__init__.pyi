@@ -161,28 +161,29 @@ class KLadder(lit_spu.methods.kladder.KLadder, LadderSideTuning):
     ) -> None: ...
 
 class LRDistillation(lit_spu.methods.lr_distillation.LRDistillation):
-    """Train every weight by lr_t = schedule(t) · clip(d_t / d_0, low, high), and by the task's loss alone.
+    """Train every weight with the task's loss alone, at lr_t = schedule(t) · clip(d_t / d_0, min_factor, max_factor).
 
-    d_t is the distance of the student's scores of a batch from its teacher's, which are computed once for all examples,
-    and d_0 its mean over the first steps. What Adafactor and AdamW move a weight by is in proportion to lr_t.
+    d_t is the distance between the logits of student and teacher on a batch. The teacher's logits are computed once for
+    all examples. d_0, the reference distance, is the mean distance of the first steps. The updates of Adafactor and
+    AdamW are proportional to lr_t.
 
     Args:
-        teacher: Who knows the task: a run directory, a checkpoint or an export of a method; or a Hugging Face folder or
-            name. It may be of another family and size, and have another tokenizer.
-        distance: Of scores: the divergence of the softened ones, the mean squared error, or one minus the cosine. Of a
-            task without labels, where there is one score, it must be the error.
-        temperature: How soft the scores are made for the divergence.
-        reference: How many steps d_0 is the mean of; meanwhile, of those so far.
-        low: Least factor.
-        high: Greatest factor.
-        skip_below: Where d_t is less, there is no backward pass and no step; on one device.
-        schedule: Linear warm-up and decay, or a constant rate, so that the distance alone makes it fall.
-        control: Instead of a teacher's, the mean factor of another run (its directory, or a pattern of it), in every
-            step: the same mean learning rate.
+        teacher: A run directory, a checkpoint or an export of a method; or a Hugging Face folder or name. The teacher
+            may have another family, size and tokenizer than the student.
+        distance: Distance of logits: the divergence of the softened distributions, the mean squared error, or one minus
+            the cosine. For a regression, with its single logit, it must be mse.
+        temperature: Temperature of the softened distributions in the divergence.
+        reference_steps: Number of first steps whose mean distance is d_0; during these it is the mean so far.
+        min_factor: Smallest factor on the learning rate.
+        max_factor: Largest factor on the learning rate.
+        skip_below: Skip the backward pass and the step if d_t is smaller than this; on one device only.
+        schedule: Linear warm-up and decay, or a constant learning rate, which only the distance then lowers.
+        control: A run directory, or a pattern of one. Instead of a teacher's distance, multiply every step's learning
+            rate by the mean factor of that run, which makes the mean learning rates equal.
 
     Raises:
-        UserError: if a number is out of range; before training, if there is no such teacher, it was trained for other
-            labels or cannot read the data, or `control` is no run of LR distillation.
+        UserError: if a number is out of range; before training, if there is no such teacher, if it was trained for
+            other labels or cannot read the data, or if `control` is not a finished run of LR distillation.
     """
 
     def __init__(
@@ -190,9 +191,9 @@ class LRDistillation(lit_spu.methods.lr_distillation.LRDistillation):
         teacher: str,
         distance: typing.Literal["divergence", "mse", "cosine"] = "divergence",
         temperature: float = 1.0,
-        reference: int = 20,
-        low: float = 0.0,
-        high: float = 2.0,
+        reference_steps: int = 20,
+        min_factor: float = 0.0,
+        max_factor: float = 2.0,
         skip_below: float = 0.0,
         schedule: typing.Literal["linear", "constant"] = "linear",
         control: str | None = None,

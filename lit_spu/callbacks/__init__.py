@@ -1,1 +1,1 @@
-"""What watches a run: each works on any LightningModule, and what it found is in its `summary` at any time."""
+"""Callbacks that measure or change a run; many have a `summary` of their results so far."""

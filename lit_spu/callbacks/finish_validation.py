@@ -1,4 +1,4 @@
-"""A validation that was interrupted is not lost."""
+"""Repeat a validation that was interrupted."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class FinishValidation(Callback):
-    """Validates anew when a run is resumed that was interrupted while it validated.
+    """Callback that repeats an interrupted validation from its first batch when the run is resumed.
 
-    Lightning would go on with the next epoch, or validate on the examples alone that were left, and take what it finds
-    there for the epoch's score.
+    Lightning would continue with the next epoch, or validate on the remaining batches alone and report the result as
+    the epoch's metrics.
     """
 
     def __init__(self) -> None:
-        self._midway = False
+        self._is_validating = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a validation is going on."""
-        return {"midway": self._midway}
+        """Return whether a validation is running."""
+        return {"is_validating": self._is_validating}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["callbacks"].get(self.state_key, {}).get("midway"):
+        if checkpoint["callbacks"].get(self.state_key, {}).get("is_validating"):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            for counts in (progress["total"], progress["current"]):  # in the middle of the first batch
+            for counts in (progress["total"], progress["current"]):
+                # as though the first batch had been interrupted: Lightning then validates from this batch on
                 counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._midway = not trainer.sanity_checking
+        self._is_validating = not trainer.sanity_checking
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._midway = False
+        self._is_validating = False

@@ -1,7 +1,7 @@
-"""Fewer and fewer blocks learn: from the bottom up, so that what is frozen leaves the backward pass.
+"""Gradual freezing: during training, layers are frozen one by one from the bottom up and leave the backward pass.
 
-After AutoFreeze (Liu, Agarwal, Venkataraman 2021, https://arxiv.org/abs/2102.01386), and, the other way round, the
-gradual unfreezing of ULMFiT (Howard, Ruder 2018, https://arxiv.org/abs/1801.06146).
+Based on AutoFreeze (Liu, Agarwal, Venkataraman 2021, https://arxiv.org/abs/2102.01386) and, in the opposite order, on
+the gradual unfreezing of ULMFiT (Howard, Ruder 2018, https://arxiv.org/abs/1801.06146).
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from lit_spu.callbacks.loggers import log_now
+from lit_spu.callbacks.output import log_now
 from lit_spu.errors import UserError
 
 
 class GradualFreezing(Callback):
-    """Freezes the stages of a method, the embeddings and then block by block, while it trains.
+    """Callback that freezes the embeddings and then block by block during training, from the bottom up.
 
-    A stage that is frozen has no gradient, so that neither momentum nor weight decay moves it, and below the lowest
-    that learns nothing is stored for the backward pass: time and memory fall. `params/trainable` and `freezing/frozen`,
-    how many stages are, are logged whenever they change. Behind the run, what learns is again what learnt before it.
+    The embeddings and each block are a layer here. A frozen layer has no gradient, so neither momentum nor weight decay
+    changes it. Nothing below the lowest trainable layer is stored for the backward pass, which saves time and memory.
+    `params/trainable` and `freezing/frozen`, the number of frozen layers, are logged whenever they change. After
+    training all layers are unfrozen again.
 
-    It works on any module whose `parameters_by_depth` lists its parameters at each depth, from the bottom up. The head, which is not
-    among them, always learns.
+    The callback works on any module whose `parameters_by_depth` lists the parameters of each layer from the bottom up.
+    Layers without trainable parameters are not counted. The head is not in the list and always trains.
 
     Args:
-        every: Epochs or steps between two freezings.
-        unit: Of what `every` counts.
-        keep: How many of the last stages always learn.
-        thaw: Start with these alone, and let the next stage below learn each time.
-        settled: Freeze by gradients instead, at the end of an interval: the lowest stages up to the first whose mean
-            gradient norm, relative to that of the interval before, has changed by more than this quantile of the
-            changes of all that learn (AutoFreeze takes 0.5).
+        every: Number of epochs or steps between two freezings.
+        unit: Unit of `every`.
+        keep: Number of top layers that always train.
+        thaw: Begin with only the top `keep` layers trainable, and unfreeze the next lower layer each time.
+        settled: Freeze by gradients instead, at the end of each interval: freeze the lowest layers, up to the first
+            whose mean gradient norm has changed too much since the interval before. Too much is a relative change above
+            this quantile of the changes of all trainable layers (AutoFreeze uses 0.5).
 
     Raises:
-        UserError: if a number is out of range, or, before training, if there is nothing to freeze, the method does not
-            learn by a Trainer's backward passes, or the strategy waits for gradients that will not come.
+        UserError: if a number is out of range, or, before training, if there is nothing to freeze, if the method does
+            not use automatic optimization, or if the strategy would wait for gradients of frozen parameters.
     """
 
     def __init__(
@@ -58,115 +59,130 @@ class GradualFreezing(Callback):
                 " above 0 and at most 1."
             )
         if thaw and settled is not None:
-            raise UserError("GradualFreezing: settled says what may be frozen, and thaw=true freezes nothing.")
+            raise UserError(
+                f"GradualFreezing: thaw=true unfreezes layers, and settled={settled} freezes them. Set one of them."
+            )
         self.every, self.unit, self.keep, self.thaw, self.settled = every, unit, keep, thaw, settled
-        self.frozen = self.intervals = 0
-        self._stages: list[list[nn.Parameter]] = []
-        self._norms: list[Any] = []  # of every stage's gradient, the sum over the interval's steps
-        self._before: list[float] = []  # and over those of the interval before
+        self.num_frozen = self.num_intervals = 0
+        self._layers: list[list[nn.Parameter]] = []  # the trainable parameters of each layer, from the bottom up
+        self._norm_sums: list[Any] = []  # of each layer's gradient norms, over the steps of this interval
+        self._last_norm_sums: list[float] = []  # the same of the interval before
 
     @property
     def summary(self) -> dict[str, float]:
-        """How many stages are frozen."""
-        return {"freezing/frozen": float(self.frozen)}
+        """Number of frozen layers."""
+        return {"freezing/frozen": float(self.num_frozen)}
 
-    # -- what is frozen ---------------------------------------------------------------------------------------------
+    # -- freezing ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be."""
+        """Refuse modules and strategies for which freezing cannot work."""
         if stage != "fit":
             return
-        self.frozen, self.intervals, self._norms, self._before = 0, 0, [], []
+        self.num_frozen, self.num_intervals, self._norm_sums, self._last_norm_sums = 0, 0, [], []
         name = type(pl_module).__name__
         if not pl_module.automatic_optimization:
             raise UserError(
-                f"GradualFreezing: {name} takes its steps by itself: nothing is saved by freezing its weights."
+                f"GradualFreezing: {name} takes its steps by itself, without the Trainer's backward pass, so freezing"
+                " saves nothing. Remove the callback."
             )
-        learning = self._learning(pl_module)
-        if len(learning) <= self.keep:
+        layers = _trainable_layers(pl_module)
+        if len(layers) <= self.keep:
             raise UserError(
-                f"GradualFreezing: {name} trains {len(learning)} of the backbone's embeddings and blocks, and"
-                f" keep={self.keep} of them must go on learning: there is nothing to freeze."
+                f"GradualFreezing: {name} trains {len(layers)} of the backbone's embeddings and blocks, and"
+                f" keep={self.keep} of them must stay trainable, so there is nothing to freeze. Lower keep, or remove"
+                " the callback."
             )
         strategy = trainer.strategy
+        # Lightning has no public name for the arguments that it hands to DistributedDataParallel.
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
             raise UserError(
-                "GradualFreezing: ddp waits for the gradients of what is frozen. Use --trainer.strategy"
+                "GradualFreezing: ddp waits for the gradients of frozen parameters. Use --trainer.strategy"
                 " ddp_find_unused_parameters_true."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # behind the wrapping by ddp, which would leave out what is frozen before it
-        self._stages = self._learning(pl_module)
-        self._norms = self._norms or [0.0] * len(self._stages)
-        fresh = self._due() if self.settled is None else 0
-        self._freeze(trainer, pl_module, self.frozen if self.intervals else fresh)
+        # not in setup: ddp wraps the module after it, and would ignore parameters that are frozen by then
+        self._layers = _trainable_layers(pl_module)
+        self._norm_sums = self._norm_sums or [0.0] * len(self._layers)
+        num_frozen = self._scheduled_num_frozen() if self.settled is None else self.num_frozen
+        self._set_frozen(trainer, pl_module, num_frozen)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        intervals = (trainer.current_epoch if self.unit == "epoch" else trainer.global_step) // self.every
-        if intervals == self.intervals:
+        num_intervals = (trainer.current_epoch if self.unit == "epoch" else trainer.global_step) // self.every
+        if num_intervals == self.num_intervals:
             return
-        self.intervals = intervals
-        due = self._due() if self.settled is None else self.frozen + self._have_settled(self.settled)
-        if due != self.frozen:
-            self._freeze(trainer, pl_module, due)
+        self.num_intervals = num_intervals
+        if self.settled is None:
+            num_frozen = self._scheduled_num_frozen()
+        else:
+            num_frozen = self.num_frozen + self._count_settled(self.settled)
+        if num_frozen != self.num_frozen:
+            self._set_frozen(trainer, pl_module, num_frozen)
 
-    def _learning(self, pl_module: LightningModule) -> list[list[nn.Parameter]]:
-        """What learns in each stage where something does."""
-        stages = ([p for p in stage if p.requires_grad] for stage in getattr(pl_module, "parameters_by_depth", ()))
-        return [stage for stage in stages if stage]
+    def _scheduled_num_frozen(self) -> int:
+        """Return the number of layers that are frozen in this interval."""
+        max_frozen = len(self._layers) - self.keep
+        return max(0, max_frozen - self.num_intervals) if self.thaw else min(self.num_intervals, max_frozen)
 
-    def _due(self) -> int:
-        """How many stages are frozen in this interval."""
-        most = len(self._stages) - self.keep
-        return max(0, most - self.intervals) if self.thaw else min(self.intervals, most)
-
-    def _freeze(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
-        """Let the lowest `count` stages be frozen, and no other."""
-        self.frozen = count
-        _freeze(self._stages, count)
+    def _set_frozen(self, trainer: Trainer, pl_module: LightningModule, num_frozen: int) -> None:
+        """Freeze the lowest `num_frozen` layers, unfreeze the others, and log it."""
+        self.num_frozen = num_frozen
+        _freeze_lowest(self._layers, num_frozen)
         trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        log_now(trainer, {"params/trainable": trainable, "freezing/frozen": count})
+        log_now(trainer, {"params/trainable": trainable, "freezing/frozen": num_frozen})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _freeze(self._stages, 0)
+        _freeze_lowest(self._layers, 0)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        _freeze(self._stages, 0)
+        _freeze_lowest(self._layers, 0)
 
-    # -- whether a gradient has settled -----------------------------------------------------------------------------
+    # -- gradient norms ---------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self.settled is None:
             return
-        for number, stage in enumerate(self._stages):
-            self._norms[number] += get_total_norm([p.grad for p in stage if p.grad is not None])
+        for number, layer in enumerate(self._layers):
+            self._norm_sums[number] += get_total_norm([p.grad for p in layer if p.grad is not None])
 
-    def _have_settled(self, share: float) -> int:
-        """Of the lowest stages that learn, how many have settled since the interval before; a new one begins."""
-        before, self._before, self._norms = self._before, [float(n) for n in self._norms], [0.0] * len(self._norms)
+    def _count_settled(self, quantile: float) -> int:
+        """Return how many of the lowest trainable layers have settled since the last interval, and begin a new one."""
+        before, now = self._last_norm_sums, [float(norm_sum) for norm_sum in self._norm_sums]
+        self._last_norm_sums, self._norm_sums = now, [0.0] * len(now)
         if not before:
             return 0
-        learning = list(zip(before, self._before, strict=True))[self.frozen :]
-        change = [abs(b - now) / b if b else 0.0 for b, now in learning]
-        limit = float(torch.tensor(change, dtype=torch.float64).quantile(share))
-        settled = next((number for number, one in enumerate(change) if one > limit), len(change))
-        return min(settled, len(change) - self.keep)
+        pairs = list(zip(before, now, strict=True))[self.num_frozen :]
+        changes = [abs(old - new) / old if old else 0.0 for old, new in pairs]
+        limit = float(torch.tensor(changes, dtype=torch.float64).quantile(quantile))
+        num_settled = next((number for number, change in enumerate(changes) if change > limit), len(changes))
+        return min(num_settled, len(changes) - self.keep)
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        norms = [float(norm) for norm in self._norms]
-        return {"frozen": self.frozen, "intervals": self.intervals, "norms": norms, "before": self._before}
+        return {
+            "num_frozen": self.num_frozen,
+            "num_intervals": self.num_intervals,
+            "norm_sums": [float(norm_sum) for norm_sum in self._norm_sums],
+            "last_norm_sums": self._last_norm_sums,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.frozen, self.intervals = state_dict["frozen"], state_dict["intervals"]
-        self._norms, self._before = state_dict["norms"], state_dict["before"]
+        self.num_frozen, self.num_intervals = state_dict["num_frozen"], state_dict["num_intervals"]
+        self._norm_sums, self._last_norm_sums = state_dict["norm_sums"], state_dict["last_norm_sums"]
 
 
-def _freeze(stages: Sequence[Sequence[nn.Parameter]], count: int) -> None:
-    for number, stage in enumerate(stages):
-        for parameter in stage:
-            parameter.requires_grad_(number >= count)
-            if number < count:
+def _trainable_layers(pl_module: LightningModule) -> list[list[nn.Parameter]]:
+    """Return the trainable parameters of each layer that has any, from the bottom up."""
+    layers = ([p for p in layer if p.requires_grad] for layer in getattr(pl_module, "parameters_by_depth", ()))
+    return [layer for layer in layers if layer]
+
+
+def _freeze_lowest(layers: Sequence[Sequence[nn.Parameter]], num_frozen: int) -> None:
+    """Freeze the lowest layers and drop their gradients; unfreeze the others."""
+    for number, layer in enumerate(layers):
+        for parameter in layer:
+            parameter.requires_grad_(number >= num_frozen)
+            if number < num_frozen:
                 parameter.grad = None

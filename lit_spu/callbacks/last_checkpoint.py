@@ -1,4 +1,4 @@
-"""What a run that was stopped goes on from."""
+"""The checkpoint from which a stopped run is resumed."""
 
 from __future__ import annotations
 
@@ -8,33 +8,38 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+SAVE_INTERVAL = 20
+"""Least time between two saves, in multiples of the time that the last save took: at most 5 % of a run is saving."""
+
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt`: the state behind an epoch, behind the last one always, and at an interruption.
+    """Callback that saves `last.ckpt` after epochs, always after the last one, and at an interruption.
 
-    Epochs may be of one batch, as with a few examples a label. Those that end sooner than twenty times what saving
-    takes are passed over, so that no more than a twentieth of the time goes into it.
+    An epoch may consist of one batch, as with a few examples per label. Epochs that end soon after a save are therefore
+    skipped (see `SAVE_INTERVAL`).
 
-    A callback of its own, for `save_last` of the one that keeps the best would save when there is a new best one only.
+    This is a separate callback because `save_last` of the callback that saves the best checkpoint only saves when there
+    is a new best one.
 
     Args:
-        folder: Where it lies.
+        folder: Folder of `last.ckpt`.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
             folder, "last", save_on_exception=True, save_on_train_epoch_end=True, enable_version_counter=False
         )
-        self._saved = self._took = 0.0
+        self._saved_at = self._save_seconds = 0.0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        began = time.monotonic()
-        ends = (
+        now = time.monotonic()
+        is_last_epoch = (
             trainer.should_stop
             or trainer.global_step == trainer.max_steps
             or trainer.current_epoch + 1 == trainer.max_epochs
         )
-        if trainer.strategy.broadcast(ends or began - self._saved >= 20 * self._took):
+        is_due = now - self._saved_at >= SAVE_INTERVAL * self._save_seconds
+        if trainer.strategy.broadcast(is_last_epoch or is_due):  # ranks must agree: all of them take part in saving
             super().on_train_epoch_end(trainer, pl_module)
-            self._saved = time.monotonic()
-            self._took = self._saved - began
+            self._saved_at = time.monotonic()
+            self._save_seconds = self._saved_at - now

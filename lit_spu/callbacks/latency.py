@@ -1,4 +1,4 @@
-"""The time that training and inference take."""
+"""Latency of training steps, forward passes and inference."""
 
 from __future__ import annotations
 
@@ -11,87 +11,85 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_spu.callbacks.loggers import log_now
+from lit_spu.callbacks.output import log_now
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.measure import Clock, Durations
 from lit_spu.measure.clocks import Instant
 
 
 class Latency(Callback):
-    """Times steps and forward passes, in milliseconds, each rank its own; an accelerator is synchronised once a batch.
+    """Callback that times steps and forward passes in milliseconds, on each rank.
 
-    - `latency/step_ms`: one optimizer step, forward and backward passes of all its batches included; neither the wait
-      for data nor validation is.
-    - `latency/forward_ms`: one call of the module in training (MeZO makes two a step).
+    An accelerator is synchronised once per batch.
+
+    - `latency/step_ms`: one optimizer step, including the forward and backward passes of all its batches, excluding the
+      wait for data and validation.
+    - `latency/forward_ms`: one call of the module in training (MeZO calls it twice per step).
     - `latency/inference_ms`: one call of the module in validation, test and prediction.
-    - `latency/forward/<module>_ms`, `latency/inference/<module>_ms`: one call of a module inside it.
+    - `latency/forward/<module>_ms`, `latency/inference/<module>_ms`: one call of a submodule.
 
-    Logged are the times as they come; `summary` has the medians, and with `p95` before the unit the 95th percentiles.
-    It also counts the passes of training, `passes/forward` and `passes/backward`, warm-up included.
+    Single times are logged; `summary` has their medians and their 95th percentiles (`latency/step_p95_ms`). It also
+    counts the passes of training, `passes/forward` and `passes/backward`, including the warm-up.
 
     Args:
-        warmup: The first so many steps and calls of each kind are dropped.
-        modules: Names of modules inside the LightningModule to time as well, as in `named_modules()`; `*` and `?` match
-            any part (`backbone`, `backbone.*.layer.0`).
+        warmup: Number of steps, and of calls of each kind, that are dropped at the beginning.
+        modules: Names of submodules to time as well, as in `named_modules()`; the wildcards `*` and `?` are allowed
+            (`backbone`, `backbone.*.layer.0`).
 
     Raises:
-        UserError: if a name matches no module.
+        UserError: when the run starts, if a name matches no submodule.
     """
 
     def __init__(self, warmup: int = 5, modules: Sequence[str] = ()) -> None:
         self.warmup = warmup
         self.modules = list(modules)
         self._durations: dict[str, Durations] = {}
-        self._calls: dict[str, _Calls] = {}
+        self._timers: dict[str, _CallTimer] = {}
         self._passes = {"passes/forward": 0, "passes/backward": 0}
         self._clock: Clock
-        self._start: Instant
+        self._batch_start: Instant
         self._global_step = 0
         self._step_seconds = 0.0
 
     @property
     def summary(self) -> dict[str, float]:
-        """Median and 95th percentile of each figure so far, in milliseconds; and the passes of training."""
-        found = {name: durations for name, durations in self._durations.items() if durations.seconds}
-        passes = self._passes if any(self._passes.values()) else {}
-        return passes | {
-            key: value
-            for name, durations in found.items()
-            for key, value in (
-                (f"latency/{name}_ms", durations.milliseconds()),
-                (f"latency/{name}_p95_ms", durations.milliseconds(0.95)),
-            )
-        }
+        """Median and 95th percentile of each time so far, in milliseconds, and the number of passes in training."""
+        figures: dict[str, float] = dict(self._passes) if any(self._passes.values()) else {}
+        for name, durations in self._durations.items():
+            if durations.seconds:
+                figures[f"latency/{name}_ms"] = durations.milliseconds()
+                figures[f"latency/{name}_p95_ms"] = durations.milliseconds(0.95)
+        return figures
 
     # -- hooks on the modules ---------------------------------------------------------------------------------------
 
-    def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to time the calls, once the module is whole."""
-        if self._calls:
+    def _register_hooks(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register the timers on the modules; not in `setup`, where a module may still be incomplete."""
+        if self._timers:
             return
         self._clock = Clock(trainer.strategy.root_device)
         modules = dict(pl_module.named_modules())
         for pattern in self.modules:
             if not any(fnmatchcase(name, pattern) for name in modules if name):
-                raise UserError(f"Latency: modules has {pattern!r}, which no module is. {_hint(pattern, modules)}")
-        self._calls = {
-            name: _Calls(module, self._clock.now)
+                raise UserError(f"Latency: no module is named {pattern!r} (modules). {_hint(pattern, modules)}")
+        self._timers = {
+            name: _CallTimer(module, self._clock.now)
             for name, module in modules.items()
             if not name or any(fnmatchcase(name, pattern) for pattern in self.modules)
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watch(trainer, pl_module)
+        self._register_hooks(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watch(trainer, pl_module)
+        self._register_hooks(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for calls in self._calls.values():
-            calls.close()
-        self._calls = {}
+        for timer in self._timers.values():
+            timer.remove_hooks()
+        self._timers = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "exception")
@@ -102,9 +100,9 @@ class Latency(Callback):
         self._global_step, self._step_seconds = trainer.global_step, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        for calls in self._calls.values():
-            calls.take()
-        self._start = self._clock.now()
+        for timer in self._timers.values():
+            timer.pop_finished()
+        self._batch_start = self._clock.now()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes["passes/backward"] += 1
@@ -112,10 +110,10 @@ class Latency(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._step_seconds += self._clock.seconds(self._start, self._clock.now())
-        figures = self._collect("forward")
+        self._step_seconds += self._clock.seconds(self._batch_start, self._clock.now())
+        figures = self._record_calls("forward")
         if trainer.global_step > self._global_step:
-            figures |= self._add("step", self._step_seconds)
+            figures |= self._record("step", self._step_seconds)
             self._global_step, self._step_seconds = trainer.global_step, 0.0
         pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
@@ -123,13 +121,16 @@ class Latency(Callback):
         log_now(trainer, {name: value for name, value in self.summary.items() if name == "latency/step_p95_ms"})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what could not be measured."""
+        """Report what could not be measured."""
         if not self._durations.get("step", Durations()).seconds:
-            rank_zero_info(f"Latency: no step came after the warm-up of {self.warmup}, so there is no step time.")
-        silent = [name for name, calls in self._calls.items() if not calls.seen]
-        if silent:
-            names = ", ".join(name or type(pl_module).__name__ for name in silent)
-            rank_zero_info(f"Latency: never called as a module, so not timed: {names}.")
+            rank_zero_info(
+                f"Latency: no step time, because the run ended within the warm-up of {self.warmup} steps. Train longer,"
+                " or lower warmup."
+            )
+        uncalled = [name for name, timer in self._timers.items() if not timer.was_called]
+        if uncalled:
+            names = ", ".join(name or type(pl_module).__name__ for name in uncalled)
+            rank_zero_info(f"Latency: not timed, because never called as a module: {names}.")
 
     # -- inference --------------------------------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class Latency(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._collect("inference")
+        self._record_calls("inference")
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
@@ -153,59 +154,61 @@ class Latency(Callback):
 
     # -- figures ----------------------------------------------------------------------------------------------------
 
-    def _collect(self, what: str) -> dict[str, float]:
-        """Keep the calls since the last batch; the latest of each, for the log."""
+    def _record_calls(self, kind: str) -> dict[str, float]:
+        """Record the calls since the last batch; return the latest time of each module, for the log."""
         figures: dict[str, float] = {}
-        for name, calls in self._calls.items():
-            done = calls.take()
-            if what == "forward" and not name:
-                self._passes["passes/forward"] += len(done)
-            for start, end in done:
-                figures |= self._add(f"{what}/{name}" if name else what, self._clock.seconds(start, end))
+        for name, timer in self._timers.items():
+            finished = timer.pop_finished()
+            if kind == "forward" and not name:
+                self._passes["passes/forward"] += len(finished)
+            for start, end in finished:
+                figures |= self._record(f"{kind}/{name}" if name else kind, self._clock.seconds(start, end))
         return figures
 
-    def _add(self, name: str, seconds: float) -> dict[str, float]:
+    def _record(self, name: str, seconds: float) -> dict[str, float]:
+        """Record one time; return it in milliseconds for the log, or nothing during the warm-up."""
         durations = self._durations.setdefault(name, Durations(self.warmup))
         durations.add(seconds)
         return {f"latency/{name}_ms": seconds * 1000} if durations.seconds else {}
 
 
-class _Calls:
-    """The start and end of each call of a module. Of calls within one another the innermost counts.
+class _CallTimer:
+    """Timer of the calls of one module; of nested calls of the same module only the innermost counts.
 
-    For a strategy may run a whole training step through the module's own `__call__`, around the call in it.
+    A strategy may run a whole training step through the module's `__call__`, around the call inside the step.
     """
 
     def __init__(self, module: nn.Module, now: Callable[[], Instant]) -> None:
-        self.seen = False
+        self.was_called = False
         self._now = now
-        self._open: list[Instant | None] = []
-        self._done: list[tuple[Instant, Instant]] = []
+        self._running: list[Instant | None] = []  # one entry a nested call; None for a call with another one inside
+        self._finished: list[tuple[Instant, Instant]] = []
         self._handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave),
+            module.register_forward_pre_hook(self._before_call),
+            module.register_forward_hook(self._after_call),
         ]
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._open = [None] * len(self._open)  # those around it are not the innermost
-        self._open.append(self._now())
+    def _before_call(self, module: nn.Module, args: Any) -> None:
+        self._running = [None] * len(self._running)
+        self._running.append(self._now())
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        start = self._open.pop() if self._open else None
+    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
+        start = self._running.pop() if self._running else None
         if start is not None:
-            self._done.append((start, self._now()))
-            self.seen = True
+            self._finished.append((start, self._now()))
+            self.was_called = True
 
-    def take(self) -> list[tuple[Instant, Instant]]:
-        """The calls that ended since the last time; what a failed call left open is forgotten."""
-        done, self._done, self._open = self._done, [], []
-        return done
+    def pop_finished(self) -> list[tuple[Instant, Instant]]:
+        """Return the calls that ended since the last `pop_finished`; forget calls that failed before they ended."""
+        finished, self._finished, self._running = self._finished, [], []
+        return finished
 
-    def close(self) -> None:
+    def remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
 
 
 def _hint(pattern: str, modules: dict[str, nn.Module]) -> str:
-    near = [name for name in modules if name and name.count(".") <= pattern.count(".")]
-    return did_you_mean(pattern, near)
+    """Suggest module names for a pattern that matches none, among those that are nested no deeper."""
+    candidates = [name for name in modules if name and name.count(".") <= pattern.count(".")]
+    return did_you_mean(pattern, candidates)

@@ -1,29 +1,30 @@
-"""What is trained, part by part."""
+"""Table of the trainable parameters by part of the module."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from torch import nn
 
-from lit_spu.callbacks.loggers import log_now
+from lit_spu.callbacks.output import log_now
 from lit_spu.errors import UserError
 
 
 class TrainableParameters(ModelSummary):
-    """Prints a table of the trainable parameters by part and logs their number as `params/trainable`.
+    """Callback that prints the trainable parameters by part and logs their number as `params/trainable`.
 
-    It takes the place of Lightning's own model summary. The parts of a module whose `backbone` has `blocks` are the
-    embeddings, the blocks (with what is inserted there) and the head (all behind the blocks), and beside the backbone
-    the module's other children, a side network for one; the parts of any other module are its children.
+    It replaces Lightning's own model summary. If the module has a `backbone` with `blocks`, the parts are the
+    embeddings, the blocks (including adapters inside them), the head (everything else in the backbone) and the module's
+    other children, for example a side network. The parts of any other module are its children.
 
     Attributes:
         summary: `params/trainable` and `params/total`.
 
     Raises:
-        UserError: before anything runs, if nothing is trainable.
+        UserError: before training, if no parameter is trainable.
     """
 
     def __init__(self) -> None:
@@ -31,42 +32,41 @@ class TrainableParameters(ModelSummary):
         self.summary: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to fit a module that cannot learn."""
+        """Refuse to fit a module without trainable parameters."""
         parameters = list(pl_module.parameters())
         if stage == "fit" and parameters and not any(parameter.requires_grad for parameter in parameters):
             raise UserError(
-                f"{type(pl_module).__name__} leaves nothing to train: all of its {_count(parameters):,} parameters"
-                " are frozen. Choose a method, or settings of it, that train something; to score without training use"
-                " validate."
+                f"{type(pl_module).__name__} has nothing to train: all of its {_count(parameters):,} parameters are"
+                " frozen. Choose another method or other settings; to evaluate without training, use validate."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parts = {name: list(parameters) for name, parameters in _parts(pl_module).items()}
-        everything = list(pl_module.parameters())
-        trainable = _count(parameter for parameter in everything if parameter.requires_grad)
-        self.summary = {"params/trainable": trainable, "params/total": _count(everything)}
+        all_parameters = list(pl_module.parameters())
+        trainable = _count(parameter for parameter in all_parameters if parameter.requires_grad)
+        self.summary = {"params/trainable": trainable, "params/total": _count(all_parameters)}
         log_now(trainer, {"params/trainable": trainable})
         if trainer.is_global_zero:
-            _print({**parts, "all": everything})
+            _print({**parts, "all": all_parameters})
 
 
 def _parts(module: LightningModule) -> dict[str, list[nn.Parameter]]:
-    """The parameters by part, each in the first part that has it."""
-    backbone = getattr(module, "backbone", None)
+    """Return the parameters by part; a parameter that is shared belongs to the first part that has it."""
+    backbone: Any = getattr(module, "backbone", None)
     owners: dict[str, Iterable[nn.Module]] = {}
     if blocks := getattr(backbone, "blocks", None):
-        stem = getattr(backbone, "stem", None)
-        owners = {"embeddings": getattr(stem, "embeddings", []), "blocks": blocks, "head": [backbone]}  # type: ignore[list-item]
+        base_model = getattr(backbone, "base_model", None)
+        owners = {"embeddings": getattr(base_model, "embeddings", []), "blocks": blocks, "head": [backbone]}
     owners |= {name: [child] for name, child in module.named_children() if child is not backbone or not blocks}
     parts: dict[str, list[nn.Parameter]] = {}
-    seen: set[nn.Parameter] = set()
+    assigned: set[nn.Parameter] = set()
     for name, modules in owners.items():
-        mine = {parameter for owner in modules for parameter in owner.parameters()} - seen
-        seen |= mine
-        if mine:
-            parts[name] = list(mine)
-    if own := set(module.parameters()) - seen:
-        parts["own"] = list(own)
+        parameters = {parameter for owner in modules for parameter in owner.parameters()} - assigned
+        assigned |= parameters
+        if parameters:
+            parts[name] = list(parameters)
+    if remaining := set(module.parameters()) - assigned:
+        parts["own"] = list(remaining)
     return parts
 
 
@@ -75,6 +75,7 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _print(parts: dict[str, list[nn.Parameter]]) -> None:
+    """Print one row for each part."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""Policies of `SelectiveUpdate`: how much of a step is taken. A class here is a policy, by being here.
+"""Policies of `SelectiveUpdate`: each decides how much of a training step is run.
 
-Decided before the forward pass, a step that is left out costs nothing; behind it, no more than the backward pass is
-saved, and no peak memory.
+A decision before the forward pass can skip the whole step. A decision after it saves only the backward pass, and no
+peak memory. Every public class in this module is registered as a policy.
 """
 
 from __future__ import annotations
@@ -23,120 +23,122 @@ Batch = dict[str, Tensor]
 
 
 class Policy:
-    """Every step is whole, unless one of these says otherwise."""
+    """Base class of policies. Without overrides every step is a full step: all weights are updated."""
 
-    def begin(self, module: Any, data: Any, device: torch.device) -> None:
-        """A run of a module on these data begins.
+    def setup(self, module: Any, data: Any, device: torch.device) -> None:
+        """Prepare for training `module` on the data module `data` on `device`.
 
         Raises:
-            UserError: if it cannot be had with these data.
+            UserError: if the policy does not work with them.
         """
 
-    def chooses(self, step: int, batch: Batch) -> bool:
-        """Before the forward pass: whether the step is whole."""
+    def before_forward(self, step: int, batch: Batch) -> bool:
+        """Return whether this is a full step. Called before the forward pass; `step` counts the batches of the run."""
         return True
 
-    def passes(self, step: int, depth: int) -> frozenset[int]:
-        """Of so many blocks, those that the backward pass goes around."""
+    def bypassed_blocks(self, step: int, num_blocks: int) -> frozenset[int]:
+        """Return the numbers of the blocks, out of `num_blocks`, that the backward pass bypasses; 0 is the lowest."""
         return frozenset()
 
-    def agrees(self, scores: Tensor, batch: Batch) -> bool:
-        """Behind the forward pass, from the scores [batch, labels]: whether there is a backward pass."""
+    def after_forward(self, logits: Tensor, batch: Batch) -> bool:
+        """Return whether to run the backward pass. Called after the forward pass with the logits [batch, labels]."""
         return True
 
-    def learnt(self, norm: float, batch: Batch) -> None:
-        """A step was taken, whose gradient had this norm."""
+    def after_step(self, grad_norm: float, batch: Batch) -> None:
+        """Receive the gradient norm of a step with a backward pass."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state that `state_dict` returned."""
 
 
 class Always(Policy):
-    """Plain training, to the bit."""
+    """Policy with only full steps: plain training, bit for bit."""
 
 
 class Never(Policy):
-    """No step is whole."""
+    """Policy without full steps."""
 
-    def chooses(self, step: int, batch: Batch) -> bool:
+    def before_forward(self, step: int, batch: Batch) -> bool:
         return False
 
 
-class _AtRate(Policy):
-    """Some share of the steps, or of the blocks in each, is left out."""
+class _WithRate(Policy):
+    """Base class of policies that skip a given share of the steps, or of the blocks in each step."""
 
     def __init__(self, rate: float = 0.5) -> None:
         if not 0 <= rate < 1:
-            raise UserError(f"{type(self).__name__}: rate={rate} is the share that is left out: from 0 to less than 1.")
+            raise UserError(
+                f"{type(self).__name__}: rate={rate} is the share that is skipped. It must be at least 0 and below 1."
+            )
         self.rate = rate
 
 
-class _ByChance(_AtRate):
-    """What is left out hangs on the seed and on numbers alone, of the step for one."""
+class _ByChance(_WithRate):
+    """Base class of policies that skip at random, depending only on the seed and on numbers such as the step."""
 
     def __init__(self, rate: float = 0.5, seed: int = 0) -> None:
         super().__init__(rate)
         self.seed = seed
 
-    def leaves_out(self, *numbers: int) -> bool:
-        """Whether what has these numbers is left out."""
+    def is_skipped(self, *numbers: int) -> bool:
+        """Return whether to skip the step, or the block of a step, that these numbers identify."""
         return key_of(self.seed, *numbers) / 2**63 < self.rate
 
 
 class Random(_ByChance):
-    """Chance decides: the control of every other policy at its rate.
+    """Policy that skips steps at random: the control for every other policy at the same rate.
 
     Args:
-        rate: The share of the steps that are not whole.
-        seed: Of the draws, which depend on it and the step alone.
+        rate: Share of the steps that are not full steps.
+        seed: Random seed; a decision depends on it and on the number of the step alone.
     """
 
-    def chooses(self, step: int, batch: Batch) -> bool:
-        return not self.leaves_out(step)
+    def before_forward(self, step: int, batch: Batch) -> bool:
+        return not self.is_skipped(step)
 
 
 class LayerCyclic(Policy):
-    """A few blocks learn in each step, from the bottom up and round again (LCSB, https://arxiv.org/abs/2602.13073).
+    """Policy that trains a few blocks in each step, in turn from the bottom up (LCSB, https://arxiv.org/abs/2602.13073).
 
     Args:
-        blocks: How many.
+        blocks: Number of blocks that train in a step.
     """
 
     def __init__(self, blocks: int = 2) -> None:
         if blocks < 1:
-            raise UserError(f"LayerCyclic: blocks={blocks}: one must learn at least.")
+            raise UserError(f"LayerCyclic: blocks={blocks} must be at least 1.")
         self.blocks = blocks
 
-    def passes(self, step: int, depth: int) -> frozenset[int]:
-        learn = {(step * self.blocks + number) % depth for number in range(self.blocks)}
-        return frozenset(range(depth)) - learn
+    def bypassed_blocks(self, step: int, num_blocks: int) -> frozenset[int]:
+        trained = {(step * self.blocks + number) % num_blocks for number in range(self.blocks)}
+        return frozenset(range(num_blocks)) - trained
 
 
 class DropBackward(_ByChance):
-    """The backward pass goes around blocks that are drawn for each step (DropBP, https://arxiv.org/abs/2402.17812).
+    """Policy that bypasses random blocks in each backward pass (DropBP, https://arxiv.org/abs/2402.17812).
 
     Args:
-        rate: The share of the blocks.
-        seed: Of the draws, which depend on it and the step alone.
+        rate: Share of the blocks that are bypassed.
+        seed: Random seed; a decision depends on it and on the numbers of the step and the block alone.
     """
 
-    def passes(self, step: int, depth: int) -> frozenset[int]:
-        return frozenset(number for number in range(depth) if self.leaves_out(step, number))
+    def bypassed_blocks(self, step: int, num_blocks: int) -> frozenset[int]:
+        return frozenset(number for number in range(num_blocks) if self.is_skipped(step, number))
 
 
-class _Lowest(_AtRate):
-    """What is lowest is left out: below the quantile `rate` of the last `window` values."""
+class _SkipLowest(_WithRate):
+    """Base class of policies that skip steps whose value is below the quantile `rate` of the last `window` values."""
 
     def __init__(self, rate: float = 0.5, window: int = 100) -> None:
         super().__init__(rate)
         self.recent: deque[float] = deque(maxlen=window)
 
     def is_low(self, value: float) -> bool:
-        """Whether a value is among the lowest of the last ones, of which it is one from now on."""
+        """Return whether a value is below the quantile of the recent values, and add it to them."""
         low = bool(self.recent) and value < float(torch.tensor([*self.recent], dtype=torch.float64).quantile(self.rate))
         self.recent.append(value)
         return low
@@ -148,89 +150,97 @@ class _Lowest(_AtRate):
         self.recent.extend(state["recent"])
 
 
-class _Expected(_Lowest):
-    """A batch is left out of which little is expected: the mean of what its examples have shown before.
+class _SkipLowAverages(_SkipLowest):
+    """Base class of policies that skip a batch if the moving averages of its examples have a low mean.
 
-    In the first epoch nothing is known of any, and every step is whole.
+    A batch with an example that has no average yet is a full step, so the first epoch consists of full steps.
     """
 
     def __init__(self, rate: float = 0.5, window: int = 100, decay: float = 0.5) -> None:
         super().__init__(rate, window)
         if not 0 <= decay < 1:
-            raise UserError(f"{type(self).__name__}: decay={decay} must be from 0 to less than 1.")
+            raise UserError(f"{type(self).__name__}: decay={decay} must be at least 0 and below 1.")
         self.decay = decay
-        self.shown: dict[int, float] = {}
+        self.averages: dict[int, float] = {}  # by the number of the example
 
-    def chooses(self, step: int, batch: Batch) -> bool:
-        known = [self.shown.get(number) for number in batch["index"].tolist()]
-        values = [value for value in known if value is not None]
-        return len(values) < len(known) or not self.is_low(sum(values) / len(values))
+    def before_forward(self, step: int, batch: Batch) -> bool:
+        averages = [self.averages.get(number) for number in batch["index"].tolist()]
+        known = [average for average in averages if average is not None]
+        return len(known) < len(averages) or not self.is_low(sum(known) / len(known))
 
-    def show(self, batch: Batch, values: list[float]) -> None:
-        """Each example of a batch has shown a value."""
+    def update_averages(self, batch: Batch, values: list[float]) -> None:
+        """Update the moving average of each example in the batch with its new value."""
         for number, value in zip(batch["index"].tolist(), values, strict=True):
-            before = self.shown.get(number, value)
-            self.shown[number] = self.decay * before + (1 - self.decay) * value
+            average = self.averages.get(number, value)
+            self.averages[number] = self.decay * average + (1 - self.decay) * value
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"shown": dict(self.shown)}
+        return super().state_dict() | {"averages": dict(self.averages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.shown = dict(state["shown"])
+        self.averages = dict(state["averages"])
 
 
-class LossEMA(_Expected):
-    """Batches whose examples had a low loss are left out, by its moving average (https://arxiv.org/abs/1910.00762).
+class LossEMA(_SkipLowAverages):
+    """Policy that skips batches whose examples have a low average loss (https://arxiv.org/abs/1910.00762).
+
+    Each example has its own moving average.
 
     Args:
-        rate: The share of the steps, from the second epoch on, that are not whole.
-        window: Of how many steps the quantile is taken.
-        decay: How much of an example's average stays.
+        rate: Share of the steps that are not full steps, from the second epoch on.
+        window: Number of recent steps over which the quantile is computed.
+        decay: Weight of an example's earlier losses in its moving average.
     """
 
-    def agrees(self, scores: Tensor, batch: Batch) -> bool:
+    def after_forward(self, logits: Tensor, batch: Batch) -> bool:
         labels = batch["labels"]
-        if scores.shape[-1] == 1:
-            losses = (scores[:, 0] - labels).square()
+        if logits.shape[-1] == 1:
+            losses = (logits[:, 0] - labels).square()
         else:
-            losses = F.cross_entropy(scores.float(), labels, reduction="none")
-        self.show(batch, losses.tolist())
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        self.update_averages(batch, losses.tolist())
         return True
 
 
-class GradNorm(_Expected):
-    """Batches whose examples came with small gradients are left out.
+class GradNorm(_SkipLowAverages):
+    """Policy that skips batches whose examples have small gradients.
+
+    Each example has a moving average of the gradient norms of its batches.
 
     Args:
-        rate: The share of the steps, from the second epoch on, that are not whole.
-        window: Of how many steps the quantile is taken.
-        decay: How much of an example's average stays.
+        rate: Share of the steps that are not full steps, from the second epoch on.
+        window: Number of recent steps over which the quantile is computed.
+        decay: Weight of an example's earlier gradient norms in its moving average.
     """
 
-    def learnt(self, norm: float, batch: Batch) -> None:
-        self.show(batch, [norm] * len(batch["index"]))
+    def after_step(self, grad_norm: float, batch: Batch) -> None:
+        self.update_averages(batch, [grad_norm] * len(batch["index"]))
 
 
-class TeacherDistance(_Lowest):
-    """Batches on which the student agrees with a teacher have no backward pass.
+class TeacherDistance(_SkipLowest):
+    """Policy that skips the backward pass of batches on which the student is close to a teacher.
 
     Args:
         teacher: A run directory, a checkpoint, an export, or a Hugging Face folder or name.
-        rate: The share of the steps.
-        window: Of how many steps the quantile is taken.
+        rate: Share of the steps that are skipped.
+        window: Number of recent steps over which the quantile is computed.
     """
 
     def __init__(self, teacher: str, rate: float = 0.5, window: int = 100) -> None:
         super().__init__(rate, window)
         self.teacher = teacher
-        self.answers = torch.empty(0)
+        self.teacher_logits = torch.empty(0)  # [examples, labels]
 
-    def begin(self, module: Any, data: Any, device: torch.device) -> None:
+    def setup(self, module: Any, data: Any, device: torch.device) -> None:
         task: Task = module.task
         if task.regression:
-            raise UserError(f"TeacherDistance: {task.name} has one score, and no distribution to be far from.")
-        self.answers = Teacher(self.teacher, task).answers(data, device)
+            raise UserError(
+                f"TeacherDistance compares distributions over labels, but {task.name} is a regression. Choose another"
+                " policy."
+            )
+        self.teacher_logits = Teacher(self.teacher, task).compute_logits(data, device)
 
-    def agrees(self, scores: Tensor, batch: Batch) -> bool:
-        return not self.is_low(float(distances.divergence(scores.float(), self.answers[batch["index"]], 1.0)))
+    def after_forward(self, logits: Tensor, batch: Batch) -> bool:
+        distance = distances.divergence(logits.float(), self.teacher_logits[batch["index"]], 1.0)
+        return not self.is_low(float(distance))

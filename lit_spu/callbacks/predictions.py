@@ -1,33 +1,33 @@
-"""Answers to a split, or to sentences given: as JSON lines, as the GLUE server's TSV, or printed."""
+"""Predictions for a split or for given texts: as JSON lines, as TSV for the GLUE server, or printed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_spu.tasks import Task
 
-Answers = dict[tuple[int, int], tuple[float, list[float]]]
-"""Prediction and scores by the number of the set and that of the row in it."""
+Prediction: TypeAlias = tuple[float, list[float]]
+"""The predicted value of one example (a label's number, or a number), and the probability of each label."""
 
 
 class Predictions(Callback):
-    """Collects what `predict_step` gives on every device, and writes each example's answer once and in order.
+    """Callback that collects the results of `predict_step` on every device and writes each example once and in order.
 
     Args:
-        files: Where to write: `.tsv` as the GLUE server wants it, anything else as JSON lines. A task's second test set
-            gets files of its own, `predictions.mismatched.tsv` beside `predictions.tsv`.
-        echo: Print each answer, too.
+        files: Files to write: `.tsv` for the GLUE server, any other suffix for JSON lines. A second test set of the
+            task gets its own files, for example `predictions.mismatched.tsv` next to `predictions.tsv`.
+        echo: Also print each prediction.
     """
 
     def __init__(self, files: Sequence[Path], echo: bool = False) -> None:
         self.files, self.echo = files, echo
-        self.answers: Answers = {}
+        self.predictions: dict[tuple[int, int], Prediction] = {}  # by the number of the test set and of the row in it
 
     def on_predict_batch_end(
         self,
@@ -38,56 +38,66 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        rows = [outputs[name].tolist() for name in ("index", "prediction", "scores")]
-        for index, prediction, scores in zip(*rows, strict=True):
-            self.answers[dataloader_idx, index] = prediction, scores
+        columns = [outputs[name].tolist() for name in ("index", "prediction", "scores")]
+        for index, value, probabilities in zip(*columns, strict=True):
+            self.predictions[dataloader_idx, index] = value, probabilities
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        shares: list[Any] = [self.answers]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self.answers)
+        predictions = self._gather(trainer)
         if not trainer.is_global_zero:
             return
         task: Any = pl_module.task
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        answers = {key: answer for share in shares for key, answer in share.items()}  # a row that ranks share, once
         parts = ("", *task.files.parts[1:]) if task.files else ("",)
-        for number in sorted({number for number, _ in answers}):
+        for number in sorted({number for number, _ in predictions}):
             rows = data.examples("predict", parts[number])
-            its_answers = {row: answers[number, row] for row in range(len(rows)) if (number, row) in answers}
-            self._write(parts[number], rows, its_answers, task)
+            of_part = {row: predictions[number, row] for row in range(len(rows)) if (number, row) in predictions}
+            self._write(parts[number], rows, of_part, task)
 
-    def _write(self, part: str, rows: Sequence[Mapping[str, Any]], answers: Mapping[int, Any], task: Task) -> None:
+    def _gather(self, trainer: Trainer) -> dict[tuple[int, int], Prediction]:
+        """Return the predictions of all ranks; a row that two ranks predicted occurs once."""
+        by_rank: list[Any] = [self.predictions]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            by_rank = [None] * trainer.world_size
+            torch.distributed.all_gather_object(by_rank, self.predictions)
+        return {key: prediction for predictions in by_rank for key, prediction in predictions.items()}
+
+    def _write(
+        self, part: str, rows: Sequence[Mapping[str, Any]], predictions: Mapping[int, Prediction], task: Task
+    ) -> None:
+        """Write, and print on request, the predictions for one test set by the row's number."""
         for file in self.files:
-            lines = _server(answers, task) if file.suffix == ".tsv" else _json(answers, rows, task)
+            lines = _tsv_lines(predictions, task) if file.suffix == ".tsv" else _json_lines(predictions, rows, task)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.with_stem(f"{file.stem}.{part}" if part else file.stem).write_text("\n".join([*lines, ""]), "utf-8")
         if self.echo:
-            for prediction, scores in answers.values():
-                named = "  ".join(f"{label} {score:.4f}" for label, score in _scores(scores, task).items())
-                print(f"{_label(prediction, task)}\t{named}".rstrip())
+            for value, probabilities in predictions.values():
+                by_label = _probabilities_by_label(probabilities, task)
+                columns = "  ".join(f"{label} {probability:.4f}" for label, probability in by_label.items())
+                print(f"{_label(value, task)}\t{columns}".rstrip())
 
 
-def _json(answers: Mapping[int, Any], rows: Sequence[Mapping[str, Any]], task: Task) -> Iterator[str]:
-    for index, (prediction, scores) in answers.items():
+def _json_lines(predictions: Mapping[int, Prediction], rows: Sequence[Mapping[str, Any]], task: Task) -> Iterator[str]:
+    """Format the predictions as JSON, each with the fields of its example."""
+    for index, (value, probabilities) in predictions.items():
         fields = {field: rows[index][field] for field in task.fields}
-        answer = {"label": _label(prediction, task), "scores": _scores(scores, task)}
-        yield json.dumps({"index": index, **fields, **answer}, ensure_ascii=False)
+        result = {"label": _label(value, task), "scores": _probabilities_by_label(probabilities, task)}
+        yield json.dumps({"index": index, **fields, **result}, ensure_ascii=False)
 
 
-def _server(answers: Mapping[int, Any], task: Task) -> Iterator[str]:
-    """The GLUE server's form: the labels as the official files spell them."""
+def _tsv_lines(predictions: Mapping[int, Prediction], task: Task) -> Iterator[str]:
+    """Format the predictions for the GLUE server, with the labels as the official files spell them."""
     labels = (task.files.spelling if task.files else ()) or task.labels
     yield "index\tprediction"
-    for index, (prediction, _) in answers.items():
-        yield f"{index}\t{f'{prediction:.3f}' if task.regression else labels[int(prediction)]}"
+    for index, (value, _) in predictions.items():
+        yield f"{index}\t{f'{value:.3f}' if task.regression else labels[int(value)]}"
 
 
-def _label(prediction: float, task: Task) -> str | float:
-    return round(prediction, 4) if task.regression else task.labels[int(prediction)]
+def _label(value: float, task: Task) -> str | float:
+    """Return the predicted label, or the predicted number of a regression."""
+    return round(value, 4) if task.regression else task.labels[int(value)]
 
 
-def _scores(scores: Sequence[float], task: Task) -> dict[str, float]:
-    """The probabilities by label; a regression has none."""
-    return {} if task.regression else dict(zip(task.labels, scores, strict=True))
+def _probabilities_by_label(probabilities: Sequence[float], task: Task) -> dict[str, float]:
+    """Return the probability of each label; a regression has none."""
+    return {} if task.regression else dict(zip(task.labels, probabilities, strict=True))

@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""Progress bar with the training loss and the monitored metric."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
 
 class MetricProgressBar(RichProgressBar):
-    """Lightning's Rich bar with what matters: the training loss and the metric that selects the best checkpoint."""
+    """Lightning's Rich progress bar with the training loss and the metric that selects the best checkpoint."""
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """`train/loss` and the monitored metric, as far as they are known."""
+        """Return `train/loss` and the monitored metric, if they have been logged."""
         checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         names = ["train/loss", *(callback.monitor for callback in checkpoints if callback.monitor)]
-        known = trainer.callback_metrics
-        return {name: known[name].item() for name in dict.fromkeys(names) if name in known}
+        logged = trainer.callback_metrics
+        return {name: logged[name].item() for name in dict.fromkeys(names) if name in logged}

@@ -1,4 +1,4 @@
-"""What a run came to, in a file and in a table."""
+"""Summary of a run, as a file and as a table."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_spu.callbacks.output import run_directory
+
 PACKAGES = ("lit-spu", "torch", "lightning", "transformers")
 
 TABLE = (
@@ -25,34 +27,33 @@ TABLE = (
     "latency/inference_ms",
     "params/trainable",
 )
-"""What other callbacks measured that the closing table shows; the file has all of it."""
+"""Measurements of other callbacks in the closing table; the file has all of them."""
 
 
 class RunSummary(Callback):
-    """Writes `summary.json` into the run directory after fit, validate or test, and prints a closing table.
+    """Callback that writes `summary.json` after fit, validate or test, and prints a closing table.
 
-    The file says: `status` (`completed`, `interrupted` or `failed`, then with the `error`), `command`, `metrics` (the
-    last of each), `measured` (the `summary` of every other callback: memory in MiB, latency in ms, parameters),
-    `monitor`, `best_score`, `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices` and `versions`.
-    TensorBoard gets the settings of the method with the score and the figures of the closing table, as `final/…`.
-    Validate and test add what they found to what a fit in the same directory wrote, and leave the rest of it.
+    The file is in the run directory. It has `status` (`completed`, `interrupted`, or `failed` with an `error`),
+    `command`, `metrics` (the last values), `measured` (the `summary` of every other callback: memory in MiB, latency in
+    ms, parameters), `monitor`, `best_score`, `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices`
+    and `versions`. TensorBoard gets the method's settings together with the score and the measurements of the closing
+    table, as `final/…`. Validate and test add their results to the file of a fit in the same directory, and do not
+    change the rest of it.
     """
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._began = 0.0
+        self._start_time = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._began = time.perf_counter()
-        self._folder = Path(
-            trainer.log_dir or trainer.default_root_dir
-        )  # asked for on every rank: Lightning broadcasts
+        self._start_time = time.perf_counter()
+        self._folder = run_directory(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._write(trainer, "completed")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt | SystemExit):  # Lightning's SIGTERMException is the latter
+        if isinstance(exception, KeyboardInterrupt | SystemExit):  # the latter includes Lightning's SIGTERMException
             self._write(trainer, "interrupted")
         else:
             self._write(trainer, "failed", f"{type(exception).__name__}: {exception}")
@@ -60,7 +61,7 @@ class RunSummary(Callback):
     def _write(
         self, trainer: Trainer, status: Literal["completed", "interrupted", "failed"], error: str | None = None
     ) -> None:
-        folder, self._folder = self._folder, None
+        folder, self._folder = self._folder, None  # so that it is written only once
         command = trainer.state.fn
         if not folder or not command or command == "predict" or not trainer.is_global_zero:
             return
@@ -72,14 +73,14 @@ class RunSummary(Callback):
             _log_settings(trainer, record)
         if command != "fit" and path.exists():
             fit = json.loads(path.read_text())
-            added = {key: fit[key] | record[key] for key in ("metrics", "measured")}
-            record = fit | added
+            record = fit | {key: fit[key] | record[key] for key in ("metrics", "measured")}
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
-        if status != "failed":  # then the error is what to read
+        if status != "failed":  # the error message should be the last output
             _print(f"{command.value} {status}", record, folder)
 
     def _record(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the fields of the file that describe the run so far."""
         device = trainer.strategy.root_device
         best = trainer.checkpoint_callback
         best = best if isinstance(best, ModelCheckpoint) else None
@@ -98,7 +99,7 @@ class RunSummary(Callback):
             "best_checkpoint": (best.best_model_path or None) if best else None,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
-            "wall_seconds": time.perf_counter() - self._began,
+            "wall_seconds": time.perf_counter() - self._start_time,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
             "devices": trainer.world_size,
             "versions": {"python": platform.python_version(), **_versions()},
@@ -106,7 +107,7 @@ class RunSummary(Callback):
 
 
 def _log_settings(trainer: Trainer, record: dict[str, Any]) -> None:
-    """Hand TensorBoard the settings together with what they led to, which its table of runs compares."""
+    """Log the settings with the final results to TensorBoard, which compares runs in a table."""
     module = trainer.lightning_module
     final = {"score": record["best_score"]} | {name: record["measured"].get(name) for name in TABLE}
     for logger in trainer.loggers:
@@ -119,21 +120,23 @@ def _log_settings(trainer: Trainer, record: dict[str, Any]) -> None:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return None instead of NaN or infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    """Return the version of each installed package."""
+    versions: dict[str, str] = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # used from its source folder, or not needed
+            versions[package] = version(package)
+        except PackageNotFoundError:  # not installed, or imported from its source folder
             continue
-    return found
+    return versions
 
 
 def _print(title: str, record: dict[str, Any], folder: Path) -> None:
+    """Print the closing table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -146,14 +149,14 @@ def _print(title: str, record: dict[str, Any], folder: Path) -> None:
     rows |= {name: record["measured"][name] for name in TABLE if name in record["measured"]}
     rows["wall_seconds"] = record["wall_seconds"]
     for name, value in rows.items():
-        table.add_row(name, _written(value))
+        table.add_row(name, _format(value))
     console = Console()
     console.print(table)
     console.print(f"Run directory: {folder}", soft_wrap=True, highlight=False)
 
 
-def _written(value: float | None) -> str:
-    """Counts in full, measures with four digits."""
+def _format(value: float | None) -> str:
+    """Format a number for the table: counts in full, others with four digits."""
     if value is None:
         return "undefined"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

@@ -71,15 +71,13 @@ class HiddenStateReader(FrozenBackbone):
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
         """Return the logits [batch, labels] from the backbone's hidden states."""
 
-    def loss_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
-        """Return the training loss from the backbone's hidden states, a scalar."""
-        return self.backbone.loss(self.logits_from(hidden_states, batch), batch)
+    def forward(self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None) -> Tensor:
+        """Return the logits [batch, labels]. The hidden states are computed unless they are given."""
+        return self.logits_from(hidden_states or self.hidden_states(batch), batch)
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.logits_from(self.hidden_states(batch), batch)
-
-    def loss(self, batch: Batch) -> Tensor:
-        return self.loss_from(self.hidden_states(batch), batch)
+    def loss(self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None) -> Tensor:
+        """Return the training loss, a scalar. The hidden states are computed unless they are given."""
+        return self.backbone.loss(self(batch, hidden_states), batch)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

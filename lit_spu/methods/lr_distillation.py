@@ -1,7 +1,7 @@
-"""LR distillation: a teacher says how large a step is, by how far the student's answers are from its own.
+"""LR distillation: the learning rate of a step depends on the distance between the student's and a teacher's logits.
 
-From the project's slides, which found it no better than fine-tuning: compare it with its control, a plain schedule of
-the same mean learning rate (`control`).
+From the project's slides. There it was no better than fine-tuning, so compare it with its control: a plain schedule
+with the same mean learning rate (`control`).
 """
 
 from __future__ import annotations
@@ -20,149 +20,169 @@ from lit_spu.methods.base import Method
 from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
 
-NOTHING = 1e-6
-"""A distance below is none: what rounding leaves of it may be less than 0, or divided by as much."""
+MIN_DISTANCE = 1e-6
+"""Smaller distances count as 0: they are rounding errors, which may be negative or end up as a divisor."""
 
 
 class LRDistillation(Method):
-    """Train every weight by lr_t = schedule(t) · clip(d_t / d_0, low, high), and by the task's loss alone.
+    """Train every weight with the task's loss alone, at lr_t = schedule(t) · clip(d_t / d_0, min_factor, max_factor).
 
-    d_t is the distance of the student's scores of a batch from its teacher's, which are computed once for all examples,
-    and d_0 its mean over the first steps. What Adafactor and AdamW move a weight by is in proportion to lr_t.
+    d_t is the distance between the logits of student and teacher on a batch. The teacher's logits are computed once for
+    all examples. d_0, the reference distance, is the mean distance of the first steps. The updates of Adafactor and
+    AdamW are proportional to lr_t.
 
     Args:
-        teacher: Who knows the task: a run directory, a checkpoint or an export of a method; or a Hugging Face folder or
-            name. It may be of another family and size, and have another tokenizer.
-        distance: Of scores: the divergence of the softened ones, the mean squared error, or one minus the cosine. Of a
-            task without labels, where there is one score, it must be the error.
-        temperature: How soft the scores are made for the divergence.
-        reference: How many steps d_0 is the mean of; meanwhile, of those so far.
-        low: Least factor.
-        high: Greatest factor.
-        skip_below: Where d_t is less, there is no backward pass and no step; on one device.
-        schedule: Linear warm-up and decay, or a constant rate, so that the distance alone makes it fall.
-        control: Instead of a teacher's, the mean factor of another run (its directory, or a pattern of it), in every
-            step: the same mean learning rate.
+        teacher: A run directory, a checkpoint or an export of a method; or a Hugging Face folder or name. The teacher
+            may have another family, size and tokenizer than the student.
+        distance: Distance of logits: the divergence of the softened distributions, the mean squared error, or one minus
+            the cosine. For a regression, with its single logit, it must be mse.
+        temperature: Temperature of the softened distributions in the divergence.
+        reference_steps: Number of first steps whose mean distance is d_0; during these it is the mean so far.
+        min_factor: Smallest factor on the learning rate.
+        max_factor: Largest factor on the learning rate.
+        skip_below: Skip the backward pass and the step if d_t is smaller than this; on one device only.
+        schedule: Linear warm-up and decay, or a constant learning rate, which only the distance then lowers.
+        control: A run directory, or a pattern of one. Instead of a teacher's distance, multiply every step's learning
+            rate by the mean factor of that run, which makes the mean learning rates equal.
 
     Raises:
-        UserError: if a number is out of range; before training, if there is no such teacher, it was trained for other
-            labels or cannot read the data, or `control` is no run of LR distillation.
+        UserError: if a number is out of range; before training, if there is no such teacher, if it was trained for
+            other labels or cannot read the data, or if `control` is not a finished run of LR distillation.
     """
 
-    answers: Tensor
-    """The teacher's, [examples, labels], while it trains."""
+    teacher_logits: Tensor
+    """[examples, labels]; only while it trains."""
 
     def __init__(
         self,
         teacher: str,
         distance: Literal["divergence", "mse", "cosine"] = "divergence",
         temperature: float = 1.0,
-        reference: int = 20,
-        low: float = 0.0,
-        high: float = 2.0,
+        reference_steps: int = 20,
+        min_factor: float = 0.0,
+        max_factor: float = 2.0,
         skip_below: float = 0.0,
         schedule: Literal["linear", "constant"] = "linear",
         control: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= low <= high or reference < 1 or temperature <= 0 or skip_below < 0:
+        if not 0 <= min_factor <= max_factor or reference_steps < 1 or temperature <= 0 or skip_below < 0:
             raise UserError(
-                f"model.low={low} and model.high={high} must be 0 or more, in this order, model.reference={reference}"
-                f" at least 1, model.temperature={temperature} above 0, and model.skip_below={skip_below} at least 0."
+                f"model.min_factor={min_factor} must be at least 0 and at most model.max_factor={max_factor},"
+                f" model.reference_steps={reference_steps} at least 1, model.temperature={temperature} above 0, and"
+                f" model.skip_below={skip_below} at least 0."
             )
         if self.task.regression and distance != "mse":
-            raise UserError(f"model.distance={distance}: {self.task.name} has one score, of which only mse can tell.")
-        self.distance, self.temperature, self.reference = distance, temperature, reference
-        self.low, self.high, self.skip_below, self.schedule = low, high, skip_below, schedule
-        self.teacher, self.control = teacher, control
-        self.mean_factor: float | None = None
-        self.start, self.steps_seen = 0.0, 0  # d_0, and how many steps it is the mean of
-        self.scaled = self.plain = 0.0  # the sums of the learning rate with the factor and without
-        self.skipped = 0
-        self._pending: list[float] = []  # factors of the batches of a step
-        self._scheduled: list[float] = []
+            raise UserError(
+                f"model.distance={distance}: {self.task.name} is a regression with one logit, for which only mse works."
+            )
+        self.distance, self.temperature, self.reference_steps = distance, temperature, reference_steps
+        self.min_factor, self.max_factor, self.skip_below = min_factor, max_factor, skip_below
+        self.schedule, self.teacher, self.control = schedule, teacher, control
+        self.control_factor: float | None = None
+        self.reference_distance, self.num_reference_steps = 0.0, 0  # d_0, and the number of steps in this mean
+        self.scaled_lr_sum = self.plain_lr_sum = 0.0  # sums of the learning rate with the factor and without
+        self.num_skipped = 0
+        self._step_factors: list[float] = []  # of the batches of this step so far
+        self._scheduled_lrs: list[float] = []  # of each parameter group, without the factor
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage != "fit":
             return
         if self.skip_below and self.trainer.world_size > 1:
-            raise UserError("model.skip_below: several devices cannot leave out a backward pass. Use one, or 0.")
+            raise UserError(
+                f"model.skip_below={self.skip_below}: several devices cannot skip a backward pass. Use one device"
+                " (--trainer.devices 1), or 0."
+            )
         if self.control:
-            self.mean_factor = _mean_factor(self.control)
+            self.control_factor = _read_mean_factor(self.control)
             return
         data = getattr(self.trainer, "datamodule", None)
-        self.answers = Teacher(self.teacher, self.task).answers(data, self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        self.teacher_logits = Teacher(self.teacher, self.task).compute_logits(data, device)
 
     def step_loss(self, batch: Batch) -> Tensor | None:
-        scores = self(batch)
-        loss = self.backbone.loss(scores, batch)
+        logits = self(batch)
+        loss = self.backbone.loss(logits, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         groups = self.trainer.optimizers[0].param_groups
-        if not self._pending:
-            self._scheduled = [group["lr"] for group in groups]
-        factor = self.mean_factor
+        if not self._step_factors:
+            self._scheduled_lrs = [group["lr"] for group in groups]
+        factor = self.control_factor
         if factor is None:
-            distance = self._distance(scores.detach(), batch)
+            distance = self._distance(logits.detach(), batch)
             self.log("distance", distance, batch_size=len(batch["input_ids"]))
             if distance < self.skip_below:
-                self.skipped += 1
-                self.log("train/skipped", float(self.skipped))
+                self.num_skipped += 1
+                self.log("train/skipped", float(self.num_skipped))
                 return None
             factor = self._factor(distance)
-        self._pending.append(factor)
-        mean = sum(self._pending) / len(self._pending)
-        for group, lr in zip(groups, self._scheduled, strict=True):
-            group["lr"] = lr * mean
-        self.log_dict({"lr": groups[0]["lr"], "lr/factor": mean})
+        self._step_factors.append(factor)
+        mean_factor = sum(self._step_factors) / len(self._step_factors)
+        for group, lr in zip(groups, self._scheduled_lrs, strict=True):
+            group["lr"] = lr * mean_factor
+        self.log_dict({"lr": groups[0]["lr"], "lr/factor": mean_factor})
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and give the schedule its rate back."""
+        """Step, and restore the scheduled learning rates."""
         super().optimizer_step(*args, **kwargs)
         groups = self.trainer.optimizers[0].param_groups
-        taken = bool(self._pending)
-        self.plain += self._scheduled[0]
-        self.scaled += groups[0]["lr"] if taken else 0.0
-        self.log("lr/mean_factor", self.scaled / self.plain if self.plain else 0.0)
-        for group, lr in zip(groups, self._scheduled, strict=True):
+        self.plain_lr_sum += self._scheduled_lrs[0]
+        self.scaled_lr_sum += groups[0]["lr"] if self._step_factors else 0.0  # 0 for a step that was skipped
+        self.log("lr/mean_factor", self.scaled_lr_sum / self.plain_lr_sum if self.plain_lr_sum else 0.0)
+        for group, lr in zip(groups, self._scheduled_lrs, strict=True):
             group["lr"] = lr
-        self._pending = []
+        self._step_factors = []
 
-    def _distance(self, scores: Tensor, batch: Batch) -> float:
-        """How far the scores [batch, labels] of all ranks are from the teacher's."""
-        theirs = self.answers[batch["index"]].to(scores.dtype)
+    def _distance(self, logits: Tensor, batch: Batch) -> float:
+        """Return the distance of the logits [batch, labels] from the teacher's, as a mean over the ranks."""
+        teacher_logits = self.teacher_logits[batch["index"]].to(logits.dtype)
         if self.distance == "divergence":
-            found = distances.divergence(scores, theirs, self.temperature)
+            on_rank = distances.divergence(logits, teacher_logits, self.temperature)
         elif self.distance == "mse":
-            found = F.mse_loss(scores, theirs)
+            on_rank = F.mse_loss(logits, teacher_logits)
         else:
-            found = 1 - F.cosine_similarity(scores, theirs, dim=-1).mean()
-        distance = float(self.trainer.strategy.reduce(found, reduce_op="mean"))
-        return 0.0 if distance < NOTHING else distance
+            on_rank = 1 - F.cosine_similarity(logits, teacher_logits, dim=-1).mean()
+        distance = float(self.trainer.strategy.reduce(on_rank, reduce_op="mean"))
+        return 0.0 if distance < MIN_DISTANCE else distance
 
     def _factor(self, distance: float) -> float:
-        """What a distance makes of the learning rate."""
-        if self.steps_seen < self.reference:
-            self.steps_seen += 1
-            self.start += (distance - self.start) / self.steps_seen
-        return min(self.high, max(self.low, distance / self.start if self.start else 0.0))
+        """Return the factor on the learning rate for a distance, which also enters d_0 in the first steps."""
+        if self.num_reference_steps < self.reference_steps:
+            self.num_reference_steps += 1
+            self.reference_distance += (distance - self.reference_distance) / self.num_reference_steps
+        ratio = distance / self.reference_distance if self.reference_distance else 0.0
+        return min(self.max_factor, max(self.min_factor, ratio))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["lr_distillation"] = [self.start, self.steps_seen, self.scaled, self.plain, self.skipped]
+        checkpoint["lr_distillation"] = {
+            "reference_distance": self.reference_distance,
+            "num_reference_steps": self.num_reference_steps,
+            "scaled_lr_sum": self.scaled_lr_sum,
+            "plain_lr_sum": self.plain_lr_sum,
+            "num_skipped": self.num_skipped,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.start, self.steps_seen, self.scaled, self.plain, self.skipped = checkpoint["lr_distillation"]
+        state = checkpoint["lr_distillation"]
+        self.reference_distance, self.num_reference_steps = state["reference_distance"], state["num_reference_steps"]
+        self.scaled_lr_sum, self.plain_lr_sum = state["scaled_lr_sum"], state["plain_lr_sum"]
+        self.num_skipped = state["num_skipped"]
 
 
-def _mean_factor(run: str) -> float:
-    """The mean factor of a run's learning rate; of several that a pattern matches, of the last."""
+def _read_mean_factor(run: str) -> float:
+    """Return the mean factor of a run's learning rate; a pattern means the last run that it matches."""
     summary = Path(max(glob(run), default=run)) / "summary.json"
     try:
         factor: float = json.loads(summary.read_text())["metrics"]["lr/mean_factor"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.control: {run} is not the directory of a run of LRDistillation that ended.") from error
+        raise UserError(
+            f"model.control: {run} is not the directory of a finished run of LRDistillation (no lr/mean_factor in"
+            f" {summary})."
+        ) from error
     return factor

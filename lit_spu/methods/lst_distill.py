@@ -82,24 +82,28 @@ class LSTDistillation(HiddenStateReader):
             down = torch.randn(narrow, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
         self.register_buffer("down", down, persistent=False)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        """Return the student's logits, which do not depend on the backbone's hidden states."""
         with record_function("student"):
             logits: Tensor = self.student(batch)
         return logits
 
-    def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
-        """Return the student's logits, which do not depend on the backbone's hidden states."""
-        return self.forward(batch)
-
-    def loss(self, batch: Batch) -> Tensor:
-        learns_from_teacher = self.hidden_states_weight or self.logits_weight
-        return self.loss_from(self.hidden_states(batch) if learns_from_teacher else (), batch)
-
-    def loss_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+    def forward(
+        self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None, output_hidden_states: bool = False
+    ) -> Any:
+        """Return the student's logits [batch, labels], and its own hidden states if `output_hidden_states`."""
+        if not output_hidden_states:
+            return self.logits_from((), batch)
         with record_function("student"):
             own = self.student.hidden_states(batch)
-            logits = self.student.logits_from(own, batch)
+            return self.student.logits_from(own, batch), own
+
+    def loss(self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None) -> Tensor:
+        logits, own = self(batch, output_hidden_states=True)
         loss = self.student.loss(logits, batch)
+        if hidden_states is None and (self.hidden_states_weight or self.logits_weight):
+            hidden_states = self.hidden_states(batch)
+        hidden_states = hidden_states or ()
         if self.hidden_states_weight:
             distances_ = torch.stack([*self._distances(own, hidden_states)])
             loss = loss + self.hidden_states_weight * distances_.mean()

@@ -25,7 +25,7 @@ class MeZOSide(ZerothOrder, KLadder):
         hidden_states = self.hidden_states(batch)
 
         def closure() -> Tensor:
-            return self.objective_from(self.logits_from(hidden_states, batch), batch)
+            return self.objective_from(self(batch, hidden_states), batch)
 
         loss: Tensor | None = optimizers[0].step(closure=closure, examples=len(batch["labels"]))
         return loss

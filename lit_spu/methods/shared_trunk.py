@@ -64,15 +64,17 @@ class SharedTrunk(HiddenStateReader):
             sibling.prepare(examples)
 
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
-        logits: Tensor = self.siblings[self.best].logits_from(hidden_states, batch)
+        logits: Tensor = self.siblings[self.best](batch, hidden_states)
         return logits
 
-    def loss_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None) -> Tensor:
+        """Return the sum of the siblings' losses."""
+        hidden_states = hidden_states or self.hidden_states(batch)
         losses = []
         for name, sibling in self.siblings.items():
             if name in self.batch_seeds:
                 torch.manual_seed(self.batch_seeds[name])
-            losses.append(sibling.loss_from(hidden_states, batch))
+            losses.append(sibling.loss(batch, hidden_states))
         return torch.stack(losses).sum()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -93,7 +95,7 @@ class SharedTrunk(HiddenStateReader):
     def evaluate_batch(self, batch: Batch, prefix: str) -> None:
         hidden_states = self.hidden_states(batch)
         for sibling in self.siblings.values():
-            sibling.update_metrics(sibling.logits_from(hidden_states, batch), batch, prefix)
+            sibling.update_metrics(sibling(batch, hidden_states), batch, prefix)
 
     def log_metrics(self) -> None:
         scores = {name: sibling.compute_metrics() for name, sibling in self.siblings.items()}

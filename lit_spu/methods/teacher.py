@@ -1,4 +1,4 @@
-"""A teacher: a model that knows the task, and what it answers to every example, computed once and kept."""
+"""A teacher model that was trained for the task, and its logits for every training example, computed once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lit_spu.tasks import Encoding, Task
 
 
 class Teacher:
-    """What was trained before, by a method or by others.
+    """A frozen model that was trained before, by a method of this package or elsewhere.
 
     Args:
-        source: A run directory, a checkpoint or a folder that `lit-spu export` wrote; or a Hugging Face folder or name,
-            which answers by its trained classification head, or else, asked by the task's prompt, by its language-model
-            head.
-        task: The task of the student.
+        source: A run directory, a checkpoint, or a folder written by `lit-spu export`; or a Hugging Face folder or
+            name. A Hugging Face model predicts by its trained classification head, or, if it has none, by its
+            language-model head with the task's prompt.
+        task: The student's task.
 
     Raises:
-        UserError: if there is no such model, it was trained for other labels, or has no answers.
+        UserError: if there is no such model, or it was trained for other labels.
     """
 
     model: nn.Module
@@ -31,60 +31,66 @@ class Teacher:
 
     def __init__(self, source: str, task: Task) -> None:
         path = Path(source)
-        ours = path.is_file() or (path / "checkpoints").is_dir() or (path / trained_weights.WEIGHTS).is_file()
+        is_method = path.is_file() or (path / "checkpoints").is_dir() or (path / trained_weights.WEIGHTS).is_file()
         try:
-            found: Any = _method(source, task) if ours else _backbone(source, task)
+            model: Any = _load_method(source, task) if is_method else _load_backbone(source, task)
         except UserError as error:
-            said = str(error).replace("--ckpt_path", "model.teacher").replace("model.backbone", "model.teacher")
-            raise UserError(said) from error
-        self.model, self.encoding, self.scores = found.eval().requires_grad_(False), found.encoding, task.num_logits
+            # name the flag that the user has set
+            message = str(error).replace("--ckpt_path", "model.teacher").replace("model.backbone", "model.teacher")
+            raise UserError(message) from error
+        self.model, self.encoding = model.eval().requires_grad_(False), model.encoding
+        self.num_logits = task.num_logits
 
     @torch.no_grad()
-    def answers(self, data: Any, device: torch.device) -> Tensor:
-        """Its scores [examples, labels] of all training examples of GLUE `data`, by their number, on that device.
+    def compute_logits(self, data: Any, device: torch.device) -> Tensor:
+        """Return the logits [examples, labels] for all training examples of the GLUE data module `data`, on `device`.
 
         Raises:
-            UserError: if the data are others, which it cannot read.
+            UserError: if `data` is another data module, which cannot be tokenized for the teacher.
         """
         if not hasattr(data, "as_read_by"):
-            raise UserError(f"model.teacher: a teacher reads lit_spu's GLUE data, and not {type(data).__name__}.")
+            raise UserError(
+                f"model.teacher: a teacher reads the data module lit_spu.GLUE only, and not {type(data).__name__}."
+            )
         self.model.to(device)
-        kept = torch.empty(len(data.examples("train")), self.scores, device=device)
+        logits = torch.empty(len(data.examples("train")), self.num_logits, device=device)
         for batch in data.as_read_by(self.encoding):
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            kept[on_device["index"]] = self.model(on_device).float()
-        return kept
+            logits[on_device["index"]] = self.model(on_device).float()
+        return logits
 
 
-def _method(source: str, task: Task) -> nn.Module:
+def _load_method(source: str, task: Task) -> nn.Module:
+    """Load a trained method of this package, and check that its labels are those of `task`."""
     from lit_spu.export.load import load
 
     method = load(source)
     if (method.task.labels, method.task.num_logits) != (task.labels, task.num_logits):
         raise UserError(
-            f"model.teacher: {source} was trained for {method.task.name}, whose labels are {_named(method.task)};"
-            f" those of {task.name} are {_named(task)}."
+            f"model.teacher: {source} was trained for {method.task.name}, whose labels are {_list_labels(method.task)}."
+            f" The labels of {task.name} are {_list_labels(task)}. Choose a teacher with the same labels."
         )
     return method
 
 
-def _backbone(source: str, task: Task) -> nn.Module:
+def _load_backbone(source: str, task: Task) -> nn.Module:
+    """Load a Hugging Face model, and check that the labels of its classification head are those of `task`."""
     from lit_spu.backbones import load_backbone
     from lit_spu.backbones.load import find_model
 
     config = find_model(source).config
-    classifies = any("SequenceClassification" in name for name in config.architectures or ())
-    if classifies:
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
+    if is_classifier:
         names = [str(name) for _, name in sorted(config.id2label.items())]
-        unnamed = all(name.startswith("LABEL_") for name in names)
-        same = [name.casefold() for name in names] == [label.casefold() for label in task.labels]
-        if config.num_labels != task.num_logits or not (unnamed or same or task.regression):
+        are_default_names = all(name.startswith("LABEL_") for name in names)
+        are_same = [name.casefold() for name in names] == [label.casefold() for label in task.labels]
+        if config.num_labels != task.num_logits or not (are_default_names or are_same or task.regression):
             raise UserError(
-                f"model.teacher: {source} answers {len(names)} labels ({', '.join(names)}); those of {task.name} are"
-                f" {_named(task)}, in this order. If they mean the same, set id2label in its config.json."
+                f"model.teacher: {source} has {len(names)} labels ({', '.join(names)}). The labels of {task.name} are"
+                f" {_list_labels(task)}, in this order. If they mean the same, set id2label in its config.json."
             )
-    return load_backbone(source, task, "classifier" if classifies else "prompt")
+    return load_backbone(source, task, "classifier" if is_classifier else "prompt")
 
 
-def _named(task: Task) -> str:
+def _list_labels(task: Task) -> str:
     return ", ".join(task.labels) or "a number"

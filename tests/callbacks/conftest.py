@@ -1,4 +1,4 @@
-"""A LightningModule of a few lines, and a Trainer that writes into a temporary directory."""
+"""A tiny LightningModule, and a Trainer that writes into a temporary directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MakeTrainer = Callable[..., Trainer]
 
 QUIET = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning 2.6 under torch 2.13
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # eight tiny batches need none
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # eight tiny batches need no workers
 ]
 
 
@@ -32,8 +32,8 @@ class Tiny(LightningModule):
 
     def forward(self, batch: Tensor) -> Tensor:
         with record_function("backbone"):
-            scores: Tensor = self.layer(batch)
-        return scores
+            logits: Tensor = self.layer(batch)
+        return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self(batch).square().mean()
@@ -50,13 +50,13 @@ class Tiny(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(cast(Any, torch.ones(32, 8)), batch_size=4)  # eight batches; a tensor is data enough
+        return DataLoader(cast(Any, torch.ones(32, 8)), batch_size=4)  # eight batches; a tensor is a dataset
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 class Manual(Tiny):
-    """Steps by hand after every fourth batch."""
+    """Manual optimization with a step after every fourth batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Manual(Tiny):
 
 
 def logged(folder: Path, name: str) -> list[float]:
-    """All that was logged under a name, in order."""
+    """Return all values that were logged under a name, in order."""
     rows = csv.DictReader((folder / "run/0/metrics.csv").read_text().splitlines())
     return [float(row[name]) for row in rows if row.get(name)]
 

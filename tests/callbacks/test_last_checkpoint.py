@@ -1,4 +1,4 @@
-"""Of epochs that are shorter than saving, few are saved, and the last one is."""
+"""last.ckpt: few of the short epochs are saved, and always the last one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.callbacks.conftest import QUIET, Tiny
 pytestmark = QUIET
 
 
-class Slow:
-    """Counts the checkpoints of a trainer, each of which takes some seconds more."""
+class SlowSaves:
+    """Records the steps of saved checkpoints, and makes each save take longer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         self.steps: list[int] = []
@@ -45,17 +45,19 @@ def fit(folder: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"max_epochs": 40}, {"max_epochs": -1, "max_steps": 40}])
-def test_epochs_of_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int]) -> None:
-    slow = Slow(monkeypatch, 0.1)  # two seconds of training a save
+def test_few_epochs_of_one_batch_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int]
+) -> None:
+    saves = SlowSaves(monkeypatch, 0.1)  # so at least two seconds of training between two saves
     fit(tmp_path, **settings)
-    assert slow.steps[0] == 1
-    assert slow.steps[-1] == 40
-    assert len(slow.steps) < 10
+    assert saves.steps[0] == 1
+    assert saves.steps[-1] == 40
+    assert len(saves.steps) < 10
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 40
 
 
-def test_long_epochs_are_all_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(monkeypatch, 0)
+def test_all_long_epochs_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = SlowSaves(monkeypatch, 0)
     monkeypatch.setattr(LastCheckpoint, "on_train_epoch_start", lambda *_: time.sleep(0.5), raising=False)
     fit(tmp_path, max_epochs=4)
-    assert slow.steps == [1, 2, 3, 4]
+    assert saves.steps == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Latency against modules that take a known time, by a clock that only they move."""
+"""Latency of modules that take a known time, on a clock that only they advance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = QUIET
 
 
 class Time:
-    """Stands still but for `sleep`."""
+    """A clock that only `sleep` advances."""
 
     now = 0.0
 
@@ -33,12 +33,12 @@ TIME = Time()
 
 
 @pytest.fixture(autouse=True)
-def _own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "time", TIME)
 
 
 class Sleep(nn.Module):
-    """The identity, taking its time."""
+    """The identity, which takes a given time."""
 
     def __init__(self, milliseconds: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Sleep(nn.Module):
 
 
 class Sleepy(Tiny):
-    """40 ms a forward pass, 20 of them in `slow`, and 60 ms more a training step; inference takes 20 ms more."""
+    """A forward pass takes 40 ms, 20 of them in `slow`; a training step takes 60 ms more, inference 20 ms more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,17 +58,19 @@ class Sleepy(Tiny):
         self.other = Sleep(20)
 
     def forward(self, batch: Tensor) -> Tensor:
-        scores: Tensor = self.layer(self.other(self.slow(batch)))
+        logits: Tensor = self.layer(self.other(self.slow(batch)))
         if not self.trainer.training:
             TIME.sleep(0.02)
-        return scores
+        return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         TIME.sleep(0.06)
         return super().training_step(batch, batch_idx)
 
 
-def test_tells_step_forward_inference_and_parts_apart(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_latency_separates_steps_forward_passes_inference_and_submodules(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
     latency = Latency(warmup=2, modules=["sl*"])
     make_trainer(latency).fit(Sleepy())
     summary = latency.summary
@@ -79,11 +81,11 @@ def test_tells_step_forward_inference_and_parts_apart(make_trainer: MakeTrainer,
     assert summary["latency/inference/slow_ms"] == pytest.approx(20)
     assert "latency/forward/other_ms" not in summary
     steps = logged(tmp_path, "latency/step_ms")
-    assert steps == pytest.approx([100] * 6)  # of eight
+    assert steps == pytest.approx([100] * 6)  # eight steps without the warm-up
     assert logged(tmp_path, "latency/step_p95_ms") == pytest.approx([summary["latency/step_p95_ms"]], rel=1e-5)
 
 
-def test_warmup_is_dropped_and_p95_sees_the_slow_ones(make_trainer: MakeTrainer) -> None:
+def test_latency_drops_the_warmup_and_has_slow_steps_in_p95(make_trainer: MakeTrainer) -> None:
     class Uneven(Tiny):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             TIME.sleep({0: 0.5, 1: 0.5, 7: 0.1}.get(batch_idx, 0.0))
@@ -92,13 +94,15 @@ def test_warmup_is_dropped_and_p95_sees_the_slow_ones(make_trainer: MakeTrainer)
     latency = Latency(warmup=2)
     make_trainer(latency, limit_val_batches=0).fit(Uneven())
     assert latency.summary["latency/step_ms"] == pytest.approx(0)
-    assert latency.summary["latency/step_p95_ms"] == pytest.approx(75)  # three quarters of the way to the sixth of six
+    assert latency.summary["latency/step_p95_ms"] == pytest.approx(75)  # interpolated between the last two of six
 
 
 @pytest.mark.parametrize(
     ("module", "settings"), [(Tiny, {"accumulate_grad_batches": 4}), (Manual, {})], ids=["accumulated", "by hand"]
 )
-def test_a_step_is_all_its_batches(module: type[Tiny], settings: dict[str, Any], make_trainer: MakeTrainer) -> None:
+def test_latency_of_a_step_includes_all_its_batches(
+    module: type[Tiny], settings: dict[str, Any], make_trainer: MakeTrainer
+) -> None:
     class Slow(module):  # type: ignore[misc, valid-type]
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             TIME.sleep(0.02)
@@ -113,9 +117,9 @@ def test_a_step_is_all_its_batches(module: type[Tiny], settings: dict[str, Any],
     assert latency.summary["latency/step_ms"] == pytest.approx(80)
 
 
-def test_of_nested_calls_the_innermost_counts(make_trainer: MakeTrainer) -> None:
+def test_latency_times_the_innermost_of_nested_calls(make_trainer: MakeTrainer) -> None:
     class Nested(Sleepy):
-        """Runs its step through its own call, as distributed strategies do."""
+        """Runs its training step through its own `__call__`, as distributed strategies do."""
 
         def forward(self, batch: Tensor, inner: bool = False) -> Tensor:
             return super().forward(batch) if inner else self.training_step(batch, 0)
@@ -129,38 +133,38 @@ def test_of_nested_calls_the_innermost_counts(make_trainer: MakeTrainer) -> None
     assert latency.summary["latency/forward_ms"] == pytest.approx(40)
 
 
-def test_a_strategy_that_wraps_the_module_changes_nothing(make_trainer: MakeTrainer) -> None:
+def test_latency_is_the_same_if_a_strategy_wraps_the_module(make_trainer: MakeTrainer) -> None:
     latency = Latency(warmup=0)
     try:
         make_trainer(latency, limit_val_batches=0, strategy="ddp", devices=1).fit(Sleepy())
     finally:
-        torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the program
+        torch.distributed.destroy_process_group()  # Lightning destroys it only when the program ends
     assert latency.summary["latency/forward_ms"] == pytest.approx(40)
 
 
-def test_predict_alone_is_timed(make_trainer: MakeTrainer) -> None:
+def test_latency_times_predict_alone(make_trainer: MakeTrainer) -> None:
     latency = Latency(warmup=1)
     make_trainer(latency).predict(Sleepy())
     assert latency.summary["latency/inference_ms"] == pytest.approx(60)
     assert not any("step" in name for name in latency.summary)
 
 
-def test_no_hook_stays_behind(make_trainer: MakeTrainer) -> None:
+def test_latency_removes_its_hooks(make_trainer: MakeTrainer) -> None:
     module = Sleepy()
     make_trainer(Latency(modules=["*"])).fit(module)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
-def test_a_name_that_matches_nothing_is_answered(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(UserError, match=r"'slo', which no module is\. Did you mean slow\? Allowed: layer, other, slow"):
+def test_latency_refuses_a_name_that_matches_no_module(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(UserError, match=r"no module is named 'slo' .*Did you mean slow\? Allowed: layer, other, slow"):
         make_trainer(Latency(modules=["slo"])).fit(Sleepy())
 
 
-def test_says_what_it_could_not_measure(make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture) -> None:
+def test_latency_reports_what_it_could_not_measure(make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture) -> None:
     class Uncalled(Tiny):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return torch.Tensor(self.layer(batch)).square().mean()
 
     make_trainer(Latency(warmup=8), limit_val_batches=0).fit(Uncalled())
-    assert "no step came after the warm-up of 8" in caplog.text
-    assert "never called as a module, so not timed: Uncalled" in caplog.text
+    assert "no step time, because the run ended within the warm-up of 8 steps" in caplog.text
+    assert "not timed, because never called as a module: Uncalled" in caplog.text

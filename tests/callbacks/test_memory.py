@@ -1,4 +1,4 @@
-"""Memory against allocations and sizes that are known."""
+"""Memory use of allocations and tensors of known sizes."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Hungry(Tiny):
         super().validation_step(batch, batch_idx)
 
 
-def test_sees_a_step_that_holds_more(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_memory_measures_the_peak_of_each_step(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     memory = Memory(live=False)
     make_trainer(memory).fit(Hungry())
     peaks = logged(tmp_path, "memory/peak_mib")
-    others = peaks[:2] + peaks[3:]
-    assert peaks[2] - max(others) == pytest.approx(128, rel=0.05)
+    other_peaks = peaks[:2] + peaks[3:]
+    assert peaks[2] - max(other_peaks) == pytest.approx(128, rel=0.05)
     assert memory.summary["memory/peak_mib"] == max(peaks) == peaks[2]
     assert memory.summary["memory/mean_mib"] == pytest.approx(sum(peaks) / len(peaks))
-    assert memory.summary["memory/inference_peak_mib"] - max(others) == pytest.approx(160, rel=0.1)
+    assert memory.summary["memory/inference_peak_mib"] - max(other_peaks) == pytest.approx(160, rel=0.1)
     assert "memory/live_peak_mib" not in memory.summary
 
 
-def test_live_bytes_by_kind(make_trainer: MakeTrainer) -> None:
+def test_live_bytes_are_known_by_kind(make_trainer: MakeTrainer) -> None:
     module, memory = Tiny(), Memory()
-    module.layer = torch.nn.Linear(8, 65536, bias=False)  # so wide that AdamW's own step is the largest moment
+    module.layer = torch.nn.Linear(8, 65536, bias=False)  # so wide that memory peaks in the optimizer step
     make_trainer(memory, limit_val_batches=0).fit(module)
     weights = 8 * 65536 * 4 / MIB
     summary = memory.summary
@@ -57,7 +57,7 @@ def test_live_bytes_by_kind(make_trainer: MakeTrainer) -> None:
     assert summary["memory/live_mean_mib"] < summary["memory/live_peak_mib"]
 
 
-def test_live_bytes_see_the_largest_batch_wherever_it_comes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_live_bytes_are_counted_in_a_larger_batch(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     class Uneven(Tiny):
         def train_dataloader(self) -> DataLoader[Any]:
             batches = [torch.ones(size, 8) for size in (4, 4, 2, 65536, 4, 65536)]
@@ -65,16 +65,16 @@ def test_live_bytes_see_the_largest_batch_wherever_it_comes(make_trainer: MakeTr
 
     memory = Memory()
     make_trainer(memory, limit_val_batches=0).fit(Uneven())
-    small, _, large = logged(tmp_path, "memory/live_peak_mib")  # of the first two batches and the fourth
+    small, _, large = logged(tmp_path, "memory/live_peak_mib")  # the first two batches and the fourth
     assert memory.summary["memory/live_peak_mib"] == large
-    assert large - small >= 65536 * (8 + 2) * 4 / MIB  # the batch and its scores
+    assert large - small >= 65536 * (8 + 2) * 4 / MIB  # the batch and its logits
 
 
-def test_a_batch_that_is_left_out_is_not_the_largest(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    sizes = (2, 2, 65536, 4, 65536, 65536)
+def test_a_skipped_batch_does_not_count_as_the_largest(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    sizes = (2, 2, 65536, 65536, 65536)
 
-    class LeavesOut(Tiny):
-        """Passes over its third batch, and over its fourth but for the bias."""
+    class SkipsBatches(Tiny):
+        """Skips its third batch, and trains only the bias in its fourth."""
 
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(cast(Any, [torch.ones(size, 8) for size in sizes]), batch_size=None)
@@ -85,18 +85,21 @@ def test_a_batch_that_is_left_out_is_not_the_largest(make_trainer: MakeTrainer, 
             self.layer.weight.requires_grad_(batch_idx != 3)
             return super().training_step(batch, batch_idx)
 
+        def on_after_backward(self) -> None:
+            self.layer.weight.requires_grad_(True)
+
     plain, memory = Memory(), Memory()
     with pytest.warns(UserWarning, match="returned `None`"):
-        make_trainer(memory, limit_val_batches=0).fit(LeavesOut())
+        make_trainer(memory, limit_val_batches=0).fit(SkipsBatches())
     make_trainer(plain, limit_val_batches=0, logger=False).fit(
-        type("All", (LeavesOut,), {"training_step": Tiny.training_step})()
+        type("All", (SkipsBatches,), {"training_step": Tiny.training_step})()
     )
     assert memory.summary["memory/live_peak_mib"] == plain.summary["memory/live_peak_mib"]
 
 
-def test_live_bytes_are_counted_anew_when_the_optimizer_holds_more(make_trainer: MakeTrainer) -> None:
+def test_live_bytes_are_counted_again_when_the_optimizer_state_grows(make_trainer: MakeTrainer) -> None:
     class OneByOne(Tiny):
-        """Learns the second of two weights from the fifth batch on."""
+        """Trains the second of two weights from the fifth batch on."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -116,7 +119,7 @@ def test_live_bytes_are_counted_anew_when_the_optimizer_holds_more(make_trainer:
     [(Tiny, {}), (Tiny, {"accumulate_grad_batches": 4}), (Manual, {})],
     ids=["plain", "accumulated", "by hand"],
 )
-def test_live_bytes_see_the_optimizer_however_it_steps(
+def test_live_bytes_include_the_optimizer_state(
     module: type[Tiny], settings: dict[str, Any], make_trainer: MakeTrainer
 ) -> None:
     memory = Memory()
@@ -124,20 +127,20 @@ def test_live_bytes_see_the_optimizer_however_it_steps(
     assert memory.summary["memory/optimizer_mib"] >= 2 * (8 * 2 + 2) * 4 / MIB
 
 
-def test_a_failing_step_leaves_no_tracker_behind(make_trainer: MakeTrainer) -> None:
+def test_a_failing_step_ends_the_counting(make_trainer: MakeTrainer) -> None:
     class Failing(Tiny):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            raise RuntimeError("not this one")
+            raise RuntimeError("step failed")
 
     module, memory = Failing(), Memory()
-    with pytest.raises(RuntimeError, match="not this one"):
+    with pytest.raises(RuntimeError, match="step failed"):
         make_trainer(memory).fit(module)
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert not module.layer.weight._post_accumulate_grad_hooks
 
 
 @pytest.mark.gpu
-def test_on_cuda_allocated_and_reserved(make_trainer: MakeTrainer) -> None:
+def test_memory_on_cuda(make_trainer: MakeTrainer) -> None:
     class HungryOnCuda(Tiny):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             if batch_idx == 2:
@@ -146,22 +149,22 @@ def test_on_cuda_allocated_and_reserved(make_trainer: MakeTrainer) -> None:
 
     memory = Memory()
     make_trainer(memory, accelerator="cuda", devices=1).fit(HungryOnCuda())
-    assert 128 < memory.summary["memory/peak_mib"] < 2 * 128  # a matrix product's workspace has up to 72
+    assert 128 < memory.summary["memory/peak_mib"] < 2 * 128  # the workspace of a matrix product takes up to 72
     assert memory.summary["memory/reserved_mib"] >= memory.summary["memory/peak_mib"]
 
 
-def test_a_timeline_is_written_on_request(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_memory_writes_a_timeline(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     memory = Memory(timeline=True)
     make_trainer(memory).fit(Tiny())
     lines = (tmp_path / "run/0/memory-timeline.csv").read_text().splitlines()
-    held = [sum(map(int, line.split(",")[2:])) for line in lines[1:]]
-    assert max(held) / MIB == pytest.approx(memory.summary["memory/live_peak_mib"])
+    totals = [sum(map(int, line.split(",")[2:])) for line in lines[1:]]
+    assert max(totals) / MIB == pytest.approx(memory.summary["memory/live_peak_mib"])
     phases = [line.split(",")[1] for line in lines[1:]]
     assert list(dict.fromkeys(phases)) == ["forward", "backward", "optimizer"]
     assert "<svg" in (tmp_path / "run/0/memory-timeline.svg").read_text()
 
 
-def test_a_timeline_of_nothing_is_refused() -> None:
+def test_memory_refuses_a_timeline_without_live_bytes() -> None:
     with pytest.raises(UserError, match="live=false"):
         Memory(live=False, timeline=True)

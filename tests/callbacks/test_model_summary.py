@@ -1,4 +1,4 @@
-"""The table of what is trained against numbers counted by hand."""
+"""Table of trainable parameters, with numbers counted by hand."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import nn
 from lit_spu.callbacks.model_summary import TrainableParameters
 from lit_spu.errors import UserError
 from tests.callbacks.conftest import QUIET, MakeTrainer, Tiny, logged
+from tests.runs import made
 
 pytestmark = QUIET
 
 
 class Backbone(nn.Module):
-    """Embeddings tied to the head's output, two blocks and a head."""
+    """Embeddings that are tied to the head's output layer, two blocks and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class Backbone(nn.Module):
         return list(self.layers)
 
     @property
-    def stem(self) -> SimpleNamespace:
+    def base_model(self) -> SimpleNamespace:
         return SimpleNamespace(embeddings=[self.embedding])
 
 
@@ -50,7 +51,9 @@ def rows(printed: str) -> dict[str, tuple[str, ...]]:
     return {name: tuple(values) for name, *values in cells}
 
 
-def test_counts_by_part(make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parameters_are_counted_by_part(
+    make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parameters = TrainableParameters()
     make_trainer(parameters, limit_val_batches=0).fit(WithSide())
     assert rows(capsys.readouterr().out) == {
@@ -64,14 +67,26 @@ def test_counts_by_part(make_trainer: MakeTrainer, tmp_path: Path, capsys: pytes
     assert logged(tmp_path, "params/trainable") == [34]
 
 
-def test_any_other_module_has_its_children_for_parts(
+def test_parts_of_a_method_are_those_of_its_backbone(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = made("lst", "mini-bert")
+    TrainableParameters().on_fit_start(make_trainer(logger=False), method)
+    embeddings, *blocks = (sum(p.numel() for p in layer) for layer in method.parameters_by_depth)
+    printed = rows(capsys.readouterr().out)
+    assert list(printed) == ["embeddings", "blocks", "head", "side", "all"]
+    assert printed["embeddings"][:2] == ("0", f"{embeddings:,}")
+    assert printed["blocks"][:2] == ("0", f"{sum(blocks):,}")
+
+
+def test_parts_of_other_modules_are_their_children(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_trainer(TrainableParameters(), limit_val_batches=0).fit(Tiny())
     assert set(rows(capsys.readouterr().out)) == {"layer", "all"}
 
 
-def test_nothing_to_train_is_an_error_before_the_optimizer_is_made(make_trainer: MakeTrainer) -> None:
+def test_a_module_with_nothing_to_train_is_refused_before_its_optimizer(make_trainer: MakeTrainer) -> None:
     class Frozen(Tiny):
         def __init__(self) -> None:
             super().__init__()
@@ -80,6 +95,6 @@ def test_nothing_to_train_is_an_error_before_the_optimizer_is_made(make_trainer:
         def configure_optimizers(self) -> Any:
             raise AssertionError("too late")
 
-    with pytest.raises(UserError, match="Frozen leaves nothing to train: all of its 18 parameters are frozen"):
+    with pytest.raises(UserError, match="Frozen has nothing to train: all of its 18 parameters are frozen"):
         make_trainer(TrainableParameters()).fit(Frozen())
-    make_trainer(TrainableParameters()).validate(Frozen(), verbose=False)  # scoring needs none
+    make_trainer(TrainableParameters()).validate(Frozen(), verbose=False)  # validate needs nothing to train

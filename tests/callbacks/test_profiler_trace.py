@@ -1,4 +1,4 @@
-"""Traces that open, hold the named phases, and are there whatever happens."""
+"""Traces: their files, their named phases, and runs that end early."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def names(path: Path) -> list[str]:
     return [event["name"] for event in events if event.get("ph") == "X"]
 
 
-def test_each_cycle_writes_the_active_steps(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_each_cycle_writes_a_trace_of_its_active_steps(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trace = ProfilerTrace(wait=1, warmup=1, active=2, repeat=0, skip_first=0)
     make_trainer(trace, limit_val_batches=0).fit(Tiny())
     folder = tmp_path / "run/0"
@@ -36,7 +36,7 @@ def test_each_cycle_writes_the_active_steps(make_trainer: MakeTrainer, tmp_path:
     assert "aten::addmm" in found
 
 
-def test_the_path_and_the_address_are_told(
+def test_the_path_and_the_viewer_are_reported(
     make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_trainer(ProfilerTrace(wait=0, warmup=1, active=1, skip_first=0), limit_val_batches=0).fit(Tiny())
@@ -44,14 +44,14 @@ def test_the_path_and_the_address_are_told(
     assert "https://ui.perfetto.dev" in caplog.text
 
 
-def test_a_run_that_is_too_short_is_told(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trace = ProfilerTrace(wait=2, warmup=1, active=4, skip_first=5)  # to begin with the ninth batch of eight
+def test_a_run_that_is_too_short_is_reported(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trace = ProfilerTrace(wait=2, warmup=1, active=4, skip_first=5)  # active from the ninth batch on, of eight
     with pytest.warns(UserWarning, match=r"ended after 8 batches, before anything was recorded\..* need 12"):
         make_trainer(trace, limit_val_batches=0).fit(Tiny())
     assert not list(tmp_path.rglob("trace-*"))
 
 
-def test_a_run_that_ends_within_a_recording_leaves_it(
+def test_a_run_that_ends_during_a_recording_writes_it(
     make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_trainer(ProfilerTrace(wait=2, warmup=1, active=4, skip_first=3), limit_val_batches=0).fit(Tiny())
@@ -59,7 +59,7 @@ def test_a_run_that_ends_within_a_recording_leaves_it(
     assert "Trace of 2 steps" in caplog.text
 
 
-def test_a_trace_that_cannot_be_written_is_an_error_and_no_crash(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_trace_that_cannot_be_written_raises_an_error(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     class Obstructed(Tiny):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             (tmp_path / "run/0/trace-rank0-step00002.json.gz").mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def test_a_trace_that_cannot_be_written_is_an_error_and_no_crash(make_trainer: M
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_what_was_recorded(
+def test_an_interrupted_run_writes_its_recording(
     error: type[BaseException], make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     class Failing(Tiny):

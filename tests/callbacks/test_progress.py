@@ -1,4 +1,4 @@
-"""The progress bar shows the metric that matters, and keeps quiet where nobody watches."""
+"""Progress bar: the metrics it shows, and its output if there is no terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.callbacks.conftest import QUIET, MakeTrainer, Tiny
 pytestmark = QUIET
 
 
-def test_shows_the_loss_and_the_monitored_metric(
+def test_progress_bar_shows_the_loss_and_the_monitored_metric(
     make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bar, module = MetricProgressBar(), Tiny()
@@ -23,4 +23,4 @@ def test_shows_the_loss_and_the_monitored_metric(
     shown = bar.get_metrics(trainer, module)
     assert list(shown) == ["train/loss", "val/accuracy"]  # and no v_num
     assert shown["val/accuracy"] == trainer.callback_metrics["val/accuracy"].item()
-    assert capsys.readouterr().out.count("Epoch") <= 1  # not a terminal: no line a refresh
+    assert capsys.readouterr().out.count("Epoch") <= 1  # not a terminal, so no line for each refresh

@@ -1,4 +1,4 @@
-"""summary.json against what the run and its callbacks know."""
+"""summary.json, compared with the trainer and the other callbacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def test_it_holds_what_was_found(make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_has_the_results_of_fit(
+    make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     memory, latency, parameters = Memory(), Latency(warmup=1), TrainableParameters()
     best = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/accuracy", mode="max")
     trainer = make_trainer(RunSummary(), memory, latency, parameters, best, enable_checkpointing=True, max_epochs=2)
@@ -47,17 +49,19 @@ def test_it_holds_what_was_found(make_trainer: MakeTrainer, tmp_path: Path, caps
         assert name in printed
 
 
-def test_a_test_adds_to_the_fit(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer, module = make_trainer(RunSummary()), Tiny()
-    trainer.fit(module)
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_test_adds_its_results_to_those_of_fit(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = Tiny()
+    make_trainer(RunSummary(), TrainableParameters()).fit(module)
     fit = read(tmp_path)
-    trainer.test(module, verbose=False)
+    make_trainer(RunSummary(), Latency(warmup=0)).test(module, verbose=False)
     both = read(tmp_path)
     assert set(both["metrics"]) == {*fit["metrics"], "test/accuracy"}
-    assert both | {"metrics": fit["metrics"]} == fit
+    assert set(both["measured"]) == {*fit["measured"], "latency/inference_ms", "latency/inference_p95_ms"}
+    assert both | {"metrics": fit["metrics"], "measured": fit["measured"]} == fit
 
 
-def test_validate_alone_has_its_own(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_validate_alone_writes_a_summary(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     (metrics,) = make_trainer(RunSummary()).validate(Tiny(), verbose=False)
     record = read(tmp_path)
     assert record["metrics"] == metrics
@@ -73,7 +77,7 @@ def test_validate_alone_has_its_own(make_trainer: MakeTrainer, tmp_path: Path) -
     ],
     ids=repr,
 )
-def test_an_unfinished_run_says_so(
+def test_summary_has_the_status_of_an_unfinished_run(
     error: BaseException, status: str, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     class Failing(Tiny):
@@ -92,7 +96,7 @@ def test_an_unfinished_run_says_so(
     assert record.get("error") == ("RuntimeError: out of luck" if status == "failed" else None)
 
 
-def test_undefined_numbers_stay_json(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_undefined_numbers_are_null(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     class Undefined(Tiny):
         def validation_step(self, batch: Tensor, batch_idx: int) -> None:
             self.log("val/accuracy", torch.nan, batch_size=4)

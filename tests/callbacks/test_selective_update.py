@@ -1,4 +1,4 @@
-"""Policies against plain training and against what they say: what is left out is not run, and moves by nothing."""
+"""Selective updates: what a policy skips is not run, does not change, and is counted."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from lit_spu.methods.base import Method
 from lit_spu.nn.bypass import bypass_backward
 from tests import runs
 from tests.conftest import encode
+from tests.ddp import quiet_trainer
 from tests.runs import StopBehind, same, weights
 
 Tiny = Callable[[str], str]
@@ -43,18 +44,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
 class Watch(Callback):
-    """After every step: which weights moved, what has been counted, and what the forward pass stored."""
+    """Records after every step which weights changed, and whether it was a full step."""
 
     def __init__(self) -> None:
-        self.moved: list[set[str]] = []
-        self.whole: list[bool] = []
+        self.changed: list[set[str]] = []
+        self.full: list[bool] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.moved.append({n for n, p in pl_module.named_parameters() if not torch.equal(p, self.before[n])})
-        self.whole.append(bool(trainer.callback_metrics["update/whole"]))
+        self.changed.append({n for n, p in pl_module.named_parameters() if not torch.equal(p, self.before[n])})
+        self.full.append(bool(trainer.callback_metrics["update/whole"]))
 
 
 def made(config: str, backbone: str, **settings: Any) -> Method:
@@ -71,7 +72,7 @@ def trained(method: Method) -> set[str]:
     ids=lambda policy: type(policy).__name__,
 )
 @pytest.mark.parametrize("config", ["full", "lora"])
-def test_what_leaves_out_nothing_is_plain_training_to_the_bit(
+def test_a_policy_that_skips_nothing_is_plain_training_bit_for_bit(
     tiny: Tiny, tmp_path: Path, config: str, policy: Policy
 ) -> None:
     plain, ours = made(config, tiny("bert")), made(config, tiny("bert"))
@@ -80,7 +81,7 @@ def test_what_leaves_out_nothing_is_plain_training_to_the_bit(
     assert same(weights(plain), weights(ours))
 
 
-def test_never_runs_no_pass_and_moves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+def test_never_runs_no_pass_and_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     method, latency, callback = made("full", tiny("bert")), Latency(warmup=0), SelectiveUpdate(Never())
     before = weights(method)
     trainer = fit(method, tmp_path, latency, callback)
@@ -91,44 +92,44 @@ def test_never_runs_no_pass_and_moves_nothing(tiny: Tiny, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("config", ["full", "lora", "ia3", "lst", "head"])
-def test_chance_leaves_out_whole_steps(tiny: Tiny, tmp_path: Path, config: str) -> None:
+def test_random_skips_steps(tiny: Tiny, tmp_path: Path, config: str) -> None:
     method, latency, watch = made(config, tiny("bert")), Latency(warmup=0), Watch()
     callback = SelectiveUpdate(Random(rate=0.5))
     fit(method, tmp_path, latency, callback, watch)
-    assert watch.whole == [Random(rate=0.5).chooses(step, {}) for step in range(12)]
-    assert [bool(names) for names in watch.moved] == watch.whole
-    assert latency.summary["passes/forward"] == latency.summary["passes/backward"] == sum(watch.whole)
-    assert callback.skipped == 12 - sum(watch.whole)
+    assert watch.full == [Random(rate=0.5).before_forward(step, {}) for step in range(12)]
+    assert [bool(names) for names in watch.changed] == watch.full
+    assert latency.summary["passes/forward"] == latency.summary["passes/backward"] == sum(watch.full)
+    assert callback.num_skipped == 12 - sum(watch.full)
 
 
-def test_chance_has_its_rate() -> None:
+def test_random_policies_skip_at_their_rate() -> None:
     for rate in (0.1, 0.5, 0.9):
-        left_out = sum(not Random(rate).chooses(step, {}) for step in range(10_000))
-        assert left_out / 10_000 == pytest.approx(rate, abs=0.02)
-        passed = sum(len(DropBackward(rate).passes(step, 10)) for step in range(1000))
-        assert passed / 10_000 == pytest.approx(rate, abs=0.02)
+        num_skipped = sum(not Random(rate).before_forward(step, {}) for step in range(10_000))
+        assert num_skipped / 10_000 == pytest.approx(rate, abs=0.02)
+        num_bypassed = sum(len(DropBackward(rate).bypassed_blocks(step, 10)) for step in range(1000))
+        assert num_bypassed / 10_000 == pytest.approx(rate, abs=0.02)
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "llama"])
-def test_the_biases_alone_learn_above_a_depth(tiny: Tiny, tmp_path: Path, family: str) -> None:
+def test_otherwise_biases_trains_only_the_biases_above_depth(tiny: Tiny, tmp_path: Path, family: str) -> None:
     method, watch = made("full", tiny(family)), Watch()
-    below = {id(p) for stage in method.parameters_by_depth[:3] for p in stage}  # the embeddings, and blocks 0 and 1
+    below = {id(p) for layer in method.parameters_by_depth[:3] for p in layer}  # the embeddings, and blocks 0 and 1
     biases = {n for n, p in method.named_parameters() if n.endswith("bias") and id(p) not in below}
     if not biases:
         pytest.skip("a family without biases")
     fit(method, tmp_path, SelectiveUpdate(Random(rate=0.5), otherwise="biases", depth=2), watch)
-    assert False in watch.whole
-    for whole, moved in zip(watch.whole, watch.moved, strict=True):
-        if whole:
-            assert moved - biases
+    assert False in watch.full
+    for is_full, changed in zip(watch.full, watch.changed, strict=True):
+        if is_full:
+            assert changed - biases
         else:
-            assert moved
-            assert moved <= biases
+            assert changed
+            assert changed <= biases
     assert trained(method) == trained(made("full", tiny(family)))
 
 
-def stored(method: Method, callback: SelectiveUpdate, folder: Path) -> list[int]:
-    """Bytes that each step's forward pass stores."""
+def stored_bytes(method: Method, callback: SelectiveUpdate, folder: Path) -> int:
+    """Return the bytes that the forward pass of one step stores."""
     found: list[int] = []
     loss = method.loss
 
@@ -140,35 +141,36 @@ def stored(method: Method, callback: SelectiveUpdate, folder: Path) -> list[int]
 
     method.loss = counted  # type: ignore[method-assign]
     fit(method, folder, callback, max_epochs=1, limit_train_batches=1)
-    return found
+    (nbytes,) = found
+    return nbytes
 
 
-def test_less_is_stored(tiny: Tiny, tmp_path: Path) -> None:
-    """By biases alone, the less the higher they begin; and by blocks that are gone around."""
-    (whole,) = stored(made("full", tiny("bert")), SelectiveUpdate(Always()), tmp_path)
-    depths = [
-        stored(made("full", tiny("bert")), SelectiveUpdate(Never(), otherwise="biases", depth=d), tmp_path)[0]
-        for d in (0, 2, 3)
-    ]
-    assert whole > depths[0] > depths[1] > depths[2]
-    around = [
-        stored(made("full", tiny("bert")), SelectiveUpdate(LayerCyclic(blocks=n)), tmp_path)[0] for n in (4, 3, 2, 1)
-    ]
-    assert around[0] == whole
-    assert around[0] > around[1] > around[2] > around[3]
+def test_partial_updates_store_less(tiny: Tiny, tmp_path: Path) -> None:
+    """Biases alone store less, the higher `depth` is; blocks store less, the more of them are bypassed."""
+
+    def stored(callback: SelectiveUpdate) -> int:
+        return stored_bytes(made("full", tiny("bert")), callback, tmp_path)
+
+    full = stored(SelectiveUpdate(Always()))
+    biases = [stored(SelectiveUpdate(Never(), otherwise="biases", depth=depth)) for depth in (0, 2, 3)]
+    assert full > biases[0] > biases[1] > biases[2]
+    blocks = [stored(SelectiveUpdate(LayerCyclic(blocks=num_blocks))) for num_blocks in (4, 3, 2, 1)]
+    assert blocks[0] == full
+    assert blocks[0] > blocks[1] > blocks[2] > blocks[3]
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "t5", "gpt2", "llama"])
 @pytest.mark.parametrize("config", ["full", "lora"])
-def test_blocks_learn_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
+def test_layer_cyclic_trains_blocks_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: str) -> None:
     method, watch = made(config, tiny(family)), Watch()
     depth = method.backbone.stacks[0].depth
     names = {id(p): name for name, p in method.named_parameters()}
-    stages = [{names[id(p)] for p in stage if p.requires_grad} for stage in method.parameters_by_depth[1 : depth + 1]]
-    shared = set.union(*stages) - {n for s in stages for n in s if sum(n in other for other in stages) == 1}
-    fit(method, tmp_path, SelectiveUpdate(LayerCyclic(blocks=1)), watch, max_epochs=1)
-    for step, moved in enumerate(watch.moved):
-        assert {i for i, stage in enumerate(stages) if moved & (stage - shared)} == {step % depth}
+    blocks = [{names[id(p)] for p in block if p.requires_grad} for block in method.parameters_by_depth[1 : depth + 1]]
+    shared = set.union(*blocks) - {n for b in blocks for n in b if sum(n in other for other in blocks) == 1}
+    trainer = fit(method, tmp_path, SelectiveUpdate(LayerCyclic(blocks=1)), watch, max_epochs=1)
+    assert trainer.callback_metrics["update/blocks"] == 1
+    for step, changed in enumerate(watch.changed):
+        assert {i for i, block in enumerate(blocks) if changed & (block - shared)} == {step % depth}
 
 
 @pytest.mark.parametrize(
@@ -177,47 +179,47 @@ def test_blocks_learn_in_turn(tiny: Tiny, tmp_path: Path, config: str, family: s
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize(("config", "family"), [("full", "bert"), ("full", "t5"), ("lora", "bert")])
-def test_recomputing_changes_nothing(
+def test_gradient_checkpointing_changes_nothing(
     tiny: Tiny, tmp_path: Path, config: str, family: str, policy: Policy, settings: dict[str, Any]
 ) -> None:
-    kept, recomputed = (made(config, tiny(family), gradient_checkpointing=on) for on in (False, True))
-    for method in (kept, recomputed):
+    stored, recomputed = (made(config, tiny(family), gradient_checkpointing=on) for on in (False, True))
+    for method in (stored, recomputed):
         fit(method, tmp_path, SelectiveUpdate(policy, **settings))
-    for one, other in zip(weights(kept), weights(recomputed), strict=True):
+    for one, other in zip(weights(stored), weights(recomputed), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_a_step_in_which_nothing_is_left_to_learn_is_left_out(tiny: Tiny, tmp_path: Path) -> None:
-    method = made("lora", tiny("bert"), head="prompt")  # whose head is frozen
+def test_a_step_is_skipped_if_all_that_trains_is_bypassed(tiny: Tiny, tmp_path: Path) -> None:
+    method = made("lora", tiny("bert"), head="prompt")  # this head is frozen
     callback, watch = SelectiveUpdate(DropBackward(rate=0.8)), Watch()
     fit(method, tmp_path, callback, watch)
-    none = [len(callback.policy.passes(step, 4)) == 4 for step in range(12)]
-    assert 0 < sum(none) < 12
-    assert [not moved for moved in watch.moved] == none
+    all_bypassed = [len(callback.policy.bypassed_blocks(step, 4)) == 4 for step in range(12)]
+    assert 0 < sum(all_bypassed) < 12
+    assert [not changed for changed in watch.changed] == all_bypassed
 
 
-def test_the_scores_are_those_of_the_whole_model(tiny: Tiny) -> None:
-    """What goes around a block is its gradient alone; the gradient goes to what is below it as it comes."""
+def test_bypassing_a_block_changes_only_gradients(tiny: Tiny) -> None:
+    """The logits stay the same, and the gradient passes to the block below unchanged."""
     method = made("full", tiny("bert")).eval()
     batch, block = encode(method.backbone), method.backbone.blocks[2]
-    entered: list[Tensor] = []
-    left: list[Tensor] = []
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
     plain = method(batch)
     handles = (
-        method.backbone.blocks[1].register_forward_hook(lambda _m, _i, out: entered.append(out)),
-        method.backbone.blocks[3].register_forward_pre_hook(lambda _m, args: left.append(args[0])),
+        method.backbone.blocks[1].register_forward_hook(lambda _module, _args, out: inputs.append(out)),
+        method.backbone.blocks[3].register_forward_pre_hook(lambda _module, args: outputs.append(args[0])),
     )
     with bypass_backward(block):
-        around = method(batch)
+        logits = method(batch)
     for handle in handles:
         handle.remove()
-    assert torch.equal(plain, around)
-    gradients = torch.autograd.grad(around.logsumexp(-1).sum(), [entered[0], left[0]])
+    assert torch.equal(plain, logits)
+    gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), [inputs[0], outputs[0]])
     assert torch.equal(*gradients)
 
 
 class Log(Callback):
-    """What a policy that looks at losses, gradients or a teacher ought to know, computed apart."""
+    """Records the examples of each batch and their losses, computed separately."""
 
     def __init__(self) -> None:
         self.numbers: list[list[int]] = []
@@ -225,51 +227,88 @@ class Log(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         with torch.no_grad():
-            scores = torch.nn.Module.__call__(pl_module.backbone, batch)
+            logits = torch.nn.Module.__call__(pl_module.backbone, batch)
         self.numbers.append(batch["index"].tolist())
-        self.losses.append(torch.nn.functional.cross_entropy(scores, batch["labels"], reduction="none"))
+        self.losses.append(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none"))
 
 
-def test_batches_whose_examples_had_low_losses_are_left_out(tiny: Tiny, tmp_path: Path) -> None:
+def test_loss_ema_skips_batches_with_low_losses(tiny: Tiny, tmp_path: Path) -> None:
     method, log, watch = made("full", tiny("bert")), Log(), Watch()
     fit(method, tmp_path, log, SelectiveUpdate(LossEMA(rate=0.5, decay=0.25)), watch, max_epochs=4)
-    shown: dict[int, float] = {}
+    averages: dict[int, float] = {}
     recent: list[float] = []
-    for numbers, losses, whole in zip(log.numbers, log.losses, watch.whole, strict=True):
+    for numbers, losses, is_full in zip(log.numbers, log.losses, watch.full, strict=True):
         expected = True
-        if all(number in shown for number in numbers):
-            value = sum(shown[number] for number in numbers) / len(numbers)
+        if all(number in averages for number in numbers):
+            value = sum(averages[number] for number in numbers) / len(numbers)
             if recent:
                 expected = value >= float(torch.tensor(recent, dtype=torch.float64).quantile(0.5))
             recent.append(value)
-        assert whole == expected
-        if whole:
+        assert is_full == expected
+        if is_full:
             for number, loss in zip(numbers, losses.tolist(), strict=True):
-                shown[number] = 0.25 * shown.get(number, loss) + 0.75 * loss
-    assert watch.whole[:4] == [True] * 4
-    assert False in watch.whole
+                averages[number] = 0.25 * averages.get(number, loss) + 0.75 * loss
+    assert watch.full[:4] == [True] * 4
+    assert False in watch.full
 
 
-def test_batches_that_came_with_small_gradients_are_left_out() -> None:
+def regression_batch(losses: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits and a batch whose examples have these losses."""
+    logits = torch.tensor(losses).sqrt().unsqueeze(1)
+    return logits, {"index": torch.arange(len(losses)), "labels": torch.zeros(len(losses))}
+
+
+def test_loss_ema_averages_the_losses_of_an_example() -> None:
+    policy = LossEMA(decay=0.25)
+    for losses in ([1.0, 8.0], [5.0, 4.0]):
+        policy.after_forward(*regression_batch(losses))
+    assert policy.averages == pytest.approx({0: 0.25 * 1 + 0.75 * 5, 1: 0.25 * 8 + 0.75 * 4})
+
+
+def test_grad_norm_weighs_recent_norms_by_its_decay() -> None:
+    """With decay 1/4 the norms 1 and 3 average to 2.5, which is above 2; with 3/4 they would average to 1.5."""
+    policy = GradNorm(rate=0.5, decay=0.25)
+    rising, constant = ({"index": torch.tensor([number])} for number in (0, 1))
+    for norm in (1.0, 3.0):
+        policy.after_step(norm, rising)
+    policy.after_step(2.0, constant)
+    assert policy.before_forward(0, constant)  # its value, 2, is now the only recent one
+    assert policy.before_forward(1, rising)
+
+
+def test_grad_norm_skips_batches_with_small_gradients() -> None:
     policy = GradNorm(rate=0.5, decay=0.0)
     small, large = ({"index": torch.tensor(numbers)} for numbers in ([0, 1], [2, 3]))
-    assert policy.chooses(0, small)
-    policy.learnt(1.0, small)
-    policy.learnt(3.0, large)
+    assert policy.before_forward(0, small)
+    policy.after_step(1.0, small)
+    policy.after_step(3.0, large)
     mixed = {"index": torch.tensor([0, 2])}
-    assert policy.chooses(2, mixed)  # the first value that is known is no lower than any
-    assert not policy.chooses(3, small)
-    assert policy.chooses(4, large)
-    assert policy.chooses(5, {"index": torch.tensor([0, 9])})  # one of which nothing is known
+    assert policy.before_forward(2, mixed)  # the first known value is below no other
+    assert not policy.before_forward(3, small)
+    assert policy.before_forward(4, large)
+    assert policy.before_forward(5, {"index": torch.tensor([0, 9])})  # one example has no average yet
 
 
-def test_where_student_and_teacher_agree_there_is_no_backward_pass(tiny: Tiny, tmp_path: Path) -> None:
+def test_teacher_distance_skips_backward_passes(tiny: Tiny, tmp_path: Path) -> None:
     method, latency, watch = made("full", tiny("bert")), Latency(warmup=0), Watch()
     callback = SelectiveUpdate(TeacherDistance("mini-t5", rate=0.5))
     fit(method, tmp_path, latency, callback, watch)
-    assert latency.summary["passes/forward"] == 12  # decided behind it
-    assert latency.summary["passes/backward"] == sum(watch.whole) < 12
-    assert [bool(names) for names in watch.moved] == watch.whole
+    assert latency.summary["passes/forward"] == 12  # the decision comes after it
+    assert latency.summary["passes/backward"] == sum(watch.full) < 12
+    assert [bool(names) for names in watch.changed] == watch.full
+
+
+def test_teacher_distance_skips_the_batches_close_to_the_teacher() -> None:
+    policy, batch = TeacherDistance("unused", rate=0.5), {"index": torch.tensor([0])}
+    policy.teacher_logits = torch.tensor([[2.0, 0.0]])
+    far, near = torch.tensor([[0.0, 2.0]]), torch.tensor([[1.9, 0.0]])
+    assert [policy.after_forward(logits, batch) for logits in (far, near, far)] == [True, False, True]
+
+
+def test_a_low_value_is_low_among_the_last_values_only() -> None:
+    policy = TeacherDistance("unused", rate=0.5, window=2)
+    assert not any(policy.is_low(value) for value in (1.0, 10.0, 10.0, 20.0))
+    assert [policy.is_low(value) for value in (1.0, 1.0, 5.0)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +321,7 @@ def test_where_student_and_teacher_agree_there_is_no_backward_pass(tiny: Tiny, t
         lambda: SelectiveUpdate(TeacherDistance("mini-t5")),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     tiny: Tiny, tmp_path: Path, make: Callable[[], SelectiveUpdate]
 ) -> None:
     whole, callback = made("full", tiny("bert")), make()
@@ -296,15 +335,39 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert callback.summary == again.summary
 
 
-def test_all_is_as_it_was_behind_a_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_no_hook_remains_after_training(tiny: Tiny, tmp_path: Path) -> None:
     method = made("full", tiny("bert"))
     fit(method, tmp_path, SelectiveUpdate(Random()))
-    assert "training_step" not in vars(method)
+    assert method.step_wrapper is None
+    assert not method._forward_hooks
+
+
+class LayerCyclicBiases(LayerCyclic):
+    """Trains only the biases of a few blocks in each step."""
+
+    def before_forward(self, step: int, batch: Any) -> bool:
+        return False
+
+
+def test_a_failing_run_restores_the_method(tiny: Tiny, tmp_path: Path) -> None:
+    method = made("full", tiny("bert"))
+    before, blocks = trained(method), list(method.backbone.blocks)
+    forwards = [block.forward for block in blocks]
+
+    def fail(batch: Any) -> Tensor:
+        raise RuntimeError("step failed")
+
+    method.loss = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="step failed"):
+        fit(method, tmp_path, SelectiveUpdate(LayerCyclicBiases(), otherwise="biases"))
+    assert trained(method) == before
+    assert [block.forward for block in blocks] == forwards
+    assert method.step_wrapper is None
     assert not method._forward_hooks
 
 
 @pytest.mark.parametrize(
-    ("config", "callback", "said"),
+    ("config", "callback", "message"),
     [
         ("mezo", lambda: SelectiveUpdate(Random()), "takes its steps by itself"),
         ("lst", lambda: SelectiveUpdate(LayerCyclic()), "trains nothing in the backbone's blocks"),
@@ -313,18 +376,18 @@ def test_all_is_as_it_was_behind_a_run(tiny: Tiny, tmp_path: Path) -> None:
         ("full", lambda: SelectiveUpdate(TeacherDistance("nowhere")), "model.teacher"),
     ],
 )
-def test_what_cannot_be_is_refused_before_training(
-    tiny: Tiny, tmp_path: Path, config: str, callback: Callable[[], SelectiveUpdate], said: str
+def test_unfit_methods_are_refused_before_training(
+    tiny: Tiny, tmp_path: Path, config: str, callback: Callable[[], SelectiveUpdate], message: str
 ) -> None:
     method = made(config, tiny("bert"))
     before = weights(method)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         fit(method, tmp_path, callback())
     assert same(before, weights(method))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("make", "message"),
     [
         (lambda: Random(rate=1.0), "rate=1.0"),
         (lambda: LayerCyclic(blocks=0), "blocks=0"),
@@ -332,12 +395,27 @@ def test_what_cannot_be_is_refused_before_training(
         (lambda: SelectiveUpdate(Always(), depth=-1), "depth=-1"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong: Callable[[], object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        wrong()
+def test_wrong_settings_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
 
 
-def test_a_policy_is_one_by_being_there() -> None:
+class WithoutHook(LightningModule):
+    """A module without `step_wrapper`, which a callback could set."""
+
+
+def test_several_devices_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="devices 1"):
+        SelectiveUpdate(Random()).setup(quiet_trainer(devices=2, strategy="ddp"), made("full", tiny("bert")), "fit")
+
+
+def test_a_module_without_the_hook_is_refused() -> None:
+    callback: Any = SelectiveUpdate(Random())
+    with pytest.raises(UserError, match="WithoutHook has no attribute step_wrapper"):
+        callback.setup(quiet_trainer(), WithoutHook(), "fit")
+
+
+def test_public_classes_of_the_module_are_policies() -> None:
     found = {cls.__name__ for cls in registry.classes("lit_spu.callbacks.policies") if issubclass(cls, Policy)}
     assert found >= {
         "Always",
@@ -351,7 +429,7 @@ def test_a_policy_is_one_by_being_there() -> None:
     }
 
 
-def test_it_is_a_flag(tmp_path: Path) -> None:
+def test_selective_update_is_set_by_flags(tmp_path: Path) -> None:
     small = [
         "--data.limit_train=64",
         "--data.limit_validation=50",

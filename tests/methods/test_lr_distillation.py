@@ -1,4 +1,4 @@
-"""LR distillation: the law of the step, skipped backward passes, the control, and teachers of every kind."""
+"""LR distillation: the learning rate of a step, skipped backward passes, the control, and kinds of teachers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.lr_distillation import LRDistillation
 from lit_spu.methods.teacher import Teacher
 from lit_spu.tasks import load_task
+from tests.ddp import quiet_trainer
 from tests.runs import StopBehind, same, weights
 
 Run = Callable[..., Trainer]
@@ -31,15 +32,15 @@ Tiny = Callable[[str], str]
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
-class Seen(Callback):
-    """The learning rate and the distance of every step."""
+class Watch(Callback):
+    """Records the learning rate and the distance of every step."""
 
     def __init__(self) -> None:
-        self.rates: list[float] = []
+        self.lrs: list[float] = []
         self.distances: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.rates.append(float(trainer.callback_metrics["lr"]))
+        self.lrs.append(float(trainer.callback_metrics["lr"]))
         if "distance" in trainer.callback_metrics:
             self.distances.append(float(trainer.callback_metrics["distance"]))
 
@@ -50,37 +51,38 @@ def made(backbone: str, cls: Any = LRDistillation, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_a_factor_of_one_is_plain_training_to_the_bit(data: Data, fit: Run, tiny: Tiny, optimizer: str) -> None:
+def test_a_factor_of_one_is_plain_training_bit_for_bit(data: Data, fit: Run, tiny: Tiny, optimizer: str) -> None:
     plain = made(tiny("bert"), FullFineTuning, optimizer=optimizer, weight_decay=0.1)
-    ours = made(tiny("bert"), teacher="mini-t5", low=1.0, high=1.0, optimizer=optimizer, weight_decay=0.1)
+    ours = made(tiny("bert"), teacher="mini-t5", min_factor=1.0, max_factor=1.0, optimizer=optimizer, weight_decay=0.1)
     for method in (plain, ours):
         torch.manual_seed(2)
         fit(method, data(), max_epochs=2)
     assert same(weights(plain), weights(ours))
 
 
-def test_the_rate_follows_the_law(data: Data, fit: Run, tiny: Tiny) -> None:
-    """Rates are those of the schedule times the clipped distance over the mean of the first three."""
-    plain, ours = Seen(), Seen()
+def test_learning_rates_are_scaled_by_the_clipped_distance(data: Data, fit: Run, tiny: Tiny) -> None:
+    """The factor is the distance over the mean of the first three, clipped."""
+    plain, ours = Watch(), Watch()
     fit(made(tiny("bert"), FullFineTuning), data(), plain, max_epochs=3)
-    fit(made(tiny("bert"), teacher="mini-t5", reference=3, low=0.9, high=1.05), data(), ours, max_epochs=3)
+    method = made(tiny("bert"), teacher="mini-t5", reference_steps=3, min_factor=0.9, max_factor=1.05)
+    fit(method, data(), ours, max_epochs=3)
     first = ours.distances[:3]
-    starts = [sum(first[: n + 1]) / len(first[: n + 1]) for n in range(len(ours.distances))]
-    factors = [min(1.05, max(0.9, d / d_0)) for d, d_0 in zip(ours.distances, starts, strict=True)]
+    references = [sum(first[: n + 1]) / len(first[: n + 1]) for n in range(len(ours.distances))]
+    factors = [min(1.05, max(0.9, d / d_0)) for d, d_0 in zip(ours.distances, references, strict=True)]
     assert len(set(factors)) > 3
-    assert ours.rates == pytest.approx([f * r for f, r in zip(factors, plain.rates, strict=True)], rel=1e-5)
+    assert ours.lrs == pytest.approx([factor * lr for factor, lr in zip(factors, plain.lrs, strict=True)], rel=1e-5)
 
 
-def test_the_distance_alone_may_set_the_rate(data: Data, fit: Run, tiny: Tiny) -> None:
-    seen = Seen()
-    method = made(tiny("bert"), teacher="mini-t5", schedule="constant", reference=1)
-    fit(method, data(), seen, max_epochs=2)
-    assert seen.rates == pytest.approx([1e-3 * min(2.0, d / seen.distances[0]) for d in seen.distances], rel=1e-5)
+def test_the_distance_alone_scales_a_constant_learning_rate(data: Data, fit: Run, tiny: Tiny) -> None:
+    watch = Watch()
+    method = made(tiny("bert"), teacher="mini-t5", schedule="constant", reference_steps=1)
+    fit(method, data(), watch, max_epochs=2)
+    assert watch.lrs == pytest.approx([1e-3 * min(2.0, d / watch.distances[0]) for d in watch.distances], rel=1e-5)
 
 
 @pytest.mark.parametrize("distance", ["divergence", "mse", "cosine"])
-def test_kept_answers_are_those_that_a_teacher_gives_live(data: Data, fit: Run, tiny: Tiny, distance: Any) -> None:
-    """Of another family, with another tokenizer: it reads the same texts."""
+def test_cached_teacher_logits_are_those_of_the_teacher(data: Data, fit: Run, tiny: Tiny, distance: Any) -> None:
+    """The teacher has another family and tokenizer, and reads the same texts."""
 
     class Live(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -89,17 +91,17 @@ def test_kept_answers_are_those_that_a_teacher_gives_live(data: Data, fit: Run, 
             texts = [text.render(template, {"sentence": rows[i]["sentence"]}, mask) for i in batch["index"].tolist()]
             inputs = teacher.encoding.tokenizer(texts, padding=True)
             with torch.no_grad():
-                theirs = teacher({name: torch.tensor(ids) for name, ids in inputs.items()})
-                ours = pl_module(batch)
-            soft = [(scores / 2).softmax(-1) for scores in (theirs, ours)]
-            self.wanted = {
+                teacher_logits = teacher({name: torch.tensor(ids) for name, ids in inputs.items()})
+                logits = pl_module(batch)
+            soft = [(one / 2).softmax(-1) for one in (teacher_logits, logits)]
+            self.expected = {
                 "divergence": 4 * (soft[0] * (soft[0].log() - soft[1].log())).sum(-1).mean(),
-                "mse": (ours - theirs).square().mean(),
-                "cosine": 1 - F.cosine_similarity(ours, theirs).mean(),
+                "mse": (logits - teacher_logits).square().mean(),
+                "cosine": 1 - F.cosine_similarity(logits, teacher_logits).mean(),
             }[distance]
 
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            torch.testing.assert_close(trainer.callback_metrics["distance"], self.wanted, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(trainer.callback_metrics["distance"], self.expected, atol=1e-5, rtol=1e-4)
 
     teacher = load_backbone("mini-t5", load_task("sst2"), "prompt").eval()
     mask, template = teacher.encoding.mask, str(text.template_of(teacher.task, teacher.encoding))
@@ -107,16 +109,14 @@ def test_kept_answers_are_those_that_a_teacher_gives_live(data: Data, fit: Run, 
     fit(made(tiny("bert"), **settings), data(), Live(), max_epochs=2)
 
 
-def test_at_the_teacher_nothing_moves_and_backward_passes_may_be_left_out(
-    data: Data, fit: Run, tiny: Tiny, tmp_path: Path
-) -> None:
-    """The teacher is the student as it starts: the distance is 0."""
+def test_a_student_equal_to_its_teacher_does_not_change(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
+    """The teacher is the student before training, so the distance is 0."""
     backbone = tmp_path / "trained"
-    start = FullFineTuning(backbone=tiny("bert"))
-    fit(start, data(), max_epochs=1)
+    trained = FullFineTuning(backbone=tiny("bert"))
+    fit(trained, data(), max_epochs=1)
     from lit_spu.export import writers
 
-    writers.write_model(start, start.backbone, backbone)
+    writers.write_model(trained, trained.backbone, backbone)
     for skip, count in ((0.0, 8), (1e-3, 0)):
         method = made(str(backbone), teacher=str(backbone), skip_below=skip, weight_decay=0.1)
         before, latency = weights(method), Latency(warmup=0)
@@ -127,26 +127,30 @@ def test_at_the_teacher_nothing_moves_and_backward_passes_may_be_left_out(
         assert trainer.callback_metrics.get("train/skipped", 0) == 8 - count
 
 
-def test_what_is_left_out_moves_nothing_by_momentum_or_decay(data: Data, fit: Run, tiny: Tiny) -> None:
+def test_skipped_steps_change_nothing(data: Data, fit: Run, tiny: Tiny) -> None:
     class Steps(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
             self.before = weights(pl_module)
+            plain_lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
 
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-            left_out.append(float(trainer.callback_metrics["distance"]) < threshold)
-            assert same(self.before, weights(pl_module)) == left_out[-1]
+            skipped.append(float(trainer.callback_metrics["distance"]) < threshold)
+            scaled_lrs.append(0.0 if skipped[-1] else float(trainer.callback_metrics["lr"]))
+            assert same(self.before, weights(pl_module)) == skipped[-1]
 
-    seen, threshold, left_out = Seen(), 0.0, list[bool]()
-    fit(made(tiny("bert"), teacher="mini-t5"), data(), seen, max_epochs=2)
-    threshold = sorted(seen.distances)[4]
+    watch, threshold, skipped = Watch(), 0.0, list[bool]()
+    plain_lrs, scaled_lrs = list[float](), list[float]()
+    fit(made(tiny("bert"), teacher="mini-t5"), data(), watch, max_epochs=2)
+    threshold = sorted(watch.distances)[4]
     method = made(tiny("bert"), teacher="mini-t5", skip_below=threshold, weight_decay=0.1)
-    fit(method, data(), Steps(), max_epochs=2)
-    assert True in left_out
-    assert False in left_out
-    assert method.skipped == sum(left_out)
+    trainer = fit(method, data(), Steps(), max_epochs=2)
+    assert True in skipped
+    assert False in skipped
+    assert method.num_skipped == sum(skipped)
+    assert trainer.callback_metrics["lr/mean_factor"] == pytest.approx(sum(scaled_lrs) / sum(plain_lrs), rel=1e-5)
 
 
-def test_the_control_has_the_same_mean_rate(tmp_path: Path) -> None:
+def test_the_control_has_the_same_mean_learning_rate(tmp_path: Path) -> None:
     common = ["fit", "--config=configs/lr_distillation.yaml", "--data.limit_train=256", f"--data.cache={tmp_path}"]
     common += ["--trainer.max_epochs=2", "--data.limit_validation=50", "--trainer.log_every_n_steps=1"]
     main([*common, f"--run_dir={tmp_path}/run"])
@@ -163,8 +167,8 @@ def test_the_control_has_the_same_mean_rate(tmp_path: Path) -> None:
     assert factor != pytest.approx(1, abs=0.01)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
-    settings = {"teacher": "mini-t5", "reference": 6}
+def test_a_resumed_run_equals_the_uninterrupted_one(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"teacher": "mini-t5", "reference_steps": 6}
     torch.manual_seed(2)
     whole = made(tiny("bert"), **settings)
     fit(whole, data(), max_epochs=3)
@@ -175,17 +179,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(data: Data, fit: Run, tiny: Tiny
     assert same(weights(whole), weights(rest))
 
 
-def test_batches_of_a_step_share_their_mean_factor(data: Data, fit: Run, tiny: Tiny) -> None:
-    plain, ours = Seen(), Seen()
+def test_batches_of_a_step_use_their_mean_factor(data: Data, fit: Run, tiny: Tiny) -> None:
+    plain, ours = Watch(), Watch()
     fit(made(tiny("bert"), FullFineTuning), data(), plain, max_epochs=1, accumulate_grad_batches=2)
-    fit(made(tiny("bert"), teacher="mini-t5", reference=1), data(), ours, max_epochs=1, accumulate_grad_batches=2)
+    fit(made(tiny("bert"), teacher="mini-t5", reference_steps=1), data(), ours, max_epochs=1, accumulate_grad_batches=2)
     d = [one / ours.distances[0] for one in ours.distances]
-    assert ours.rates[1::2] == pytest.approx(
-        [(d[0] + d[1]) / 2 * plain.rates[1], (d[2] + d[3]) / 2 * plain.rates[3]], rel=1e-5
+    assert ours.lrs[1::2] == pytest.approx(
+        [(d[0] + d[1]) / 2 * plain.lrs[1], (d[2] + d[3]) / 2 * plain.lrs[3]], rel=1e-5
     )
 
 
-def test_a_teacher_may_be_a_run_a_checkpoint_or_an_export(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_teacher_can_be_a_run_a_checkpoint_or_an_export(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
     from lit_spu.export import writers
 
     method = FullFineTuning(backbone=tiny("bert"))
@@ -197,62 +201,78 @@ def test_a_teacher_may_be_a_run_a_checkpoint_or_an_export(data: Data, fit: Run, 
     module = data()
     module.encoding = method.encoding
     sources = ("run", "run/checkpoints/last.ckpt", "merged", "weights")
-    found = [Teacher(str(tmp_path / name), method.task).answers(module, torch.device("cpu")) for name in sources]
+    found = [Teacher(str(tmp_path / name), method.task).compute_logits(module, torch.device("cpu")) for name in sources]
     method.eval()
-    for answers in found:
+    for teacher_logits in found:
         for batch in module.as_read_by(method.encoding):
             with torch.no_grad():
-                torch.testing.assert_close(answers[batch["index"]], method(batch), atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(teacher_logits[batch["index"]], method(batch), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
-        ("mnli", "whose labels are negative, positive; those of mnli are"),
+        ("mnli", r"whose labels are negative, positive\. The labels of mnli are"),
         ("rte", "negative, positive"),
         ("stsb", "a number"),
     ],
 )
-def test_a_teacher_of_other_labels_is_refused(
-    data: Data, fit: Run, tiny: Tiny, tmp_path: Path, task: str, said: str
+def test_a_teacher_with_other_labels_is_refused(
+    data: Data, fit: Run, tiny: Tiny, tmp_path: Path, task: str, message: str
 ) -> None:
     teacher = FullFineTuning(backbone=tiny("bert"))
     fit(teacher, data(), max_epochs=1).save_checkpoint(tmp_path / "sst2.ckpt")
     method = made(tiny("bert"), teacher=str(tmp_path / "sst2.ckpt"), task=task, distance="mse")
     before = weights(method)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         fit(method, data(task))
     assert same(before, weights(method))
 
 
-def test_a_folder_of_other_labels_or_none_is_refused(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_folder_with_other_labels_is_refused(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    for names, said in ((("good", "bad"), "good, bad"), (("a", "b", "c"), "3 labels")):
-        folder = tmp_path / said
+    for names, message in ((("good", "bad"), "good, bad"), (("a", "b", "c"), "3 labels")):
+        folder = tmp_path / message
         model = AutoModelForSequenceClassification.from_pretrained(
             tiny("bert"), num_labels=len(names), id2label=dict(enumerate(names))
         )
         model.save_pretrained(folder)
         load_backbone(tiny("bert"), load_task("sst2")).encoding.tokenizer.save_pretrained(folder)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             fit(made(tiny("bert"), teacher=str(folder)), data())
     with pytest.raises(UserError, match=r"model\.teacher.*nowhere"):
         fit(made(tiny("bert"), teacher=str(tmp_path / "nowhere")), data())
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"low": 2.0, "high": 1.0}, "model.low=2.0"),
-        ({"reference": 0}, "model.reference=0"),
+        ({"min_factor": 2.0, "max_factor": 1.0}, "model.min_factor=2.0"),
+        ({"reference_steps": 0}, "model.reference_steps=0"),
         ({"temperature": 0.0}, "model.temperature=0.0"),
         ({"task": "stsb"}, "only mse"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(tiny: Tiny, settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_wrong_settings_are_refused(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         made(tiny("bert"), teacher="mini-t5", **settings)
+
+
+def test_the_control_of_a_pattern_is_the_last_run(tiny: Tiny, tmp_path: Path) -> None:
+    for name, factor in (("run-1", 0.25), ("run-2", 0.75)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"metrics": {"lr/mean_factor": factor}}))
+    method = made(tiny("bert"), teacher="mini-t5", control=f"{tmp_path}/run-*")
+    method.setup("fit")
+    assert method.control_factor == 0.75
+
+
+def test_skipping_on_several_devices_is_refused(tiny: Tiny) -> None:
+    method = made(tiny("bert"), teacher="mini-t5", skip_below=0.1)
+    method.trainer = quiet_trainer(devices=2, strategy="ddp")
+    with pytest.raises(UserError, match=r"model\.skip_below=0\.1"):
+        method.setup("fit")
 
 
 def test_a_control_must_be_a_run(data: Data, fit: Run, tiny: Tiny, tmp_path: Path) -> None:
