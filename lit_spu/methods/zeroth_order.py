@@ -22,8 +22,8 @@ from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.checkpoints.fingerprint import checksum, fingerprint
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
-from lit_spu.optim.mezo import MeZO, NoiseName, Rows
-from lit_spu.optim.perturbation import key_of
+from lit_spu.optim.keyed_random import key_of
+from lit_spu.optim.mezo import MeZOOptimizer, NoiseName, Rows
 from lit_spu.optim.trajectory import Recorder, Trajectory
 from lit_spu.tasks.metrics import task_metrics
 
@@ -137,7 +137,7 @@ class ZerothOrder(Method):
 
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
         """Take a step on a batch; gives what was minimised, or nothing where the step was a recorded one."""
-        found: Tensor | None = optimizers[0].step(closure=lambda: self.value(batch), examples=len(batch["labels"]))
+        found: Tensor | None = optimizers[0].step(closure=lambda: self.value(batch), num_examples=len(batch["labels"]))
         return found
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -146,7 +146,7 @@ class ZerothOrder(Method):
         loss = self.take_step(batch, *optimizers)
         if loss is not None:
             self.log("train/loss", loss.float(), prog_bar=True, batch_size=len(batch["input_ids"]))
-        if left_out := optimizers[0].left_out:
+        if left_out := optimizers[0].num_skipped_directions:
             self.log("train/left_out", float(left_out), prog_bar=True)
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             self.step_rate(scheduler)
@@ -160,7 +160,7 @@ class ZerothOrder(Method):
         """The weights that learn by MeZO, with their names."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def mezo(self, **settings: Any) -> MeZO:
+    def mezo(self, **settings: Any) -> MeZOOptimizer:
         """MeZO over them, with `settings` in place of the method's own."""
         groups: list[dict[str, Any]] = [{"params": self.perturbed()}]
         if self.weight_decay:  # of matrices alone
@@ -169,7 +169,7 @@ class ZerothOrder(Method):
         own: dict[str, Any] = {
             name: getattr(self, name) for name in ("lr", "epsilon", "noise", "directions", "share", "rows", "normalize")
         }
-        return MeZO([group for group in groups if group["params"]], **own | settings)
+        return MeZOOptimizer([group for group in groups if group["params"]], **own | settings)
 
     def configure_optimizers(self) -> Any:
         """MeZO over what is trained, with the same seed on all ranks, and its learning rate by step."""
@@ -183,7 +183,7 @@ class ZerothOrder(Method):
             trajectory = Trajectory.read(self.trajectory)
             if not self.trainer.ckpt_path:  # else its weights are those of a later step
                 self._follow(optimizer, trajectory)
-            optimizer.recorded = trajectory.rows
+            optimizer.replay_rows = trajectory.rows
             rank_zero_info(f"The first {len(trajectory.rows):,} steps are those of {trajectory.file}.")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.rates(optimizer), "interval": "step"}}
 
@@ -258,10 +258,10 @@ class ZerothOrder(Method):
         optimizer = self.mezo(directions=said["directions"])
         self._follow(optimizer, trajectory)
         for row in rows:
-            optimizer.repeat(row)
+            optimizer.replay_step(row)
         self.cpu()
 
-    def _follow(self, optimizer: MeZO, trajectory: Trajectory) -> None:
+    def _follow(self, optimizer: MeZOOptimizer, trajectory: Trajectory) -> None:
         """Let an optimizer that has taken no step draw what a run drew.
 
         Raises:
@@ -274,10 +274,11 @@ class ZerothOrder(Method):
                 f" {its['backbone']['fingerprint']}), not from {ours['backbone']['name']!r}"
                 f" ({ours['backbone']['fingerprint']})."
             )
-        if any(ours[name] != its[name] for name in ("method", "groups", "directions", "start")):
+        if any(ours[name] != its[name] for name in ("method", "groups", "directions", "initial_fingerprint")):
             raise UserError(
-                f"{file} starts from other weights than these ({its['method']}, {its['start']}; here {ours['method']},"
-                f" {ours['start']}): take the run's own settings, and seed {its['seed']}."
+                f"{file} starts from other weights than these ({its['method']}, {its['initial_fingerprint']}; here"
+                f" {ours['method']}, {ours['initial_fingerprint']}): take the run's own settings, and seed"
+                f" {its['seed']}."
             )
         if ours["noise"] != its["noise"]:
             raise UserError(
@@ -287,7 +288,7 @@ class ZerothOrder(Method):
             )
         optimizer.seed = its["seed"]
 
-    def _header(self, optimizer: MeZO) -> dict[str, Any]:
+    def _header(self, optimizer: MeZOOptimizer) -> dict[str, Any]:
         """What has to be known to take an optimizer's steps again."""
         said = self.described()
         del said["state_dict"]
@@ -296,7 +297,7 @@ class ZerothOrder(Method):
             "groups": len(optimizer.param_groups),
             "directions": optimizer.directions,
             "seed": optimizer.seed,
-            "start": optimizer.start,
+            "initial_fingerprint": optimizer.initial_fingerprint,
             "noise": fingerprint([(f"{optimizer.noise} {optimizer.share}", noise)]),
             "device": self.device.type,
             "torch": str(torch.__version__),
