@@ -201,7 +201,7 @@ class TableNoise(Noise):
     def draw(self, key: int, rows: range, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
         width, device = weight.shape[1], weight.device
         if device not in self._tables:
-            self._tables[device] = _normal_quantiles(device)
+            self._tables[device] = _shuffled_quantiles(device)
         table = self._tables[device]
         num_places = len(table) - len(rows) * width + 1
         if num_places < 1:
@@ -301,11 +301,15 @@ def _signs_of_bytes(device: torch.device) -> Tensor:
     return torch.from_numpy(bits).to(device, torch.float32) * 2 - 1
 
 
-def _normal_quantiles(device: torch.device) -> Tensor:
-    """Return 2²¹ normal quantiles in random order, rounded to multiples of 2⁻¹² so that machines agree."""
+def _shuffled_quantiles(device: torch.device) -> Tensor:
+    """Return 2²¹ normal quantiles in random order, the same on every machine."""
     count = 2**21
     order = np.argsort(mix_64(np.arange(count, dtype=np.uint64)), kind="stable")
+    return torch.from_numpy(_normal_quantiles(count).numpy()[order]).to(device)
+
+
+def _normal_quantiles(count: int) -> Tensor:
+    """Return normal quantiles, rising, rounded to multiples of 2⁻¹² so that machines agree."""
     exact = torch.arange(count, dtype=torch.float64).add_(0.5).div_(count)
     torch.special.ndtri(exact, out=exact)
-    quantiles = exact.mul_(2**12).round_().div_(2**12).float()
-    return torch.from_numpy(quantiles.numpy()[order]).to(device)
+    return exact.mul_(2**12).round_().div_(2**12).float()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_spu.measure import LiveBytes
 from lit_spu.optim.keyed_random import key_of
-from lit_spu.optim.mezo import NOISES, MeZOOptimizer
+from lit_spu.optim.mezo import NOISES, MeZOOptimizer, delay_sigint
 
 noises = pytest.mark.parametrize("noise", NOISES)
 
@@ -39,10 +39,10 @@ def z_of(optimizer: MeZOOptimizer, weight: Tensor, step: int = 0, direction: int
     return optimizer.noise.sample(key_of(optimizer.seed, step, direction, name), weight).to(weight.dtype)
 
 
-def moved(optimizer: MeZOOptimizer, weight: nn.Parameter, loss: Callable[[], Tensor]) -> Tensor:
+def moved(optimizer: MeZOOptimizer, weight: nn.Parameter, loss: Callable[[], Tensor], num_examples: int = 1) -> Tensor:
     """Return the change of a weight in one step, and undo it."""
     before = weight.detach().clone()
-    optimizer.step(loss)
+    optimizer.step(loss, num_examples)
     moved = weight.detach() - before
     with torch.no_grad():
         weight.copy_(before)
@@ -161,6 +161,13 @@ def test_sigint_is_delayed_to_the_end_of_an_evaluation() -> None:
     assert torch.equal(model(x), F.linear(x, before["weight"], before["bias"]))
 
 
+def test_a_second_sigint_is_not_delayed() -> None:
+    signals = iter([signal.SIGINT] * 3)
+    with pytest.raises(KeyboardInterrupt), delay_sigint():
+        list(map(signal.raise_signal, signals))
+    assert len(list(signals)) == 1
+
+
 def test_the_mean_of_equal_directions_is_that_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_spu.optim.mezo.key_of", lambda seed, step, direction, name: key_of(seed, step, name))
     weight, loss = bowl()
@@ -183,6 +190,15 @@ def test_a_direction_with_a_slope_that_is_not_finite_is_skipped() -> None:
         optimizer.step(partial(torch.tensor, loss))
         assert torch.equal(weight.detach(), torch.ones(5))
         assert optimizer.param_groups[0]["step"] == optimizer.num_skipped_directions == 1
+
+
+def test_a_skipped_direction_counts_in_the_mean() -> None:
+    """The other directions move the weight as far as they would without it."""
+    weight = nn.Parameter(torch.zeros(5))
+    optimizer = MeZOOptimizer([weight], lr=1.0, directions=2)
+    z = z_of(optimizer, weight, direction=1)
+    optimizer.apply_slopes([float("nan"), 3.0])
+    torch.testing.assert_close(weight.detach(), -3.0 * z / 2)
 
 
 def test_training_resumes_from_the_state_dict() -> None:
@@ -250,7 +266,8 @@ def test_unread_rows_stay_and_read_rows_are_updated(noise: Any, dtype: torch.dty
     for rows in ("all", "seen"):
         model = Words(dtype)
         optimizer = MeZOOptimizer(model.named_parameters(), lr=0.1, noise=noise, rows=rows, weight_decay=0.1)
-        optimizer.step(lambda: model.loss(ids))  # noqa: B023
+        for _ in range(3):
+            optimizer.step(lambda: model.loss(ids))  # noqa: B023
         ends[rows] = model.state_dict()
     read = torch.tensor([1, 2, 3, 5, 7, 30])
     before = Words(dtype).words
@@ -310,6 +327,18 @@ def test_ranks_with_their_own_directions_equal_one_rank_with_all() -> None:
         MeZOOptimizer([weight], lr=0.1, **settings).step(loss, num_examples=8)
         ends.append(weight.detach())
     assert torch.equal(*ends)
+
+
+def test_ranks_count_by_their_number_of_examples() -> None:
+    """A rank with 8 examples and one with 2 make the step of one rank with the mean loss of all 10."""
+    weight, loss = bowl()
+    sent: list[Tensor] = []
+    first = MeZOOptimizer([weight], lr=0.1, reduce=lambda sums: sent.append(sums) or sums)  # type: ignore[func-returns-value]
+    moved(first, weight, lambda: 5 * loss(), num_examples=8)
+    second = MeZOOptimizer([weight], lr=0.1, reduce=lambda sums: sums + sent[0])
+    both = moved(second, weight, lambda: 3 * loss(), num_examples=2)
+    one = moved(MeZOOptimizer([weight], lr=0.1), weight, lambda: 4.6 * loss(), num_examples=10)
+    torch.testing.assert_close(both, one, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("settings", [{}, {"directions": 3}, {"share": 0.5}, {"normalize": True, "directions": 2}])

@@ -45,6 +45,14 @@ def test_keys_and_entries_are_uncorrelated(kind: str) -> None:
 
 
 @noises
+def test_all_rows_differ(kind: str) -> None:
+    """Also rows at the same place of different blocks."""
+    noise, weight = NOISES[kind](), torch.empty(400, 200)
+    assert noise._rows_per_block(weight) <= 200 or kind.startswith("low_rank")
+    assert len(noise.sample(5, weight).unique(dim=0)) == 400
+
+
+@noises
 @pytest.mark.parametrize("shape", [(), (7,), (100, 70), (300, 200), (6, 5, 4)])
 def test_noise_depends_on_the_key_and_not_on_dtype_or_layout(kind: str, shape: tuple[int, ...]) -> None:
     """Bitwise: whichever rows are drawn, before or after which, in whatever dtype and memory layout."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lit_spu.measure import Kind
+from lit_spu.optim.mezo import NOISES
 from lit_spu.study.estimate import estimates, largest_batch_size
 from lit_spu.study.grid import build, method_configs
 from lit_spu.study.steps import batch_of, live_bytes, training_step
@@ -18,9 +20,9 @@ from tests.conftest import FAMILIES
 CONFIGS = method_configs([f"{Path(__file__).parents[2] / 'configs'}/*.yaml"])
 
 
-def measured(config: Path, backbone: str, batch_size: int, length: int) -> tuple[int, dict[Kind, int]]:
+def measured(config: Path, backbone: str, batch_size: int, length: int, **settings: Any) -> tuple[int, dict[Kind, int]]:
     """Measure a step on a batch with padding: without padding, transformers skips the attention mask."""
-    method = build(config, backbone=backbone)
+    method = build(config, backbone=backbone, **settings)
     batch = batch_of(batch_size, length, TASKS["sst2"])
     batch["attention_mask"][0, -1] = 0
     live = live_bytes(method, *training_step(method, batch))
@@ -38,6 +40,14 @@ def test_an_estimate_equals_a_real_step(config: str, backbone: str) -> None:
     assert found.by_kind[Kind.ACTIVATIONS] == pytest.approx(by_kind[Kind.ACTIVATIONS], rel=0.03, abs=0.02 * peak)
     assert found.by_kind[Kind.WEIGHTS] == by_kind[Kind.WEIGHTS]
     assert sum(found.by_kind.values()) == found.peak
+
+
+@pytest.mark.parametrize("settings", [{"rows": "seen"}, {"rows": "seen", "noise": "low_rank"}, {"noise": "rademacher"}])
+def test_estimates_of_mezo_settings(settings: dict[str, Any]) -> None:
+    """MeZO reads values in its step: rows of the embedding and slopes."""
+    (found,), _ = estimates({"mezo": CONFIGS["mezo"]}, "mini-bert", "sst2", 8, 48, settings=settings)
+    peak, _ = measured(CONFIGS["mezo"], "mini-bert", 8, 48, **settings)
+    assert found.peak == pytest.approx(peak, rel=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,3 +105,13 @@ def test_the_search_is_right_for_any_curve(peak: Callable[[int], int], budget: i
 def test_estimating_leaves_no_fake_tensors_behind() -> None:
     estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 16)
     assert torch.ones(2).sum().item() == 2
+
+
+@pytest.mark.parametrize("noise", ["table", "rademacher"])
+def test_real_steps_after_an_estimate_have_real_tables(noise: Any) -> None:
+    weight = torch.zeros(8, 8)
+    before = NOISES[noise]().sample(1, weight)
+    estimates({"mezo": CONFIGS["mezo"]}, "mini-bert", "sst2", 4, 16, settings={"noise": noise})
+    after = NOISES[noise]().sample(1, weight)
+    assert type(after) is torch.Tensor
+    assert torch.equal(after, before)
