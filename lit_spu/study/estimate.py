@@ -59,7 +59,7 @@ def estimates(
         batch_size: Number of texts in a batch.
         length: Number of tokens in every text.
         budget: Bytes available to the largest batch.
-        settings: Settings of the methods. They override those of the configs whose method has them.
+        settings: Settings of the methods. They override the configs of all methods that have them.
 
     Returns:
         The estimates, smallest peak first, and the errors of the methods that have none, by name.

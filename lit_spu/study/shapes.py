@@ -58,6 +58,6 @@ def _all_different(tensor: Tensor, *, return_inverse: bool, **_: Any) -> Any:
 def _one_run(tensor: Tensor, *, return_counts: bool, **_: Any) -> Any:
     """Return the result of `unique_consecutive` where all elements are equal.
 
-    The sampling of embedding rows makes one pass per run, and every pass takes the same memory.
+    Code that makes one pass per run then makes a single pass. Further passes would reuse its memory.
     """
     return (tensor[:1], torch.ones_like(tensor[:1])) if return_counts else tensor[:1]
