@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         *("nn", "optim", "backbones", "tasks", "registry", "checkpoints", "export.load"),
         *(f"callbacks.{file}" for file in ("rank_check", "trajectory_recorder", "zero_shot_report")),
     },
-    "callbacks": {"measure", "nn", "optim", "tasks", "checkpoints", "methods.teacher"},
+    "callbacks": {"measure", "nn", "optim", "tasks", "checkpoints", "methods.teacher", "backbones.stacks"},
     "study": {"methods", "data", "measure", "registry", "tasks", "backbones.load"},
     "export": {"methods", "data", "backbones", "nn", "optim", "measure", "tasks", "checkpoints", "registry", "version"},
     "public": {"methods.base", "export.load", "registry"},

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_spu.errors import UserError
 from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
-from lit_spu.optim.perturbation import key_of
+from lit_spu.optim.keyed_random import key_of
 from lit_spu.tasks import Task
 
 Batch = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""What tells weights apart without reading all of them."""
+"""Fingerprints of weights: short values that differ when the weights differ."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of tensors: their names, shapes and 64 values of each, read at even steps."""
+    """Return 16 hexadecimal digits, a hash of named tensors.
+
+    The hash covers their names, their shapes and 64 values of each tensor at even distances.
+    """
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        if isinstance(tensor, FakeTensor):  # a shape without values
-            continue
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(sample.numpy().tobytes())
@@ -24,7 +24,10 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def checksum(tensors: Iterable[Tensor]) -> Tensor:
-    """A number, int64, that hardly two sets of tensors share: the sum of all bits, by tensor times an odd number."""
+    """Return an int64 checksum of all bits of some tensors, a scalar on their device.
+
+    It is the sum over all tensors of their elements' bits, each tensor times its own odd number.
+    """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [tensor.detach().contiguous().view(bits[tensor.element_size()]).sum() for tensor in tensors]
     return sum(((2 * place + 1) * one for place, one in enumerate(sums)), torch.zeros_like(sums[0]))

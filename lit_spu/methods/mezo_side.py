@@ -27,5 +27,5 @@ class MeZOSide(ZerothOrder, KLadder):
         def closure() -> Tensor:
             return self.objective_from(self(batch, hidden_states), batch)
 
-        loss: Tensor | None = optimizers[0].step(closure=closure, examples=len(batch["labels"]))
+        loss: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
         return loss

@@ -23,7 +23,7 @@ from lit_spu.callbacks.zero_shot_report import ZeroShotReport
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
-from lit_spu.optim.mezo import MeZO, NoiseName, Rows
+from lit_spu.optim.mezo import MeZOOptimizer, NoiseName, Rows
 from lit_spu.optim.replay import check_replayable
 from lit_spu.optim.trajectory import Trajectory
 from lit_spu.tasks.metrics import task_metrics
@@ -160,7 +160,7 @@ class ZerothOrder(Method):
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
         """Take a step on a batch. Return the objective's value, or None if the step was replayed."""
         closure = lambda: self.objective_value(batch)  # noqa: E731
-        value: Tensor | None = optimizers[0].step(closure=closure, examples=len(batch["labels"]))
+        value: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
         return value
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -169,7 +169,7 @@ class ZerothOrder(Method):
         loss = self.take_step(batch, *optimizers)
         if loss is not None:
             self.log("train/loss", loss.float(), prog_bar=True, batch_size=len(batch["input_ids"]))
-        if num_skipped := optimizers[0].left_out:
+        if num_skipped := optimizers[0].num_skipped_directions:
             self.log("train/left_out", float(num_skipped), prog_bar=True)
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             self.step_lr_scheduler(scheduler)
@@ -183,7 +183,7 @@ class ZerothOrder(Method):
         """Return the weights that are trained by MeZO, with their names."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def make_optimizer(self, **settings: Any) -> MeZO:
+    def make_optimizer(self, **settings: Any) -> MeZOOptimizer:
         """Return MeZO over these weights, with `settings` in place of the method's own."""
         groups: list[dict[str, Any]] = [{"params": self.perturbed_parameters()}]
         if self.weight_decay:  # of matrices alone
@@ -193,7 +193,7 @@ class ZerothOrder(Method):
         own: dict[str, Any] = {
             name: getattr(self, name) for name in ("lr", "epsilon", "noise", "directions", "share", "rows", "normalize")
         }
-        return MeZO([group for group in groups if group["params"]], **own | settings)
+        return MeZOOptimizer([group for group in groups if group["params"]], **own | settings)
 
     def configure_optimizers(self) -> Any:
         """Return MeZO over the trained weights, with the same seed on all ranks, and its learning rate by step."""
@@ -208,7 +208,7 @@ class ZerothOrder(Method):
             if not self.trainer.ckpt_path:  # a checkpoint's weights are those of a later step
                 check_replayable(trajectory, self.checkpoint_dict(), optimizer)
                 optimizer.seed = trajectory.header["seed"]
-            optimizer.recorded = trajectory.rows
+            optimizer.replay_rows = trajectory.rows
             rank_zero_info(f"The first {len(trajectory.rows):,} steps are replayed from {trajectory.file}.")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
@@ -225,5 +225,5 @@ class ZerothOrder(Method):
         check_replayable(trajectory, self.checkpoint_dict(), optimizer)
         optimizer.seed = header["seed"]
         for row in rows:
-            optimizer.repeat(row)
+            optimizer.replay_step(row)
         self.cpu()

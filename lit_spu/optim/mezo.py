@@ -1,7 +1,8 @@
 """MeZO (Malladi et al. 2023, https://arxiv.org/abs/2305.17333): training with forward passes alone.
 
-A step looks at the loss a little way along a random direction and against it (SPSA), and moves along the direction by
-their difference. Nothing is kept but a number a direction: the direction itself is drawn again from its key.
+A step evaluates the loss at θ + εz and at θ − εz for a random direction z (SPSA). The difference, over 2ε, is the slope
+along z, and the step moves the weights against it. Only one number per direction is stored: z is drawn again from its
+key.
 """
 
 from __future__ import annotations
@@ -18,42 +19,56 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
 from lit_spu.checkpoints.fingerprint import fingerprint
-from lit_spu.optim.perturbation import Gaussian, LowRank, Noise, Perturbed, Rademacher, Table, key_of
+from lit_spu.optim.keyed_random import key_of
+from lit_spu.optim.noise import GaussianNoise, LowRankNoise, Noise, RademacherNoise, TableNoise
+from lit_spu.optim.perturbed import Perturbed
 
 NoiseName = Literal["gaussian", "rademacher", "table", "low_rank"]
 
 Rows = Literal["all", "seen"]
 
-NOISES: dict[str, type[Noise]] = {"gaussian": Gaussian, "rademacher": Rademacher, "table": Table, "low_rank": LowRank}
+NOISES: dict[str, type[Noise]] = {
+    "gaussian": GaussianNoise,
+    "rademacher": RademacherNoise,
+    "table": TableNoise,
+    "low_rank": LowRankNoise,
+}
 
 
-class MeZO(Optimizer):
-    """SPSA with two evaluations a direction: g = (ℓ(θ+εz) − ℓ(θ−εz)) / 2ε, and θ ← (1 − lr·wd)θ − lr·mean of all g·z.
+class MeZOOptimizer(Optimizer):
+    """SPSA with two evaluations per direction.
 
-    Weights are bitwise what they were after an evaluation, whatever their precision; those in half precision keep what
-    an update leaves over, so that small ones add up. `history` has what every step did, in fp32: the learning rate of
-    every group, as the step took it, and the slope along every direction; `left_out` counts those not finite.
+    A slope is g = (ℓ(θ+εz) − ℓ(θ−εz)) / 2ε, and the update is θ ← (1 − lr·wd)θ − lr·mean(g·z).
+
+    An evaluation leaves all weights as they were, to the bit, in any precision. For weights in half precision, the
+    optimizer's state holds what rounding took away from the updates (`rounding_residual`), so small updates add up.
 
     Args:
-        params: Weights, or named ones or groups of such, as any torch optimizer's. A weight's z depends on its name.
+        params: Weights, named weights, or groups of either, as for any torch optimizer. A weight's z depends on its
+            name.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
-        epsilon: ε, how far the loss is looked at.
-        noise: The distribution of z.
-        directions: n, how many are averaged in a step (n-SPSA).
-        share: Of the weights, how many take part in a step, drawn anew for each; the others are neither perturbed nor
-            moved (LeZO, https://arxiv.org/abs/2410.09823, which draws whole layers).
-        rows: Move all of an embedding, or only the rows that the step's batch has read: the others have no gradient,
-            and would walk at random.
-        normalize: Divide the slopes by the standard deviation of the step's losses, so that steps are of like length
-            (FZOO, https://arxiv.org/abs/2506.09034).
-        seed: Of all directions; the same on all ranks.
-        reduce: Gives the sums over all ranks of a tensor on each, where there are several.
-        shard: This rank and how many there are, to let each look along n directions of its own.
+        epsilon: Perturbation scale ε.
+        noise: Distribution of z.
+        directions: Number n of directions, over which a step takes the mean (n-SPSA).
+        share: Share of the weights that take part in a step, drawn again for every step. The other weights are neither
+            perturbed nor updated (LeZO, https://arxiv.org/abs/2410.09823, which draws whole layers).
+        rows: Update all rows of an embedding, or only those that the step's batch has read. The other rows have no
+            gradient, and their updates are a random walk.
+        normalize: Divide the slopes by the standard deviation of the step's losses, so that all steps have a similar
+            length (FZOO, https://arxiv.org/abs/2506.09034).
+        seed: Random seed of all directions, the same on all ranks.
+        reduce: Function that returns the sum of a tensor over all ranks.
+        shard: This rank and the number of ranks, if every rank evaluates its own n directions.
+
+    Attributes:
+        history: One row per step, in fp32: the learning rate of every group and the slope along every direction.
+        replay_rows: Rows of a history. The first steps are taken from them, without an evaluation.
+        num_skipped_directions: Number of directions skipped so far because their slope was not finite.
+        initial_fingerprint: Fingerprint of the initial weights.
 
     Raises:
         ValueError: if a number is out of range.
@@ -82,143 +97,159 @@ class MeZO(Optimizer):
         self.epsilon, self.share, self.rows, self.normalize = epsilon, share, rows, normalize
         self.seed, self.reduce = seed, reduce
         self.noise = NOISES[noise]()
-        rank, ranks = shard
-        self.directions = directions * ranks
-        self.own = range(rank * directions, (rank + 1) * directions)
+        rank, num_ranks = shard
+        self.directions = directions * num_ranks
+        self.rank_directions = range(rank * directions, (rank + 1) * directions)
         self.history = array("f")
-        self.left_out = 0
-        self.recorded: Sequence[Sequence[float]] = ()
+        self.num_skipped_directions = 0
+        self.replay_rows: Sequence[Sequence[float]] = ()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
-        self.start = fingerprint((name, parameter) for _, name, parameter in self._all())
+        self.initial_fingerprint = fingerprint((name, parameter) for _, name, parameter in self._all_weights())
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor], examples: int = 1) -> Tensor | None:  # type: ignore[override]
-        """Evaluate the loss 2n times and move; gives the mean of the losses.
+    def step(self, closure: Callable[[], Tensor], num_examples: int = 1) -> Tensor | None:  # type: ignore[override]
+        """Evaluate the loss twice per direction, and update the weights.
 
-        Ranks exchange the sums of their examples' losses and how many these are, and nothing else (with `rows` seen,
-        also which): each then takes the same step. Steps in `recorded`, rows of a history, are taken as they were,
-        without a look at the loss: they give nothing.
+        Ranks exchange only the sums of their examples' losses and the numbers of examples (with rows="seen", also which
+        rows were read). All ranks then make the same update.
 
         Args:
-            closure: The mean loss of this step's batch, a scalar, at the weights as they are read.
-            examples: How many it is the mean of.
+            closure: Function that returns the mean loss of the step's batch, a scalar, at the weights that it reads.
+            num_examples: Number of examples in the batch.
+
+        Returns:
+            The mean of all losses, or None for a step taken from `replay_rows`.
         """
-        if (done := self.param_groups[0]["step"]) < len(self.recorded):
-            self.repeat(self.recorded[done])
+        if (step := self.param_groups[0]["step"]) < len(self.replay_rows):
+            self.replay_step(self.replay_rows[step])
             return None
-        seen: dict[int, Tensor] = {}
-        found = {j: self._losses(j, closure, seen) for j in self.own}
-        nothing = torch.zeros_like(found[self.own[0]])
-        losses = torch.stack([found.get(j, nothing) for j in range(self.directions)])
-        counts = losses.new_tensor([examples * (j in found) for j in range(self.directions)])
-        sums = self.reduce(torch.cat([losses * examples, counts[:, None]], dim=1))
+        row_marks: dict[int, Tensor] = {}
+        rank_losses = {j: self._evaluate(j, closure, row_marks) for j in self.rank_directions}
+        zeros = torch.zeros_like(rank_losses[self.rank_directions[0]])
+        losses = torch.stack([rank_losses.get(j, zeros) for j in range(self.directions)])
+        counts = losses.new_tensor([num_examples * (j in rank_losses) for j in range(self.directions)])
+        sums = self.reduce(torch.cat([losses * num_examples, counts[:, None]], dim=1))
         losses = (sums[:, :2] / sums[:, 2:]).cpu()
         slopes = (losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)
         if self.normalize:
             slopes /= losses.std()
-        if isinstance(slopes, FakeTensor):  # has no values
-            self.apply([0.0] * self.directions)
-        else:
-            read = {key: self.reduce(rows).nonzero().flatten() for key, rows in seen.items()}
-            self.apply(slopes.tolist(), rows=read)
+        rows_read = {key: self.reduce(marks).nonzero().flatten() for key, marks in row_marks.items()}
+        self.apply_slopes(slopes.tolist(), rows=rows_read)
         return losses.mean()
 
     @torch.no_grad()
-    def apply(
-        self, slopes: Sequence[float], rates: Sequence[float] | None = None, rows: Mapping[int, Tensor] | None = None
+    def apply_slopes(
+        self,
+        slopes: Sequence[float],
+        learning_rates: Sequence[float] | None = None,
+        rows: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Take a step whose slopes g along its directions are known; one that is not finite is left out.
+        """Update the weights by known slopes. Directions with a slope that is not finite are skipped.
 
         Args:
-            slopes: One a direction.
-            rates: The learning rate of every group, if it is not what the groups say now.
-            rows: By a weight's id, its only rows that move.
+            slopes: The slope along every direction.
+            learning_rates: The learning rate of every group, or None for the groups' present ones.
+            rows: By the id of a weight, its only rows to update.
         """
-        done = array("f", [*(rates or [group["lr"] for group in self.param_groups]), *slopes])
-        self.history.extend(done)
-        along = done[len(self.param_groups) :]
-        self.left_out += sum(not math.isfinite(g) for g in along)
-        for number, name, parameter in self._taking_part():
-            group, rate = self.param_groups[number], done[number]
-            moves = [(self._key(j, name), -rate * g / len(along)) for j, g in enumerate(along) if math.isfinite(g)]
-            decay, rest = rate * group["weight_decay"], self._rest(parameter)
-            if rows and id(parameter) in rows:
-                self.noise.move_rows(parameter, rows[id(parameter)], moves, decay, rest)
+        row = array("f", [*(learning_rates or [group["lr"] for group in self.param_groups]), *slopes])
+        self.history.extend(row)
+        slopes_fp32 = row[len(self.param_groups) :]
+        self.num_skipped_directions += sum(not math.isfinite(g) for g in slopes_fp32)
+        for number, name, weight in self._active_weights():
+            group, lr = self.param_groups[number], row[number]
+            steps = [
+                (self._key(j, name), -lr * g / len(slopes_fp32)) for j, g in enumerate(slopes_fp32) if math.isfinite(g)
+            ]
+            decay, residual = lr * group["weight_decay"], self._rounding_residual(weight)
+            if rows and id(weight) in rows:
+                self.noise.update_rows(weight, rows[id(weight)], steps, decay, residual)
             else:
-                self.noise.move(parameter, moves, decay, rest)
+                self.noise.update(weight, steps, decay, residual)
         for group in self.param_groups:
             group["step"] += 1
 
-    def repeat(self, row: Sequence[float]) -> None:
-        """Take a step again, of which a history has this row."""
-        groups = len(self.param_groups)
-        self.apply(row[groups:], row[:groups])
+    def replay_step(self, row: Sequence[float]) -> None:
+        """Take a recorded step again, from its row of a history."""
+        num_groups = len(self.param_groups)
+        self.apply_slopes(row[num_groups:], row[:num_groups])
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"seed": self.seed, "start": self.start, "history": torch.tensor(self.history)}
-        return super().state_dict() | own
+        extra = {
+            "seed": self.seed,
+            "initial_fingerprint": self.initial_fingerprint,
+            "history": torch.tensor(self.history),
+        }
+        return super().state_dict() | extra
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.seed, self.start = state_dict["seed"], state_dict["start"]
+        self.seed, self.initial_fingerprint = state_dict["seed"], state_dict["initial_fingerprint"]
         self.history = array("f", state_dict["history"].tolist())
 
-    def _losses(self, direction: int, closure: Callable[[], Tensor], seen: dict[int, Tensor]) -> Tensor:
-        """The loss a little way along a direction, and against it; marks in `seen` which rows of a weight it reads."""
-        keys, found = [(parameter, self._key(direction, name)) for _, name, parameter in self._taking_part()], []
+    def _evaluate(self, direction: int, closure: Callable[[], Tensor], row_marks: dict[int, Tensor]) -> Tensor:
+        """Return the losses at θ + εz and θ − εz [2], in fp64.
+
+        With rows="seen", the first call fills `row_marks`: by the id of a weight, a 1 for every row that was read.
+        """
+        keys = [(weight, self._key(direction, name)) for _, name, weight in self._active_weights()]
+        losses = []
         for sign in (1, -1):
-            with _held_back(), Perturbed(keys, self.noise, sign * self.epsilon) as perturbed:
-                found.append(closure().double())
-        if self.rows == "seen" and not seen:
-            for parameter, _ in keys:
-                if rows := perturbed.read.get(id(parameter), ()):
-                    seen[id(parameter)] = torch.zeros(len(parameter), device=parameter.device)
-                    seen[id(parameter)][torch.cat(rows)] = 1
-        return torch.stack(found)
+            with delay_sigint(), Perturbed(keys, self.noise, sign * self.epsilon) as perturbed:
+                losses.append(closure().double())
+        if self.rows == "seen" and not row_marks:
+            for weight, _ in keys:
+                if rows := perturbed.rows_read.get(id(weight), ()):
+                    row_marks[id(weight)] = torch.zeros(len(weight), device=weight.device)
+                    row_marks[id(weight)][torch.cat(rows)] = 1
+        return torch.stack(losses)
 
-    def _taking_part(self) -> Iterator[tuple[int, str, Tensor]]:
-        """The weights that are perturbed and moved in this step."""
-        for number, name, parameter in self._all():
+    def _active_weights(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Yield the weights that take part in this step, as `_all_weights` does."""
+        for number, name, weight in self._all_weights():
             if self.share == 1 or self._key(-1, name) < self.share * 2**63:
-                yield number, name, parameter
+                yield number, name, weight
 
-    def _all(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Every weight with the number of its group and its name, or its own number where it has none."""
+    def _all_weights(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Yield the group number, the name and the tensor of every weight; an unnamed weight's name is its number."""
         numbers = map(str, count())
         for number, group in enumerate(self.param_groups):
-            for parameter, name in zip(group["params"], group.get("param_names", numbers), strict=False):
-                yield number, name, parameter
+            for weight, name in zip(group["params"], group.get("param_names", numbers), strict=False):
+                yield number, name, weight
 
     def _key(self, direction: int, name: str) -> int:
         return key_of(self.seed, self.param_groups[0]["step"], direction, name)
 
-    def _rest(self, parameter: Tensor) -> Tensor | None:
-        if parameter.dtype not in (torch.float16, torch.bfloat16):
+    def _rounding_residual(self, weight: Tensor) -> Tensor | None:
+        """Return the residual of a weight in half precision, zeros at first; other weights have none."""
+        if weight.dtype not in (torch.float16, torch.bfloat16):
             return None
-        state = self.state[parameter]
+        state = self.state[weight]
         if not state:
-            state["rest"] = torch.zeros_like(parameter)
-        rest: Tensor = state["rest"]
-        return rest
+            state["rounding_residual"] = torch.zeros_like(weight)
+        residual: Tensor = state["rounding_residual"]
+        return residual
 
 
 @contextmanager
-def _held_back() -> Iterator[None]:
-    """Hold Ctrl-C back to the end: torch's stack of modes does not bear an error just anywhere. A second one is not."""
+def delay_sigint() -> Iterator[None]:
+    """Delay SIGINT: an exception inside a TorchFunctionMode can corrupt its stack.
+
+    A second SIGINT is not delayed. Outside the main thread, where Python handles no signals, this does nothing.
+    """
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
+    delayed: list[tuple[int, FrameType | None]] = []
 
-    def later(number: int, frame: FrameType | None) -> None:
+    def delay(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, handler)
-        came.append((number, frame))
+        delayed.append((number, frame))
 
-    signal.signal(signal.SIGINT, later)
+    signal.signal(signal.SIGINT, delay)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    for number, frame in came:
+    for number, frame in delayed:
         handler(number, frame)

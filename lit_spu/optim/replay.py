@@ -9,12 +9,12 @@ import torch
 
 from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.errors import UserError
-from lit_spu.optim.mezo import MeZO
-from lit_spu.optim.perturbation import key_of
+from lit_spu.optim.keyed_random import key_of
+from lit_spu.optim.mezo import MeZOOptimizer
 from lit_spu.optim.trajectory import Trajectory
 
 
-def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZO) -> dict[str, Any]:
+def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -> dict[str, Any]:
     """Return all that is needed to replay an optimizer's steps.
 
     Args:
@@ -28,14 +28,14 @@ def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZO) -> dict[st
         "groups": len(optimizer.param_groups),
         "directions": optimizer.directions,
         "seed": optimizer.seed,
-        "start": optimizer.start,
+        "initial_fingerprint": optimizer.initial_fingerprint,
         "noise": fingerprint([(f"{optimizer.noise} {optimizer.share}", noise)]),
         "device": device.type,
         "torch": str(torch.__version__),
     }
 
 
-def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], optimizer: MeZO) -> None:
+def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -> None:
     """Check that an optimizer that has taken no step would repeat a run.
 
     Args:
@@ -53,10 +53,10 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
             f" {recorded['backbone']['fingerprint']}), not from {own['backbone']['name']!r}"
             f" ({own['backbone']['fingerprint']})."
         )
-    if any(own[name] != recorded[name] for name in ("method", "groups", "directions", "start")):
+    if any(own[name] != recorded[name] for name in ("method", "groups", "directions", "initial_fingerprint")):
         raise UserError(
-            f"{file} starts from other weights than these ({recorded['method']}, {recorded['start']}; here"
-            f" {own['method']}, {own['start']}): use the run's own settings, and seed {recorded['seed']}."
+            f"{file} starts from other weights than these ({recorded['method']}, fingerprint"
+            f" {recorded['initial_fingerprint']}; here {own['method']}, {own['initial_fingerprint']}): use the run's own settings, and seed {recorded['seed']}."
         )
     if own["noise"] != recorded["noise"]:
         raise UserError(

@@ -1,8 +1,8 @@
-"""How much memory training takes, from shapes alone: no weights are loaded and nothing is computed.
+"""Peak memory of a training step, from shapes alone: no weights are loaded and nothing is computed.
 
-A step runs on torch's fake tensors, which have a size and no content, under the counter that measures real steps
-(`lit_spu.measure.LiveBytes`). So the two differ only where what is done depends on the content: a batch without any
-padding needs no mask, which an estimate counts.
+A step runs on PyTorch's fake tensors, which have a shape and no values, under the counter of real steps
+(`lit_spu.measure.LiveBytes`). Estimates and measurements therefore differ only where memory depends on values. Example:
+a batch without padding needs no attention mask, which an estimate counts.
 """
 
 from __future__ import annotations
@@ -19,18 +19,27 @@ from lit_spu.errors import UserError
 from lit_spu.measure import Kind
 from lit_spu.methods.base import Method
 from lit_spu.study.grid import build
+from lit_spu.study.shapes import AssumedValues
 from lit_spu.study.steps import batch_of, live_bytes, training_step
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training step of one method takes, in bytes; `by_kind` adds up to `peak`."""
+    """Estimated memory of one method's training step, in bytes.
+
+    Attributes:
+        name: Name of the method's config.
+        trainable: Number of trainable parameters.
+        peak: Peak of live tensors.
+        by_kind: Bytes of each kind at the peak; they add up to `peak`.
+        largest: The largest batch size within the budget, 0 if none fits; None without a budget.
+    """
 
     name: str
     trainable: int
     peak: int
     by_kind: Mapping[Kind, int]
-    largest: int | None  # the largest batch within the budget, where there is one
+    largest: int | None
 
 
 def estimates(
@@ -42,25 +51,30 @@ def estimates(
     budget: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[list[Estimate], dict[str, UserError]]:
-    """An estimate a config, smallest first, and why there is none of the others.
+    """Estimate the memory of methods.
 
     Args:
         configs: Config files of methods, by name.
-        backbone: An embedded model, or a Hugging Face name or folder, of which only config and tokenizer are read.
-        task: The task, for the width of the head and the words that answer.
-        batch_size: Texts of a batch.
-        length: Tokens of every text.
-        budget: Bytes that must hold the largest batch.
-        settings: Settings of the methods, laid over those of the configs that have such.
+        backbone: An embedded model, or a Hugging Face name or folder. Only its config and tokenizer are read.
+        task: The task, which sets the width of the head and the label words.
+        batch_size: Number of texts in a batch.
+        length: Number of tokens in every text.
+        budget: Bytes available to the largest batch.
+        settings: Settings of the methods. They override the configs of all methods that have them.
+
+    Returns:
+        The estimates, smallest peak first, and the errors of the methods that have none, by name.
     """
     found, refused = [], {}
     for name, config in configs.items():
-        with FakeTensorMode(allow_non_fake_inputs=True), only_shapes():
+        with FakeTensorMode(allow_non_fake_inputs=True), AssumedValues(batch_size * length), only_shapes():
             try:
                 method = build(config, **{**(settings or {}), "backbone": backbone, "task": task})
-                room = method.encoding.max_tokens
-                if room is not None and length > room:
-                    raise UserError(f"length={length}: {backbone} reads at most {room} tokens.")
+                max_tokens = method.encoding.max_tokens
+                if max_tokens is not None and length > max_tokens:
+                    raise UserError(
+                        f"length={length}: {backbone} reads at most {max_tokens} tokens. Give {max_tokens} or less."
+                    )
             except UserError as error:
                 refused[name] = error
                 continue
@@ -69,33 +83,40 @@ def estimates(
 
 
 def _estimate(name: str, method: Method, batch_size: int, length: int, budget: int | None) -> Estimate:
-    def step(examples: int) -> tuple[int, Mapping[Kind, int]]:
-        live = live_bytes(method, *training_step(method, batch_of(examples, length, method.task)))
+    """Estimate the memory of one method, inside FakeTensorMode."""
+
+    def measure(examples: int) -> tuple[int, Mapping[Kind, int]]:
+        with AssumedValues(examples * length):
+            live = live_bytes(method, *training_step(method, batch_of(examples, length, method.task)))
         return live.peak_bytes, live.by_kind
 
-    peak, by_kind = step(batch_size)
+    peak, by_kind = measure(batch_size)
     trainable = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
-    fitting = None if budget is None else largest(lambda examples: step(examples)[0], budget)
-    return Estimate(name, trainable, peak, by_kind, fitting)
+    largest = None if budget is None else largest_batch_size(lambda examples: measure(examples)[0], budget)
+    return Estimate(name, trainable, peak, by_kind, largest)
 
 
-def largest(peak: Callable[[int], int], budget: int) -> int:
-    """The largest batch whose peak is within the budget, or 0.
+def largest_batch_size(peak: Callable[[int], int], budget: int) -> int:
+    """Return the largest batch size with a peak within the budget, or 0.
 
-    Peaks grow about linearly with the batch, so that the line through the last two leads there in a few steps.
+    Peaks grow about linearly with the batch size, so the line through the last two leads to it in a few steps.
+
+    Args:
+        peak: Function that returns the peak of a batch size, in bytes.
+        budget: Bytes available.
     """
-    fits, at_fits = 1, peak(1)
-    if at_fits > budget:
+    fits, peak_of_fitting = 1, peak(1)
+    if peak_of_fitting > budget:
         return 0
-    growth: float = peak(2) - at_fits
+    growth: float = peak(2) - peak_of_fitting
     too_large: int | None = None
     while too_large is None or too_large - fits > 1:
-        guess = fits + max(1, int((budget - at_fits) / max(growth, 1)))
+        guess = fits + max(1, int((budget - peak_of_fitting) / max(growth, 1)))
         guess = guess if too_large is None else min(guess, too_large - 1)
-        at_guess = peak(guess)
-        growth = (at_guess - at_fits) / (guess - fits)
-        if at_guess <= budget:
-            fits, at_fits = guess, at_guess
+        peak_of_guess = peak(guess)
+        growth = (peak_of_guess - peak_of_fitting) / (guess - fits)
+        if peak_of_guess <= budget:
+            fits, peak_of_fitting = guess, peak_of_guess
         else:
             too_large = guess
     return fits

@@ -103,7 +103,7 @@ def test_after_the_run_and_without_a_trainer_nothing_is_kept(data: Callable[...,
 def test_what_has_no_room_is_refused_before_training(
     data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_spu.backbones.activation_cache.MemoryStore.free", lambda self: 1000)
+    monkeypatch.setattr("lit_spu.backbones.activation_cache.MemoryStore.free_bytes", lambda self: 1000)
     method = LadderSideTuning(reduction=4, activation_cache="memory")
     with pytest.raises(UserError, match=r"model.activation_cache: what the backbone computes for \d+ texts takes"):
         fit(method, data(**WIDE))

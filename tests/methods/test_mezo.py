@@ -20,7 +20,7 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.mezo import MeZO
-from lit_spu.optim.mezo import MeZO as Optimizer
+from lit_spu.optim.mezo import MeZOOptimizer
 from lit_spu.optim.trajectory import Trajectory
 from tests.conftest import encode
 from tests.ddp import run
@@ -57,10 +57,10 @@ def test_a_step_is_the_optimizers_and_keeps_nothing(data: Callable[..., GLUE], f
         trainer = fit(method, small, Watch())
     assert len(saved) == 0
     assert trainer.global_step == len(batches) == 4
-    optimizer = Optimizer(twin.named_parameters(), lr=1e-3, seed=seed)
+    optimizer = MeZOOptimizer(twin.named_parameters(), lr=1e-3, seed=seed)
     twin.eval()
     for batch in batches:
-        optimizer.step(lambda batch=batch: twin.loss(batch), examples=8)  # type: ignore[misc]
+        optimizer.step(lambda batch=batch: twin.loss(batch), num_examples=8)  # type: ignore[misc]
     assert all(torch.equal(p, twin.get_parameter(name)) for name, p in method.named_parameters())
     assert all(p.grad is None for p in method.parameters())
 

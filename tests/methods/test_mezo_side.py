@@ -14,7 +14,7 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.mezo_side import MeZOSide
-from lit_spu.optim.mezo import MeZO
+from lit_spu.optim.mezo import MeZOOptimizer
 from tests.conftest import encode
 
 Run = Callable[..., Trainer]
@@ -24,7 +24,7 @@ def runs_of(method: MeZOSide, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> 
     """How often a step runs the backbone."""
     runs, hidden_states = [], method.backbone.hidden_states
     monkeypatch.setattr(method.backbone, "hidden_states", lambda given: runs.append(1) or hidden_states(given))  # type: ignore[func-returns-value]
-    method.take_step(batch, MeZO(method.perturbed_parameters(), directions=16, lr=1e-3))
+    method.take_step(batch, MeZOOptimizer(method.perturbed_parameters(), directions=16, lr=1e-3))
     return len(runs)
 
 
@@ -50,7 +50,7 @@ def test_a_step_is_that_of_the_plain_loss(data: Callable[..., GLUE]) -> None:
     for once in (True, False):
         torch.manual_seed(0)
         method = MeZOSide(reduction=4).eval()
-        optimizer, batch = MeZO(method.perturbed_parameters(), directions=3, lr=1e-2), encode(method.backbone)
+        optimizer, batch = MeZOOptimizer(method.perturbed_parameters(), directions=3, lr=1e-2), encode(method.backbone)
         if once:
             method.take_step(batch, optimizer)
         else:

@@ -1,4 +1,4 @@
-"""SPSA against what it estimates, and what a step may and may not change."""
+"""SPSA against the gradient that it estimates, and what a step changes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.measure import LiveBytes
-from lit_spu.optim.mezo import NOISES, MeZO
-from lit_spu.optim.perturbation import key_of
+from lit_spu.optim.keyed_random import key_of
+from lit_spu.optim.mezo import NOISES, MeZOOptimizer, delay_sigint
 
 noises = pytest.mark.parametrize("noise", NOISES)
 
 
 def bowl(dimensions: int = 50, cubic: float = 0.0) -> tuple[nn.Parameter, Callable[[], Tensor]]:
-    """A weight at a random place, and a quadratic loss of it, with a cubic term on top."""
+    """Return a random weight and its loss: a quadratic, with a cubic term on top."""
     generator = torch.Generator().manual_seed(1)
     weight = nn.Parameter(torch.randn(dimensions, dtype=torch.float64, generator=generator))
     curve = torch.randn(dimensions, dimensions, dtype=torch.float64, generator=generator)
@@ -35,14 +35,14 @@ def gradient(weight: nn.Parameter, loss: Callable[[], Tensor]) -> Tensor:
     return torch.autograd.grad(loss(), weight)[0]
 
 
-def z_of(optimizer: MeZO, weight: Tensor, step: int = 0, direction: int = 0, name: str = "0") -> Tensor:
+def z_of(optimizer: MeZOOptimizer, weight: Tensor, step: int = 0, direction: int = 0, name: str = "0") -> Tensor:
     return optimizer.noise.sample(key_of(optimizer.seed, step, direction, name), weight).to(weight.dtype)
 
 
-def moved(optimizer: MeZO, weight: nn.Parameter, loss: Callable[[], Tensor]) -> Tensor:
-    """How far a step moves the weight, which is put back."""
+def moved(optimizer: MeZOOptimizer, weight: nn.Parameter, loss: Callable[[], Tensor], num_examples: int = 1) -> Tensor:
+    """Return the change of a weight in one step, and undo it."""
     before = weight.detach().clone()
-    optimizer.step(loss)
+    optimizer.step(loss, num_examples)
     moved = weight.detach() - before
     with torch.no_grad():
         weight.copy_(before)
@@ -50,9 +50,9 @@ def moved(optimizer: MeZO, weight: nn.Parameter, loss: Callable[[], Tensor]) -> 
 
 
 @noises
-def test_along_a_quadratic_the_slope_is_exact(noise: Any) -> None:
+def test_the_slope_of_a_quadratic_is_exact(noise: Any) -> None:
     weight, loss = bowl()
-    optimizer = MeZO([weight], lr=1.0, noise=noise, epsilon=1e-2)
+    optimizer = MeZOOptimizer([weight], lr=1.0, noise=noise, epsilon=1e-2)
     z, slope = z_of(optimizer, weight), gradient(weight, loss)
     torch.testing.assert_close(moved(optimizer, weight, loss), -(z @ slope) * z, atol=1e-5, rtol=1e-6)
 
@@ -61,18 +61,18 @@ def test_a_cubic_adds_its_third_order_term() -> None:
     """g = z·∇L + ε²·c·Σz³: the error falls with the square of ε."""
     weight, loss = bowl(cubic=0.4)
     for epsilon in (0.1, 0.05, 0.025):
-        optimizer = MeZO([weight], lr=1.0, epsilon=epsilon)
+        optimizer = MeZOOptimizer([weight], lr=1.0, epsilon=epsilon)
         z = z_of(optimizer, weight)
         slope = z @ gradient(weight, loss) + epsilon**2 * 0.4 * (z**3).sum()
         torch.testing.assert_close(moved(optimizer, weight, loss), -slope * z, atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("directions", [1, 4])
-def test_the_estimate_is_unbiased_and_as_noisy_as_it_must_be(directions: int) -> None:
+def test_the_estimate_is_unbiased_with_the_expected_variance(directions: int) -> None:
     """Its mean is the gradient within four standard errors, and E|ĝ|² = |∇L|²·(d + n + 1)/n for normal z."""
     weight, loss = bowl(20)
     slope, count = gradient(weight, loss), 2000
-    optimizer = MeZO([weight], lr=1.0, epsilon=1e-3, directions=directions)
+    optimizer = MeZOOptimizer([weight], lr=1.0, epsilon=1e-3, directions=directions)
     estimates = torch.stack([-moved(optimizer, weight, loss) for _ in range(count)])
     error = 4 * math.sqrt((20 + 1) / (count * directions)) * float(slope.norm())
     assert float((estimates.mean(0) - slope).norm()) < error
@@ -80,9 +80,9 @@ def test_the_estimate_is_unbiased_and_as_noisy_as_it_must_be(directions: int) ->
     assert square == pytest.approx((20 + directions + 1) / directions, rel=0.1)
 
 
-def test_it_goes_downhill() -> None:
+def test_the_loss_falls() -> None:
     weight, loss = bowl()
-    optimizer = MeZO([weight], lr=5e-3)
+    optimizer = MeZOOptimizer([weight], lr=5e-3)
     first = float(loss().detach())
     for _ in range(500):
         optimizer.step(loss)
@@ -91,11 +91,11 @@ def test_it_goes_downhill() -> None:
 
 @noises
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_many_looks_change_nothing(noise: Any, dtype: torch.dtype) -> None:
-    """The drift of the published algorithm's +ε, −2ε, +ε is 2e-6 in fp32 and 0.12 in bf16 after 1000; here none."""
+def test_evaluations_do_not_change_the_weights(noise: Any, dtype: torch.dtype) -> None:
+    """The published algorithm (+ε, −2ε, +ε) drifts by 2e-6 in fp32 and 0.12 in bf16 after 1000 steps."""
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4), nn.LayerNorm(4)).to(dtype)
     before, x = copy.deepcopy(model.state_dict()), torch.randint(20, (6,))
-    optimizer = MeZO(model.named_parameters(), lr=0.0, noise=noise)
+    optimizer = MeZOOptimizer(model.named_parameters(), lr=0.0, noise=noise)
     for _ in range(50):
         optimizer.step(lambda: model(x).float().square().mean())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -103,25 +103,25 @@ def test_many_looks_change_nothing(noise: Any, dtype: torch.dtype) -> None:
 
 @noises
 def test_small_steps_add_up_in_half_precision(noise: Any) -> None:
-    """Each is lost on its own: a hundredth of the distance between two numbers in bf16."""
+    """Every single step is lost in rounding: it is a hundredth of the distance between two bf16 numbers."""
     ends = []
     for dtype in (torch.float32, torch.bfloat16):
         linear = nn.Linear(16, 8, bias=False)
         with torch.no_grad():
             linear.weight.fill_(1.0)
         linear.to(dtype)
-        optimizer = MeZO(linear.named_parameters(), lr=1.0, noise=noise)
+        optimizer = MeZOOptimizer(linear.named_parameters(), lr=1.0, noise=noise)
         for _ in range(400):
-            optimizer.apply([1e-4])
-        rest = optimizer.state[linear.weight].get("rest", torch.zeros(1))
-        ends.append(linear.weight.detach().float() + rest.float())
+            optimizer.apply_slopes([1e-4])
+        residual = optimizer.state[linear.weight].get("rounding_residual", torch.zeros(1))
+        ends.append(linear.weight.detach().float() + residual.float())
     assert float((ends[1] - ends[0]).norm()) < 0.1 * float((ends[0] - 1).norm())
 
 
 @pytest.mark.parametrize("error", [True, False])
-def test_what_is_not_trained_and_the_generators_stay(error: bool) -> None:
+def test_other_weights_and_global_generators_stay(error: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
-    optimizer = MeZO(list(model[0].named_parameters()), lr=0.1)
+    optimizer = MeZOOptimizer(list(model[0].named_parameters()), lr=0.1)
     x, before = torch.randn(6, 8), copy.deepcopy(model.state_dict())
     states = torch.get_rng_state(), np.random.get_state()[1]  # type: ignore[index]
 
@@ -143,50 +143,66 @@ def test_what_is_not_trained_and_the_generators_stay(error: bool) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_ctrl_c_waits_for_the_end_of_a_look() -> None:
-    """And then is one; what torch does next is as ever."""
+def test_sigint_is_delayed_to_the_end_of_an_evaluation() -> None:
+    """The KeyboardInterrupt follows the evaluation, and torch works as before."""
     model, x = nn.Linear(4, 2), torch.randn(3, 4)
-    looks: list[Tensor] = []
+    losses: list[Tensor] = []
     before, handler = copy.deepcopy(model.state_dict()), signal.getsignal(signal.SIGINT)
 
     def loss() -> Tensor:
         signal.raise_signal(signal.SIGINT)
-        looks.append(model(x).square().mean())
-        return looks[-1]
+        losses.append(model(x).square().mean())
+        return losses[-1]
 
     with pytest.raises(KeyboardInterrupt):
-        MeZO(model.named_parameters(), lr=0.1).step(loss)
-    assert len(looks) == 1
+        MeZOOptimizer(model.named_parameters(), lr=0.1).step(loss)
+    assert len(losses) == 1
     assert signal.getsignal(signal.SIGINT) is handler
     assert torch.equal(model(x), F.linear(x, before["weight"], before["bias"]))
 
 
-def test_the_same_direction_twice_is_that_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_sigint_is_not_delayed() -> None:
+    signals = iter([signal.SIGINT] * 3)
+    with pytest.raises(KeyboardInterrupt), delay_sigint():
+        list(map(signal.raise_signal, signals))
+    assert len(list(signals)) == 1
+
+
+def test_the_mean_of_equal_directions_is_that_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_spu.optim.mezo.key_of", lambda seed, step, direction, name: key_of(seed, step, name))
     weight, loss = bowl()
-    once, twice = (moved(MeZO([weight], lr=0.1, directions=n), weight, loss) for n in (1, 2))
+    once, twice = (moved(MeZOOptimizer([weight], lr=0.1, directions=n), weight, loss) for n in (1, 2))
     torch.testing.assert_close(twice, once, atol=1e-12, rtol=1e-12)
 
 
-def test_weight_decay_and_rate_are_those_of_the_group() -> None:
+def test_groups_have_their_weight_decay_and_learning_rate() -> None:
     one, two = (nn.Parameter(torch.ones(5)) for _ in range(2))
     groups = [{"params": [one], "weight_decay": 0.5, "lr": 0.1}, {"params": [two], "lr": 0.0}]
-    MeZO(groups).step(lambda: torch.tensor(3.0))  # flat: no slope
+    MeZOOptimizer(groups).step(lambda: torch.tensor(3.0))  # flat: no slope
     torch.testing.assert_close(one.detach(), torch.full((5,), 1 - 0.5 * 0.1))
     assert torch.equal(two.detach(), torch.ones(5))
 
 
-def test_a_slope_that_is_not_finite_is_left_out() -> None:
+def test_a_direction_with_a_slope_that_is_not_finite_is_skipped() -> None:
     weight = nn.Parameter(torch.ones(5))
     for loss in (float("nan"), float("inf")):
-        optimizer = MeZO([weight], lr=0.1)
+        optimizer = MeZOOptimizer([weight], lr=0.1)
         optimizer.step(partial(torch.tensor, loss))
         assert torch.equal(weight.detach(), torch.ones(5))
-        assert optimizer.param_groups[0]["step"] == optimizer.left_out == 1
+        assert optimizer.param_groups[0]["step"] == optimizer.num_skipped_directions == 1
 
 
-def test_it_goes_on_from_its_state() -> None:
-    """Bitwise, in bf16 too, whose weights alone are not the whole state."""
+def test_a_skipped_direction_counts_in_the_mean() -> None:
+    """The other directions move the weight as far as they would without it."""
+    weight = nn.Parameter(torch.zeros(5))
+    optimizer = MeZOOptimizer([weight], lr=1.0, directions=2)
+    z = z_of(optimizer, weight, direction=1)
+    optimizer.apply_slopes([float("nan"), 3.0])
+    torch.testing.assert_close(weight.detach(), -3.0 * z / 2)
+
+
+def test_training_resumes_from_the_state_dict() -> None:
+    """Equal to the bit, also in bf16, where the rounding residual is part of the state."""
 
     def loss() -> Tensor:
         found: Tensor = linear(x).float().square().mean()
@@ -196,11 +212,11 @@ def test_it_goes_on_from_its_state() -> None:
     for stop in (None, 3):
         torch.manual_seed(0)
         linear, x = nn.Linear(16, 8).bfloat16(), torch.randn(4, 16).bfloat16()
-        optimizer = MeZO(linear.named_parameters(), lr=1e-2)
+        optimizer = MeZOOptimizer(linear.named_parameters(), lr=1e-2)
         for step in range(6):
             if step == stop:
                 saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = MeZO(linear.named_parameters(), lr=0.5, seed=9)
+                optimizer = MeZOOptimizer(linear.named_parameters(), lr=0.5, seed=9)
                 optimizer.load_state_dict(saved)
             optimizer.step(loss)
         ends.append(linear.state_dict())
@@ -208,12 +224,12 @@ def test_it_goes_on_from_its_state() -> None:
 
 
 @noises
-def test_it_needs_little_more_memory_than_to_look(noise: Any) -> None:
-    """The largest weight once more, and a few blocks."""
+def test_a_step_takes_little_more_memory_than_an_evaluation(noise: Any) -> None:
+    """One copy of the largest weight, and a few blocks."""
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
     x = torch.randn(4, 512)
-    optimizer = MeZO(model.named_parameters(), noise=noise)
-    optimizer.step(lambda: model(x).square().mean())  # tables are made
+    optimizer = MeZOOptimizer(model.named_parameters(), noise=noise)
+    optimizer.step(lambda: model(x).square().mean())  # builds the tables
     for _ in range(3):
         with LiveBytes(model) as live:
             optimizer.step(lambda: model(x).square().mean())
@@ -223,11 +239,11 @@ def test_it_needs_little_more_memory_than_to_look(noise: Any) -> None:
 @pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"directions": 0}, {"share": 0.0}, {"share": 1.5}])
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"epsilon=.* must be above 0, directions=.* at least 1, and share=.* at most"):
-        MeZO([nn.Parameter(torch.ones(1))], **wrong)
+        MeZOOptimizer([nn.Parameter(torch.ones(1))], **wrong)
 
 
 class Words(nn.Module):
-    """An embedding whose rows also answer, as a language model's do."""
+    """Model with an embedding that is also the output layer, as in a language model."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -245,11 +261,13 @@ class Words(nn.Module):
 
 @noises
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_were_not_read_stay_and_the_others_move_as_ever(noise: Any, dtype: torch.dtype) -> None:
+def test_unread_rows_stay_and_read_rows_are_updated(noise: Any, dtype: torch.dtype) -> None:
     ids, ends = torch.tensor([[3, 5, 5], [7, 3, 30]]), {}
     for rows in ("all", "seen"):
         model = Words(dtype)
-        MeZO(model.named_parameters(), lr=0.1, noise=noise, rows=rows, weight_decay=0.1).step(lambda: model.loss(ids))  # noqa: B023
+        optimizer = MeZOOptimizer(model.named_parameters(), lr=0.1, noise=noise, rows=rows, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.step(lambda: model.loss(ids))  # noqa: B023
         ends[rows] = model.state_dict()
     read = torch.tensor([1, 2, 3, 5, 7, 30])
     before = Words(dtype).label_token_ids
@@ -259,33 +277,33 @@ def test_rows_that_were_not_read_stay_and_the_others_move_as_ever(noise: Any, dt
     assert torch.equal(moved, read)
 
 
-def test_a_weight_that_is_read_whole_moves_whole() -> None:
-    """A vocabulary's linear reads every row, whichever the batch looks up."""
+def test_a_weight_that_is_read_whole_is_updated_whole() -> None:
+    """A linear layer over the vocabulary reads every row."""
     words = nn.Parameter(torch.randn(10, 4))
     before = words.detach().clone()
-    optimizer = MeZO([words], lr=0.1, rows="seen")
+    optimizer = MeZOOptimizer([words], lr=0.1, rows="seen")
     optimizer.step(lambda: F.linear(F.embedding(torch.tensor([1]), words), words).square().mean())
     assert (words != before).all()
 
 
-def test_slopes_are_divided_by_the_spread_of_the_losses() -> None:
-    """A loss of another unit takes the same step, whose length is that of the plain one over the deviation."""
+def test_normalize_divides_slopes_by_the_deviation_of_the_losses() -> None:
+    """The scale of the loss does not change the step, which is the plain one over the deviation."""
     weight, loss = bowl()
     plain, scaled, other = (
-        moved(MeZO([weight], lr=0.1, directions=4, normalize=on), weight, lambda: unit * loss())  # noqa: B023
+        moved(MeZOOptimizer([weight], lr=0.1, directions=4, normalize=on), weight, lambda: unit * loss())  # noqa: B023
         for on, unit in ((False, 1.0), (True, 1.0), (True, 100.0))
     )
     torch.testing.assert_close(other, scaled, rtol=1e-5, atol=1e-9)
-    optimizer = MeZO([weight], lr=0.0, directions=4)
+    optimizer = MeZOOptimizer([weight], lr=0.0, directions=4)
     with torch.no_grad():
-        losses = torch.stack([optimizer._losses(j, loss, {}) for j in range(4)])
+        losses = torch.stack([optimizer._evaluate(j, loss, {}) for j in range(4)])
     torch.testing.assert_close(scaled * losses.std(), plain, rtol=1e-5, atol=1e-9)
 
 
-def test_a_share_of_the_weights_takes_part_anew_in_each_step() -> None:
-    """The others are as they were; over many steps each has its turn, and the loss is seen through those alone."""
+def test_every_step_draws_its_share_of_the_weights() -> None:
+    """The other weights stay, and over many steps every weight takes part."""
     weights = [(f"w{i}", nn.Parameter(torch.ones(3))) for i in range(40)]
-    optimizer, parts = MeZO(weights, lr=0.1, share=0.25, weight_decay=0.1), []
+    optimizer, parts = MeZOOptimizer(weights, lr=0.1, share=0.25, weight_decay=0.1), []
     for _ in range(50):
         before = [w.detach().clone() for _, w in weights]
         optimizer.step(lambda: torch.stack([w.sum() for _, w in weights]).sum())
@@ -296,43 +314,57 @@ def test_a_share_of_the_weights_takes_part_anew_in_each_step() -> None:
     assert len({tuple(part) for part in parts}) > 40
 
 
-def test_ranks_that_look_along_directions_of_their_own_are_one_that_looks_along_all() -> None:
-    """Each fills in its rows of what is summed: four ranks of one direction equal one rank of four, to the bit."""
+def test_ranks_with_their_own_directions_equal_one_rank_with_all() -> None:
+    """Four ranks of one direction equal one rank of four, to the bit: each fills its rows of the sums."""
     ends, sent = [], []
-    for rank in range(4):  # what each would send
+    for rank in range(4):  # the tensor that each rank would send
         weight, loss = bowl()
-        optimizer = MeZO([weight], lr=0.1, shard=(rank, 4), reduce=lambda sums: sent.append(sums) or sums)  # type: ignore[func-returns-value]
-        optimizer.step(loss, examples=8)
+        optimizer = MeZOOptimizer([weight], lr=0.1, shard=(rank, 4), reduce=lambda sums: sent.append(sums) or sums)  # type: ignore[func-returns-value]
+        optimizer.step(loss, num_examples=8)
     total = torch.stack(sent).sum(0)
     for settings in ({"directions": 4}, {"shard": (2, 4), "reduce": lambda _: total}):
         weight, loss = bowl()
-        MeZO([weight], lr=0.1, **settings).step(loss, examples=8)
+        MeZOOptimizer([weight], lr=0.1, **settings).step(loss, num_examples=8)
         ends.append(weight.detach())
     assert torch.equal(*ends)
 
 
+def test_ranks_count_by_their_number_of_examples() -> None:
+    """A rank with 8 examples and one with 2 make the step of one rank with the mean loss of all 10."""
+    weight, loss = bowl()
+    sent: list[Tensor] = []
+    first = MeZOOptimizer([weight], lr=0.1, reduce=lambda sums: sent.append(sums) or sums)  # type: ignore[func-returns-value]
+    moved(first, weight, lambda: 5 * loss(), num_examples=8)
+    second = MeZOOptimizer([weight], lr=0.1, reduce=lambda sums: sums + sent[0])
+    both = moved(second, weight, lambda: 3 * loss(), num_examples=2)
+    one = moved(MeZOOptimizer([weight], lr=0.1), weight, lambda: 4.6 * loss(), num_examples=10)
+    torch.testing.assert_close(both, one, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("settings", [{}, {"directions": 3}, {"share": 0.5}, {"normalize": True, "directions": 2}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_done_is_done_again(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    """From the history alone, without a look at the loss: all of it, or a part and then steps that look."""
+def test_replayed_steps_equal_the_recorded_ones(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Replay the whole history, or a part followed by ordinary steps."""
     ids = torch.randint(40, (6, 5), generator=torch.Generator().manual_seed(2))
 
-    def run(steps: int, recorded: list[list[float]]) -> tuple[dict[str, Tensor], list[list[float]]]:
+    def run(steps: int, replay_rows: list[list[float]]) -> tuple[dict[str, Tensor], list[list[float]]]:
         model = Words(dtype)
         by_size = [[(n, p) for n, p in model.named_parameters() if (p.dim() > 1) is big] for big in (True, False)]
-        optimizer = MeZO([{"params": by_size[0], "weight_decay": 0.1}, {"params": by_size[1]}], lr=0.01, **settings)
-        optimizer.recorded = recorded
+        optimizer = MeZOOptimizer(
+            [{"params": by_size[0], "weight_decay": 0.1}, {"params": by_size[1]}], lr=0.01, **settings
+        )
+        optimizer.replay_rows = replay_rows
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
-            looks = step >= len(recorded)
-            optimizer.step(lambda: model.loss(ids) if looks else pytest.fail("looked"))  # noqa: B023
+            evaluates = step >= len(replay_rows)
+            optimizer.step(lambda: model.loss(ids) if evaluates else pytest.fail("evaluated the loss"))  # noqa: B023
         width = 2 + optimizer.directions
         assert len(optimizer.history) == steps * width
         flat = optimizer.history.tolist()
         return model.state_dict(), [flat[i : i + width] for i in range(0, len(flat), width)]
 
     whole, rows = run(6, [])
-    for kept in (6, 4):
-        again, same = run(6, rows[:kept])
+    for num_replayed in (6, 4):
+        again, same = run(6, rows[:num_replayed])
         assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
-        assert str(same) == str(rows)  # also where a spread of zero made no number
+        assert str(same) == str(rows)  # as text, because a deviation of zero makes NaN

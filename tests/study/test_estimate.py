@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lit_spu.measure import Kind
-from lit_spu.study.estimate import estimates, largest
+from lit_spu.optim.mezo import NOISES
+from lit_spu.study.estimate import estimates, largest_batch_size
 from lit_spu.study.grid import build, method_configs
 from lit_spu.study.steps import batch_of, live_bytes, training_step
 from lit_spu.tasks import TASKS
@@ -18,9 +20,9 @@ from tests.conftest import FAMILIES
 CONFIGS = method_configs([f"{Path(__file__).parents[2] / 'configs'}/*.yaml"])
 
 
-def measured(config: Path, backbone: str, batch_size: int, length: int) -> tuple[int, dict[Kind, int]]:
-    """Of a batch with padding, as nearly all are: without, transformers leaves out the mask."""
-    method = build(config, backbone=backbone)
+def measured(config: Path, backbone: str, batch_size: int, length: int, **settings: Any) -> tuple[int, dict[Kind, int]]:
+    """Measure a step on a batch with padding: without padding, transformers skips the attention mask."""
+    method = build(config, backbone=backbone, **settings)
     batch = batch_of(batch_size, length, TASKS["sst2"])
     batch["attention_mask"][0, -1] = 0
     live = live_bytes(method, *training_step(method, batch))
@@ -29,8 +31,8 @@ def measured(config: Path, backbone: str, batch_size: int, length: int) -> tuple
 
 @pytest.mark.parametrize("backbone", ["mini-bert", "mini-t5"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_an_estimate_is_what_a_real_step_takes(config: str, backbone: str) -> None:
-    """With dropout, of which torch keeps the masks."""
+def test_an_estimate_equals_a_real_step(config: str, backbone: str) -> None:
+    """With dropout, where torch saves the masks."""
     peak, by_kind = measured(CONFIGS[config], backbone, 8, 48)
     (found,), refused = estimates({config: CONFIGS[config]}, backbone, "sst2", 8, 48)
     assert not refused
@@ -38,6 +40,14 @@ def test_an_estimate_is_what_a_real_step_takes(config: str, backbone: str) -> No
     assert found.by_kind[Kind.ACTIVATIONS] == pytest.approx(by_kind[Kind.ACTIVATIONS], rel=0.03, abs=0.02 * peak)
     assert found.by_kind[Kind.WEIGHTS] == by_kind[Kind.WEIGHTS]
     assert sum(found.by_kind.values()) == found.peak
+
+
+@pytest.mark.parametrize("settings", [{"rows": "seen"}, {"rows": "seen", "noise": "low_rank"}, {"noise": "rademacher"}])
+def test_estimates_of_mezo_settings(settings: dict[str, Any]) -> None:
+    """MeZO reads values in its step: rows of the embedding and slopes."""
+    (found,), _ = estimates({"mezo": CONFIGS["mezo"]}, "mini-bert", "sst2", 8, 48, settings=settings)
+    peak, _ = measured(CONFIGS["mezo"], "mini-bert", 8, 48, **settings)
+    assert found.peak == pytest.approx(peak, rel=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,8 +58,8 @@ def test_every_family_is_estimated(tiny: Callable[[str], str], family: str) -> N
         assert found.peak == pytest.approx(peak, rel=0.03), config
 
 
-def test_no_weights_are_made(tiny: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may be none: the folder of a backbone needs no more than its config and its tokenizer."""
+def test_no_weights_are_loaded(tiny: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone's folder needs only its config and its tokenizer."""
     folder = Path(tiny("bert"))
     weights = folder / "model.safetensors"
     hidden = weights.rename(folder / "elsewhere")
@@ -60,7 +70,7 @@ def test_no_weights_are_made(tiny: Callable[[str], str], monkeypatch: pytest.Mon
     assert found.trainable == sum(p.numel() for p in build(CONFIGS["full"], backbone=str(folder)).parameters())
 
 
-def test_what_cannot_be_is_told_and_the_rest_estimated() -> None:
+def test_impossible_settings_are_reported_and_the_rest_estimated() -> None:
     found, refused = estimates(
         {name: CONFIGS[name] for name in ("head", "lst")}, "mini-bert", "sst2", 4, 16, settings={"reduction": 5}
     )
@@ -73,13 +83,13 @@ def test_what_cannot_be_is_told_and_the_rest_estimated() -> None:
 
 @pytest.mark.parametrize("budget", [0.02, 0.05, 0.3])
 def test_the_largest_batch_fits_and_one_more_does_not(budget: float) -> None:
-    room = int(budget * 2**30)
-    (found,), _ = estimates({"lst": CONFIGS["lst"]}, "mini-bert", "sst2", 4, 32, budget=room)
+    num_bytes = int(budget * 2**30)
+    (found,), _ = estimates({"lst": CONFIGS["lst"]}, "mini-bert", "sst2", 4, 32, budget=num_bytes)
     assert found.largest is not None
     peaks = [
         estimates({"lst": CONFIGS["lst"]}, "mini-bert", "sst2", found.largest + more, 32)[0][0].peak for more in (0, 1)
     ]
-    assert peaks[0] <= room < peaks[1]
+    assert peaks[0] <= num_bytes < peaks[1]
 
 
 @pytest.mark.parametrize(
@@ -88,10 +98,20 @@ def test_the_largest_batch_fits_and_one_more_does_not(budget: float) -> None:
     ids=["line", "flat at first", "curved", "steps"],
 )
 @pytest.mark.parametrize("budget", [10, 500, 777, 100_000])
-def test_the_search_is_right_whatever_the_curve(peak: Callable[[int], int], budget: int) -> None:
-    assert largest(peak, budget) == max((n for n in range(1, 20_000) if peak(n) <= budget), default=0)
+def test_the_search_is_right_for_any_curve(peak: Callable[[int], int], budget: int) -> None:
+    assert largest_batch_size(peak, budget) == max((n for n in range(1, 20_000) if peak(n) <= budget), default=0)
 
 
 def test_estimating_leaves_no_fake_tensors_behind() -> None:
     estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 16)
     assert torch.ones(2).sum().item() == 2
+
+
+@pytest.mark.parametrize("noise", ["table", "rademacher"])
+def test_real_steps_after_an_estimate_have_real_tables(noise: Any) -> None:
+    weight = torch.zeros(8, 8)
+    before = NOISES[noise]().sample(1, weight)
+    estimates({"mezo": CONFIGS["mezo"]}, "mini-bert", "sst2", 4, 16, settings={"noise": noise})
+    after = NOISES[noise]().sample(1, weight)
+    assert type(after) is torch.Tensor
+    assert torch.equal(after, before)
