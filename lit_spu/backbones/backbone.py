@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_spu.backbones.family import Family
+from lit_spu.backbones.family import Architecture, Family
 from lit_spu.backbones.label_words import label_word_error, tokenize_label_words
 from lit_spu.backbones.last_position import gather_position
 from lit_spu.backbones.precision import (
@@ -39,7 +39,7 @@ HEAD_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """Steps of a head that are no modules, by the names that Family records use."""
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module, Architecture, ABC):
     """Base class of pretrained models that answer a task with logits [batch, labels].
 
     Attributes:
@@ -53,9 +53,6 @@ class Backbone(nn.Module, ABC):
     """
 
     label_token_ids: Tensor
-    language_model: ClassVar[str]  # the suffix of transformers' AutoModelFor… with its language-model head
-    is_causal: ClassVar[bool]  # whether tokens of the last stack attend to earlier tokens only
-    head_dim_multiple: ClassVar[int] = 1  # the width of an attention head is a multiple of this
     one_token_words: ClassVar[bool] = False  # whether a label word must be one token
     stacks_class: ClassVar[type[TransformerStacks]] = TransformerStacks
 

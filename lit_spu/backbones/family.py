@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from lit_spu.backbones.target_linears import Role
 
-if TYPE_CHECKING:
-    from lit_spu.backbones.backbone import Backbone
+
+class Architecture:
+    """Properties of all models of one architecture, set by the subclasses of `Backbone`."""
+
+    language_model: ClassVar[str]  # the suffix of transformers' AutoModelFor… with its language-model head
+    is_causal: ClassVar[bool]  # whether tokens of the last stack attend to earlier tokens only
+    head_dim_multiple: ClassVar[int] = 1  # the width of an attention head is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Family:
     in the linear layer over the vocabulary.
     """
 
-    architecture: type[Backbone]
+    architecture: type[Architecture]
     stacks: tuple[str, ...]  # the lists of blocks, in the order in which they run
     embeddings: tuple[str, ...]  # modules before the blocks; a side network has none
     widths: tuple[str, ...]  # settings that shrink with a side network

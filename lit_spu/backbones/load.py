@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -62,11 +62,12 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     tokenizer = source.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    format_, mask = family.architecture.prompt_format(head, tokenizer)
+    architecture = cast(type[Backbone], family.architecture)
+    format_, mask = architecture.prompt_format(head, tokenizer)
     positions = getattr(source.config, "max_position_embeddings", None)  # a T5 has relative ones and no such setting
     max_tokens = positions and positions - family.position_offset
     model, head_is_pretrained = load_model(source, name, family, task, head)
-    backbone = family.architecture(model, family, task, head, Encoding(tokenizer, format_, mask, max_tokens), name)
+    backbone = architecture(model, family, task, head, Encoding(tokenizer, format_, mask, max_tokens), name)
     backbone.head_is_pretrained = head_is_pretrained
     return backbone
 

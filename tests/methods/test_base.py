@@ -171,5 +171,5 @@ def test_a_checkpoint_of_another_method_is_refused(tiny: Tiny, data: Data, fit: 
 
 def test_a_longer_resumed_run_says_that_its_schedule_changed(tiny: Tiny, data: Data, fit: Run, tmp_path: Path) -> None:
     fit(HeadOnly(backbone=tiny("bert")), data(), max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
-    with pytest.warns(UserWarning, match="8 steps in all instead of 4"):
+    with pytest.warns(UserWarning, match="8 steps in total instead of 4"):
         fit(HeadOnly(backbone=tiny("bert")), data(), max_epochs=2, ckpt_path=tmp_path / "x.ckpt")
