@@ -82,7 +82,7 @@ def has_plain_weight(linear: nn.Module) -> bool:
         and linear.bias is None
         and has_default_forward(linear)
         and has_no_hooks(linear)
-        and not is_traceable_wrapper_subclass(linear.weight.data)
+        and not is_traceable_wrapper_subclass(linear.weight)
     )
 
 
