@@ -145,6 +145,21 @@ def test_freezing_leaves_only_a_new_head(tiny: Tiny, family: str) -> None:
     assert [block.training for block in backbone.blocks] == [False] * (len(backbone.blocks) - 1) + [True]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_dropout_of_a_t5s_stacks_is_on_where_weights_are_trained(tiny: Tiny, frozen: bool) -> None:
+    """It belongs to no block: to the stacks, before their first block and after their last."""
+    backbone = load(tiny("t5"))
+    if frozen:
+        backbone.freeze()
+    model = backbone.base_model.model
+    model.encoder.dropout.p = model.decoder.dropout.p = 0.5
+    batch = encode(backbone)
+    backbone.train()
+    assert torch.equal(backbone(batch), backbone(batch)) is frozen
+    backbone.eval()
+    assert torch.equal(backbone(batch), backbone(batch))
+
+
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 def test_an_untied_head_starts_equal_and_leaves_the_embeddings_alone(tiny: Tiny, family: str) -> None:
     backbone = load(tiny(family), "prompt")

@@ -43,6 +43,20 @@ def test_the_rate_rises_and_falls_by_step(tiny: Tiny, data: Data, fit: Run) -> N
     assert watch.rates == pytest.approx([0.5 * f for f in (1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
 
 
+def test_gradients_are_dropped_after_a_step(tiny: Tiny, data: Data, fit: Run) -> None:
+    """So that no gradient is held through the next forward pass. Steps over several batches add theirs up first."""
+    held: list[bool] = []
+
+    class Gradients(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            held.append(any(p.grad is not None for p in pl_module.parameters()))
+
+    fit(HeadOnly(backbone=tiny("bert")), data(), Gradients())
+    assert held == [False] * 4
+    fit(HeadOnly(backbone=tiny("bert")), data(), Gradients(), accumulate_grad_batches=2)
+    assert held[4:] == [True, False] * 2
+
+
 def test_a_run_without_an_end_is_refused(tiny: Tiny, data: Data, fit: Run) -> None:
     with pytest.raises(UserError, match=r"--trainer.max_epochs or --trainer.max_steps"):
         fit(HeadOnly(backbone=tiny("bert")), data(), max_epochs=-1)
