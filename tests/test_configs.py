@@ -34,7 +34,7 @@ def test_a_config_is_short(config: Path) -> None:
     assert len(lines) <= 15
 
 
-@pytest.mark.parametrize("backbone", ["mini-bert", "mini-t5"])
+@pytest.mark.parametrize("backbone", ["mini-bert", pytest.param("mini-t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
 def test_config_on_backbone(tmp_path: Path, config: Path, backbone: str) -> None:
     run = tmp_path / "run"

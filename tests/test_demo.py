@@ -32,6 +32,7 @@ def fit(folder: Path, *args: str) -> dict[str, float]:
     return metrics
 
 
+@pytest.mark.slow
 def test_demo_command_of_the_makefile_learns(tmp_path: Path) -> None:
     (target,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if "cli.py fit" in line)
     args = target.partition("cli.py fit ")[2].replace(" $(ARGS)", "").replace("configs/", f"{ROOT}/configs/").split()

@@ -175,7 +175,9 @@ def test_it_equals_the_peft_library(
     optimizers = [optimizer([p for p in m.parameters() if p.requires_grad]) for m in (method, plain)]
     for step in range(10):
         ours, theirs = method.loss(batch), plain.loss(plain(batch), batch)
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=8 * (step + 1) * torch.finfo(dtype).eps)
+        # in single precision the sums' order differs between processors, and each step adds to that
+        grown = 1e-5 * step if dtype is torch.float32 else 0.0
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=8 * torch.finfo(dtype).eps + grown)
         for loss, its in zip((ours, theirs), optimizers, strict=True):
             its.zero_grad()
             loss.backward()

@@ -121,6 +121,7 @@ def compare(folder: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "lit_spu", "compare", "--config=study.yaml", *flags]
 
 
+@pytest.mark.slow
 def test_a_whole_study(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.run(
