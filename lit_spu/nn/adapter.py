@@ -8,8 +8,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # the only test for quantised weights
 
+from lit_spu.backbones.precision import is_quantized
 from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.errors import UserError
 
@@ -27,7 +27,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the linear layer's own weight contains the adapter."""
+        """True if the linear layer's own weight contains the adapter."""
         return self._unmerged is not None
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Adapter(nn.Module, ABC):
         Raises:
             UserError: If it is quantised.
         """
-        if is_traceable_wrapper_subclass(self.target.linear.weight.data):
+        if is_quantized(self.target.linear.weight):
             raise UserError(f"{self.target.path} is held in int8, which cannot be changed: use fp32 or bf16.")
 
     @torch.no_grad()
