@@ -27,8 +27,7 @@ StepLoss = Callable[[Batch], Tensor | None]
 class Method(LightningModule, ABC):
     """Base class of fine-tuning methods.
 
-    A subclass freezes and adds weights in its constructor. Where the method asks for it, it overrides `forward`, `loss`
-    or other methods.
+    A subclass freezes and adds weights in its constructor. If needed, it overrides `forward`, `loss` or other methods.
 
     Args:
         backbone: An embedded mini model (mini-bert, mini-t5), or a Hugging Face name or folder.

@@ -56,8 +56,8 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
     if any(own[name] != recorded[name] for name in ("method", "groups", "directions", "initial_fingerprint")):
         raise UserError(
             f"{file} starts from other weights than these ({recorded['method']}, fingerprint"
-            f" {recorded['initial_fingerprint']}; here {own['method']}, {own['initial_fingerprint']}): use the run's own"
-            f" settings, and seed {recorded['seed']}."
+            f" {recorded['initial_fingerprint']}; here {own['method']}, {own['initial_fingerprint']}):"
+            f" use the run's own settings, and seed {recorded['seed']}."
         )
     if own["noise"] != recorded["noise"]:
         raise UserError(
