@@ -52,11 +52,10 @@ class SharedTrunk(HiddenStateReader):
         if not siblings:
             raise UserError("model.siblings: name at least one: {low: {lr: 1e-3}, high: {lr: 3e-3}}.")
         common = {**kwargs, "activation_cache": None, **(settings or {})}
-        self.siblings: Any = nn.ModuleDict(
-            {name: _make_sibling(side, name, common, own) for name, own in siblings.items()}
-        )
-        for sibling in self.siblings.values():
-            sibling.backbone.share_frozen_weights(self.backbone)
+        methods = {name: _make_sibling(side, name, common, own) for name, own in siblings.items()}
+        for method in methods.values():
+            method.backbone.share_frozen_weights(self.backbone)
+        self.siblings: Any = nn.ModuleDict(methods)
         self.seeds = {name: own.get("seed") for name, own in siblings.items()}
         self.batch_seeds: dict[str, int] = {}
         self.best = next(iter(siblings))

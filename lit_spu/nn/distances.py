@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean squared error over the teacher's variance. (A T5's states grow from block to block.)"""
+    """Return the mean squared error over the teacher's variance, because a T5's states grow from block to block."""
     variance = _mean((teacher - _mean(teacher.mean(-1), mask)).square().mean(-1), mask)
     return _mean((student - teacher).square().mean(-1), mask) / variance
 

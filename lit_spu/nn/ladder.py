@@ -1,4 +1,4 @@
-"""Ladder side networks (LST, https://arxiv.org/abs/2206.06522): narrow copies of a backbone that read its hidden states.
+"""Ladder side networks (LST, https://arxiv.org/abs/2206.06522): narrow models that read a backbone's hidden states.
 
 The backbone runs first, without gradients. The side network then runs on the backbone's hidden states alone.
 """
