@@ -66,14 +66,9 @@ def absorbed_cross_attention(
 
 
 def _can_absorb(module: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> bool:
-    cheaper = is_cheaper(module, hidden.shape[1], states.shape[1], mask)
-    return cheaper and has_plain_weight(module.k) and has_plain_weight(module.v)
-
-
-def is_cheaper(module: Any, num_queries: int, num_tokens: int, mask: Tensor | None) -> bool:
-    """Return whether the absorbed form takes fewer operations for this number of queries, and can read the mask."""
-    readable = mask is None or mask.dtype is torch.bool
-    return readable and 2 * num_queries * (1 / num_tokens + 1 / module.key_value_proj_dim) < 1
+    is_cheaper = 2 * hidden.shape[1] * (1 / states.shape[1] + 1 / module.key_value_proj_dim) < 1
+    is_known_mask = mask is None or mask.dtype is torch.bool
+    return is_cheaper and is_known_mask and has_plain_weight(module.k) and has_plain_weight(module.v)
 
 
 def has_plain_weight(linear: nn.Module) -> bool:

@@ -57,15 +57,16 @@ class Backbone(nn.Module, Architecture, ABC):
     one_token_words: ClassVar[bool] = False  # whether a label word must be one token
     stacks_class: ClassVar[type[TransformerStacks]] = TransformerStacks
 
-    def __init__(self, model: nn.Module, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
+    def __init__(self, model: Any, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.task = task
         self.encoding = encoding
         self.name = name
         self.head_type: Head = head
         self.head_is_pretrained = False
-        self.base_model = self.stacks_class(find_base_model(model), family)
+        below_head = getattr(model, model.base_model_prefix, model)  # a model without a head is its own base model
+        self.base_model = self.stacks_class(below_head, family)
         self.has_classifier = head == "classifier" and bool(family.classifier)
         self.head_steps = [HEAD_FUNCTIONS.get(path) or model.get_submodule(path) for path in self.head_paths]
         self.label_weight: nn.Parameter | None = None
@@ -284,9 +285,3 @@ class Backbone(nn.Module, Architecture, ABC):
             classifier = bool(self.base_model.family.classifier)
             raise label_word_error(self.task.name, self.name, rejected, self.one_token_words, classifier)
         return tokens
-
-
-def find_base_model(model: Any) -> nn.Module:
-    """Return the model below the head. A model without a base model is its own."""
-    base: nn.Module = getattr(model, model.base_model_prefix, model)
-    return base

@@ -290,18 +290,15 @@ class Method(LightningModule, ABC):
         checkpoint["backbone"] = {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
         checkpoint["method"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["total_steps"] = self.total_steps
-        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": self._task_spec()}
+        given = self.hparams["task"]
+        task = given if given == self.task.name else self.task.to_dict()  # its YAML file may be gone later
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": task}
 
     def checkpoint_dict(self) -> dict[str, Any]:
         """Return the method's part of a checkpoint: trained weights, settings and backbone."""
         checkpoint: dict[str, Any] = {"state_dict": self.state_dict(), "hyper_parameters": dict(self.hparams)}
         self.on_save_checkpoint(checkpoint)
         return checkpoint
-
-    def _task_spec(self) -> str | dict[str, Any]:
-        """Return the task's name, or the full definition of a user's own task, because its file may be gone later."""
-        given = self.hparams["task"]
-        return given if given == self.task.name else self.task.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check a checkpoint, and add the frozen weights, so that Lightning's strict loading finds all weights.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -156,7 +157,7 @@ class ZerothOrder(Method):
 
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
         """Take a step on a batch, and return the mean objective value, or None if the step was replayed."""
-        closure = lambda: self.objective_value(batch)  # noqa: E731
+        closure = partial(self.objective_value, batch)
         value: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
         return value
 

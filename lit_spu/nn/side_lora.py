@@ -119,14 +119,9 @@ class _Pass:
     ) -> Any:
         """Run a block on the backbone's state, then on the side state with the first run's linear outputs.
 
-        Args:
-            forward: The block's forward.
-            state: The backbone's state [batch, tokens, width].
-            args: Its other arguments.
-            is_first: The block is the first of its stack, where the side state equals the backbone's.
-            is_last: The block is the last of its stack, and returns the side state.
-            joins: Another stack attends to this one, so the last block returns both states, joined along the batch.
-            kwargs: Its other arguments by name.
+        At the first block of a stack, the side state equals the backbone's `state` [batch, tokens, width]. The last
+        block returns the side state. If another stack attends to this one (`joins`), it returns both states, joined
+        along the batch.
         """
         with torch.no_grad():
             output = forward(state, *args, **kwargs)
