@@ -82,7 +82,7 @@ class ActivationCache:
 
         Args:
             batches: The texts.
-            num_processes: Number of training processes on this machine. Each needs a cache in memory of its own.
+            num_processes: Number of training processes on this machine. Each has a separate cache if it is in memory.
 
         Raises:
             UserError: If the store has less space.

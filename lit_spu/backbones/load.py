@@ -129,7 +129,7 @@ def load_model(source: Source, name: str, family: Family, task: Task, head: Head
 
 
 def is_on_hub(name: str) -> bool:
-    """Return whether the hub has a model. It asks once; transformers retries an unreachable hub for half a minute."""
+    """Return whether the hub has a model. One request; transformers would retry for half a minute."""
     from huggingface_hub import HfApi
 
     try:

@@ -57,7 +57,7 @@ class ZerothOrder(Method):
         weights: Initial weights: a run directory, a checkpoint or an export of the same trained weights. For example, a
             LoRA that was trained by backpropagation can be trained further with a metric as the objective.
         trajectory: A trajectory to continue, or a run directory that has one. Its steps are replayed, and training
-            goes on after them at the same batch of the data.
+            continues after them with the next batch of the data.
 
     Raises:
         UserError: If a number is out of range, another optimizer is chosen, or the task has no such metric. Before
@@ -108,7 +108,7 @@ class ZerothOrder(Method):
             "gradient_clip_val": "there is no gradient to clip. --model.normalize makes steps of similar length",
             "accumulate_grad_batches": "there is no gradient to accumulate. Use a larger --data.batch_size",
             "precision": "its scaler needs gradients. bf16-mixed has no scaler, nor has 16-true, where the rounding"
-            " errors of updates are kept",
+            " errors of updates are saved",
             "strategy": "each device must hold all weights. ddp exchanges three numbers per step",
         }
         is_allowed = {

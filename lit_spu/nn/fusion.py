@@ -1,8 +1,8 @@
 """Fusions: functions that join a window of the backbone's hidden states with the state of the side network.
 
 One fusion module serves all rungs of a stack. Its inputs are `slots`: the stack's hidden states, projected down to
-[batch, tokens, width]. A window of 2k+1 slots belongs to each rung. The last slot is zero, and stands for all blocks
-beyond the ends of the backbone.
+[batch, tokens, width]. Each rung reads a window of 2k+1 slots. The last slot is zero; it serves for all blocks beyond
+the ends of the backbone.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Gated(Gate):
 
 
 class Additive(Fusion):
-    """The sum of the state and all slots of the window, without weights of its own."""
+    """The sum of the state and all slots of the window, without weights."""
 
     def forward(self, slots: Sequence[Tensor], mask: Tensor | None) -> Fuse:
         return lambda i, state: sum(self.window(i, slots), start=state)

@@ -30,8 +30,8 @@ class Ladder(nn.Module):
     """The rungs of one stack. Rung i computes the input of the side block that belongs to the backbone's block i.
 
     It projects the outputs of the blocks i−k … i+k down to the side network's width, and joins this window with the
-    output of the side block before. Blocks beyond the ends are zero. The first side block's input has the projected
-    embeddings in place of that output.
+    output of the previous side block. Blocks beyond the ends are zero. The first rung joins its window with the
+    projected embeddings.
 
     Args:
         stack: The backbone's stack.
@@ -196,8 +196,8 @@ class Projection(nn.Linear):
     """A linear layer that preserves the scale of its input, and computes in the precision of its input.
 
     The published projections have an initial standard deviation of 0.01, which suits T5's large residual stream. For
-    the normalised states of a BERT, their output would be small beside the side network's own state, and the side
-    network would not learn.
+    the normalised states of a BERT, their output would be small compared with the side network's own state, and the
+    side network would not learn.
     """
 
     def reset_parameters(self) -> None:

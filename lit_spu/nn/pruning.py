@@ -65,8 +65,8 @@ def init_from_pruned(
         importance: The importance of the backbone's weights.
         order: `residual` keeps the same coordinates of the residual stream everywhere, and the same number of
             coordinates in each attention head. `published` is the order of the paper's code: from the embeddings up,
-            each layer that writes into the residual stream ranks its rows for the next layer that reads it. Any
-            coordinates of the queries are kept, whatever their head.
+            each layer that writes into the residual stream ranks its rows for the next layer that reads it. The
+            coordinates of queries and keys are ranked over all heads together.
 
     Returns:
         The kept coordinates of the residual stream; in `published` order, those at the embeddings.

@@ -105,7 +105,7 @@ def test_what_has_no_room_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr("lit_spu.backbones.activation_cache.MemoryStore.free_bytes", lambda self: 1000)
     method = LadderSideTuning(reduction=4, activation_cache="memory")
-    with pytest.raises(UserError, match=r"model.activation_cache: what the backbone computes for \d+ texts takes"):
+    with pytest.raises(UserError, match=r"model.activation_cache: the hidden states of \d+ texts take"):
         fit(method, data(**WIDE))
 
 
