@@ -66,9 +66,7 @@ class ActivationCache:
         counts = self._count_tokens(inputs)
         keys = _digest_texts(inputs, counts[0])
         records = self.store.find(keys)
-        if any(
-            record is None for record in records
-        ):  # new states are read back, so that rounding is the same each time
+        if any(record is None for record in records):  # new states are read back, for the same rounding each time
             states = self.backbone.hidden_states(batch)
             new_rows = {key: row for row, (key, record) in enumerate(zip(keys, records, strict=True)) if record is None}
             with record_function("cache"):
@@ -78,10 +76,10 @@ class ActivationCache:
             return self._read([record for record in records if record is not None], counts, inputs)
 
     def plan(self, batches: Iterable[Batch], num_processes: int = 1) -> Plan:
-        """Return the bytes that caching these texts takes.
+        """Count the texts and bytes to cache, and check that there is space for them.
 
         Args:
-            batches: The texts.
+            batches: All texts that will be cached.
             num_processes: Number of training processes on this machine. Each has a separate cache if it is in memory.
 
         Raises:
