@@ -41,7 +41,7 @@ from lit_spu.export.load import replay as replay
 from lit_spu.version import __version__ as __version__
 
 class BitFit(lit_spu.methods.bitfit.BitFit):
-    """Freeze every weight of the backbone and train its biases.
+    """Freeze the weights of the backbone and train its biases.
 
     Linear layers without a bias (all of a T5's) get one of zero, as in the comparison of LST's authors.
     """
@@ -76,7 +76,7 @@ class FullFineTuning(lit_spu.methods.full.FullFineTuning):
     ) -> None: ...
 
 class HeadOnly(lit_spu.methods.head.HeadOnly):
-    """Freeze the backbone and train its head. A language-model head learns weights for the label words."""
+    """Freeze the backbone and train its head. A language-model head gets its own weights for the label words."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class IA3(lit_spu.methods.ia3.IA3):
     """Train vectors, initially ones, that multiply the inputs or outputs of linear layers of the frozen backbone.
 
     Args:
-        outputs: Roles of the linear layers whose outputs are scaled.
-        inputs: Roles of those whose inputs are scaled. The paper scales the inner state of the feed-forward, which
-            `down` reads. On the layer before it, a negative scale would not pass a ReLU.
-        adapter: A folder of the peft library with initial vectors for the same linear layers.
+        outputs: Roles of the linear layers to scale the outputs of.
+        inputs: Roles of the linear layers to scale the inputs of. The paper scales the inner state of the feed-forward,
+            the input of `down`. At the outputs of `up`, a negative scale would not pass a ReLU.
+        adapter: A folder of the peft library with initial vectors for these linear layers.
 
     Raises:
         UserError: If nothing is scaled, a role is in both lists, or the backbone has no linear layer of a role.
@@ -127,11 +127,12 @@ class KLadder(lit_spu.methods.kladder.KLadder, LadderSideTuning):
 
     Args:
         k: Radius of the windows; 0 reads one block, as LST does.
-        fusion: How a window joins the side state: LST's gate on the window's learned mean, a plain sum, one gate per
-            example, attention of each token over its own 2k+1 hidden states, or over all tokens of all of them.
-        hidden_state_dropout: Share of the hidden states that are dropped in training, each whole, for each example
-            separately.
-        share_projections: One down-projection per block for all windows, instead of one for each slot of each rung.
+        fusion: Function that joins a window with the side state: LST's gate on the window's mean under learned weights;
+            a plain sum; a gate computed for each example; attention of each token over its own 2k+1 hidden states; or
+            attention over all tokens of these.
+        hidden_state_dropout: Probability of dropping a whole hidden state of a window in training, drawn for each
+            example.
+        share_projections: One down-projection per block for all windows, instead of one per block and rung.
     """
 
     def __init__(
@@ -163,27 +164,27 @@ class KLadder(lit_spu.methods.kladder.KLadder, LadderSideTuning):
 class LRDistillation(lit_spu.methods.lr_distillation.LRDistillation):
     """Train every weight with the task's loss alone, at lr_t = schedule(t) · clip(d_t / d_0, min_factor, max_factor).
 
-    d_t is the distance between the logits of student and teacher on a batch. The teacher's logits are computed once for
-    all examples. d_0, the reference distance, is the mean distance of the first steps. The updates of Adafactor and
-    AdamW are proportional to lr_t.
+    d_t is the distance between the student's and the teacher's logits on the batch. d_0, the reference distance, is its
+    mean over the first steps. The teacher's logits of all training examples are computed once, before training. The
+    updates of Adafactor and AdamW are proportional to lr_t.
 
     Args:
-        teacher: A run directory, a checkpoint or an export of a method; or a Hugging Face folder or name. The teacher
-            may have another family, size and tokenizer than the student.
+        teacher: A run directory, a checkpoint or an export of a method; or a Hugging Face folder or name. Its family,
+            size and tokenizer may differ from the student's.
         distance: Distance of logits: the divergence of the softened distributions, the mean squared error, or one minus
             the cosine. For a regression, with its single logit, it must be mse.
         temperature: Temperature of the softened distributions in the divergence.
-        reference_steps: Number of first steps whose mean distance is d_0; during these it is the mean so far.
+        reference_steps: Number of steps that d_0 is the mean of. During these steps, it is the mean so far.
         min_factor: Smallest factor on the learning rate.
         max_factor: Largest factor on the learning rate.
         skip_below: Skip the backward pass and the step if d_t is smaller than this; on one device only.
-        schedule: Linear warm-up and decay, or a constant learning rate, which only the distance then lowers.
-        control: A run directory, or a pattern of one. Instead of a teacher's distance, multiply every step's learning
+        schedule: Linear warm-up and decay, or a constant learning rate, which the distance alone then changes.
+        control: A run directory, or a glob pattern of one. Train without a teacher, and multiply every step's learning
             rate by the mean factor of that run, which makes the mean learning rates equal.
 
     Raises:
-        UserError: if a number is out of range; before training, if there is no such teacher, if it was trained for
-            other labels or cannot read the data, or if `control` is not a finished run of LR distillation.
+        UserError: If a number is out of range. In `setup`, if there is no such teacher, if it was trained for other
+            labels or cannot read the data, or if `control` is not a finished run of LR distillation.
     """
 
     def __init__(
@@ -209,21 +210,22 @@ class LRDistillation(lit_spu.methods.lr_distillation.LRDistillation):
     ) -> None: ...
 
 class LSTDistillation(lit_spu.methods.lst_distill.LSTDistillation):
-    """Train a narrow student by the task, and by the hidden states and logits of its frozen teacher.
+    """Train a narrow student by the task, and by the hidden states and logits of its teacher, the frozen backbone.
 
-    loss = task + λ·mean_i dist(s_i, D_i h_i) + μ·T²·KL(logits), where s_i and h_i are the outputs of the student's and
-    the teacher's block i, and D_i is fixed.
+    loss = task + λ·mean_i dist(s_i, D h_i) + μ·T²·KL(logits), where s_i is the output of a block of the student, h_i
+    that of its counterpart in the teacher, and D a fixed projection to the student's width. For a regression, the
+    squared error takes the place of T²·KL.
 
     Args:
         reduction: The backbone's width divided by the student's (r).
         drop_layers: Blocks of the teacher without a counterpart in the student, in every stack; 0 is the lowest.
-        init: The student's initial weights: the greatest 1/r of each of the teacher's widths, or random. D then selects
-            the coordinates that are kept, or is random as well.
+        init: Initial weights of the student. `magnitude` keeps the teacher's greatest weights, 1/r of each width, and D
+            selects the kept coordinates. With `random`, D is random as well.
         hidden_states_weight: λ.
         logits_weight: μ. The teacher must know the task: by a prompt, or as a fine-tuned classifier in `backbone`.
         temperature: T.
-        distance: Distance of hidden states: the squared error over the teacher's variance, the cosine, or the
-            divergence of the relations between tokens, which needs no D.
+        distance: Distance of hidden states: the squared error divided by the teacher's variance, one minus the cosine,
+            or the divergence of the relations between tokens, which needs no D.
 
     Raises:
         UserError: If a number is out of range, or the teacher has no logits to learn from.
@@ -258,15 +260,15 @@ class LadderSideTuning(lit_spu.methods.ladder.LadderSideTuning):
     Args:
         reduction: The backbone's width divided by the side network's (r).
         drop_layers: Blocks without a side block, in every stack; 0 is the lowest.
-        init: The side network's initial weights: random, or the most important 1/r of each of the backbone's widths, by
-            magnitude or by Fisher information about the task.
-        prune_order: Coordinates of the backbone's residual stream to keep: the same everywhere, or, as in the paper's
-            code, ranked again by each layer for the next.
+        init: Initial weights of the side network: random, or pruned from the backbone. Pruning keeps the most important
+            1/r of each width, by the weights' magnitude or by their Fisher information about the task.
+        prune_order: Coordinates of the backbone's residual stream that pruning keeps: the same everywhere (`residual`),
+            or, as in the paper's code, ranked again by each layer for the next (`published`).
         fisher_examples: Number of training examples for the Fisher information.
         backbone_dropout: Leave the backbone's dropout on while training, as the paper's code does.
         gradient_checkpointing: Recompute the side network's feed-forwards in the backward pass. It saves up to a
-            quarter of the memory, and costs a few per cent of a step that runs the backbone. By default it is on, and
-            off with an activation_cache, where it would cost an eighth.
+            quarter of the memory, and costs a few per cent of a step. By default it is on, except with an
+            activation_cache, where it would cost an eighth of a step.
 
     Raises:
         UserError: If a number is out of range, or settings exclude each other.
@@ -295,7 +297,7 @@ class LadderSideTuning(lit_spu.methods.ladder.LadderSideTuning):
     ) -> None: ...
 
 class LastLayers(lit_spu.methods.last_layers.LastLayers):
-    """Freeze the backbone up to its last blocks.
+    """Freeze the backbone except for its last blocks, and train these and a classification head.
 
     Args:
         layers: Number of trained blocks at the end (of an encoder-decoder, the decoder's).
@@ -322,13 +324,13 @@ class LoRA(lit_spu.methods.lora.LoRA):
         rank: r, the rank of B·A.
         alpha: α, which scales B·A by α/r.
         dropout: Share of the inputs of A that is dropped in training.
-        roles: Roles of the linear layers that get a pair.
+        roles: Roles of the linear layers that get a low-rank pair (A, B).
         norms: Train the blocks' normalisation layers as well.
         rank_stabilised: Scale by α/√r, so that the size of a step does not fall with the rank
             (https://arxiv.org/abs/2312.03732).
-        init: B = 0, or SiVA's `svd`: B·A are the top singular vectors of W, and the rest of W is frozen. The initial
-            logits are the backbone's in both cases.
-        adapter: A folder of the peft library with initial pairs of the same rank, scale and linear layers.
+        init: `zero` sets B = 0. `svd` (SiVA) sets B·A to the part of W of its top singular vectors, and freezes the
+            rest of W. In both cases the initial logits are the backbone's.
+        adapter: A folder of the peft library with initial pairs of this rank and scale for these linear layers.
 
     Raises:
         UserError: If a number is out of range, or the backbone has no linear layer of a role.
@@ -384,7 +386,7 @@ class MeZO(lit_spu.methods.mezo.MeZO, FullFineTuning):
     ) -> None: ...
 
 class MeZOBitFit(lit_spu.methods.mezo_bitfit.MeZOBitFit, BitFit):
-    """Train the biases by MeZO, and nothing else."""
+    """Train the biases of the backbone by MeZO."""
 
     def __init__(
         self,
@@ -411,7 +413,7 @@ class MeZOBitFit(lit_spu.methods.mezo_bitfit.MeZOBitFit, BitFit):
     ) -> None: ...
 
 class MeZOIA3(lit_spu.methods.mezo_ia3.MeZOIA3, IA3):
-    """Train the scaling vectors of (IA)3 by MeZO, and nothing else."""
+    """Train the scaling vectors of (IA)³ by MeZO."""
 
     def __init__(
         self,
@@ -442,10 +444,10 @@ class MeZOIA3(lit_spu.methods.mezo_ia3.MeZOIA3, IA3):
     ) -> None: ...
 
 class MeZOLST(lit_spu.methods.mezo_lst.MeZOLST, KLadder):
-    """Train the backbone by MeZO on its own answer to the prompt, and a ladder on the backbone by AdamW.
+    """Train the backbone by MeZO on the loss of its own logits, and a ladder that reads it by AdamW.
 
     Args:
-        order: First the backbone and then the ladder, or both in each step.
+        order: `sequential` trains first the backbone and then the ladder, `joint` trains both in each step.
         backbone_share: Share of all steps that train the backbone, if `order` is sequential.
         side_lr: Peak learning rate of the ladder; `lr` is the learning rate of MeZO.
 
@@ -494,7 +496,7 @@ class MeZOLST(lit_spu.methods.mezo_lst.MeZOLST, KLadder):
     ) -> None: ...
 
 class MeZOLoRA(lit_spu.methods.mezo_lora.MeZOLoRA, LoRA):
-    """Train the low-rank pairs of LoRA by MeZO, and nothing else."""
+    """Train the low-rank pairs of LoRA by MeZO."""
 
     def __init__(
         self,
@@ -530,7 +532,7 @@ class MeZOLoRA(lit_spu.methods.mezo_lora.MeZOLoRA, LoRA):
     ) -> None: ...
 
 class MeZOSide(lit_spu.methods.mezo_side.MeZOSide, KLadder):
-    """Train a ladder by MeZO, for a metric that has no gradient; best from a ladder that is trained already."""
+    """Train a ladder by MeZO, for example to maximise a metric. It is best to start from a trained ladder."""
 
     def __init__(
         self,
@@ -570,19 +572,20 @@ class MeZOSide(lit_spu.methods.mezo_side.MeZOSide, KLadder):
     ) -> None: ...
 
 class SharedTrunk(lit_spu.methods.shared_trunk.SharedTrunk):
-    """Train siblings that read one backbone, each as it would train alone.
+    """Train several methods ("siblings") that read one backbone, each as it would be trained alone.
 
-    It answers with the sibling that was best in the last validation, whose score is logged as `val/<metric>`. The
-    scores of all are logged as `val/<metric>/<name>`.
+    The logits are those of the sibling that was best in the last validation. Its scores are logged as `val/<metric>`,
+    and those of all siblings as `val/<metric>/<name>`.
 
     Args:
-        siblings: For each sibling, by its name, its own settings. `seed` draws its initial weights and its dropout, and
-            is the run's seed by default. The order of the data is the run's.
+        siblings: By name, each sibling's own settings. `seed` is the seed of its initial weights and its dropout, by
+            default the run's. The order of the data is the same for all.
         side: Class of the siblings, a method that reads the hidden states of a frozen backbone.
         settings: Settings of all siblings.
 
     Raises:
-        UserError: If there is no sibling, one has a setting that all must share, or the class reads no hidden states.
+        UserError: If there is no sibling, if one has a setting that all must share, or if the class reads no hidden
+            states.
     """
 
     def __init__(
@@ -611,11 +614,11 @@ class SideLoRA(lit_spu.methods.side_lora.SideLoRA):
         rank: r, the rank of B·A.
         alpha: α, which scales B·A by α/r.
         dropout: Share of the inputs of A that is dropped in training.
-        roles: Roles of the linear layers that get a pair; the others output W x_b + b.
-        reentry: Number of the last blocks that run the side state through their frozen weights, as LoRA does: more
-            exact, at the time and memory of their backward pass. With all blocks it is LoRA.
-        gradient_checkpointing: Recompute the outputs of the side's norms and non-linearities in the backward pass,
-            which costs a few per cent of a step. Off, a step takes up to a half more memory.
+        roles: Roles of the linear layers that get a low-rank pair (A, B); the others output W x_b + b.
+        reentry: Number of the last blocks that run the side state through their frozen weights, as LoRA does. This is
+            more exact, and costs the time and memory of their backward pass. With all blocks it is LoRA.
+        gradient_checkpointing: Recompute the outputs of the side's norms and non-linearities in the backward pass.
+            This costs a few per cent of a step. Without it, a step takes up to 50 % more memory.
 
     Raises:
         UserError: If a number is out of range, or the backbone has no linear layer of a role.

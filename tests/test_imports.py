@@ -22,7 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"checkpoints"},
     "backbones": {"tasks", "checkpoints"},
     "data": {"tasks"},
-    "nn": {f"backbones.{file}" for file in ("backbone", "hooks", "side_model", "stacks", "target_linears")},
+    "nn": {
+        f"backbones.{file}" for file in ("backbone", "hooks", "precision", "side_model", "stacks", "target_linears")
+    },
     "methods": {
         *("nn", "optim", "backbones", "tasks", "registry", "checkpoints", "export.load"),
         *(f"callbacks.{file}" for file in ("rank_check", "trajectory_recorder", "zero_shot_report")),

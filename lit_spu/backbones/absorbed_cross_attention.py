@@ -1,8 +1,9 @@
-"""Cross-attention of a few queries to a long text without the text's keys and values.
+"""Cross-attention of a few queries to a long text that computes no keys and values of the text.
 
-A score is qᵀ(W_k x) = (W_kᵀq)ᵀx, and the result is Σ p (W_v x) = W_v Σ p x. If there are few queries, it is cheaper to
-multiply them and the result by the weights than the whole text (multi-head latent attention does this at inference,
-https://arxiv.org/abs/2405.04434). A T5 that answers with one token saves an eighth of its forward pass.
+An attention score is qᵀ(W_k x) = (W_kᵀq)ᵀx, and the result is Σ p (W_v x) = W_v Σ p x. So the weights W_k and W_v can
+multiply the queries and the result instead of the text. This is cheaper for few queries (multi-head latent attention
+does it at inference, https://arxiv.org/abs/2405.04434). A T5 that answers with one token saves an eighth of its forward
+pass.
 
 A family opts in by its `cross_attention`.
 """
@@ -16,17 +17,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # the only test for quantised weights
 
 from lit_spu.backbones.hooks import has_default_forward, has_no_hooks, override_forward
+from lit_spu.backbones.precision import is_quantized
 
 
 def install(attention: nn.Module) -> None:
-    """Let a T5Attention compute this way wherever it is cheaper and gives the same result."""
+    """Let a T5Attention use the absorbed form where it is cheaper and returns the same result."""
     override_forward(attention, partial(absorbed_cross_attention, attention))
 
 
-# `override_forward` passes the inner forward after the arguments that `install` has bound.
+# `module` is bound by `install`; `override_forward` passes `forward` and the call's arguments.
 def absorbed_cross_attention(
     module: Any,
     forward: Callable[..., Any],
@@ -39,10 +40,10 @@ def absorbed_cross_attention(
 
     Args:
         module: The T5Attention.
-        forward: Its own forward. It runs where the absorbed form is not cheaper, or where something is attached to the
-            linear layers of keys and values, which must run then.
+        forward: Its own forward. It runs if the absorbed form is not cheaper, or if the linear layers of keys and
+            values must run because something is attached to them.
         hidden: The states that attend.
-        mask: Additive or boolean, [batch, 1, 1 or queries, tokens].
+        mask: [batch, 1, 1 or queries, tokens], additive, or boolean, which the absorbed form needs.
         key_value_states: The text's states [batch, tokens, width].
         kwargs: Other arguments of T5Attention.
     """
@@ -55,8 +56,8 @@ def absorbed_cross_attention(
     query = split_heads(module.q(hidden).flatten(0, 1), num_heads) * module.scaling
     scores = swap_batch_heads(query @ key, batch) @ states.mT  # [batch, heads * queries, tokens]
     if mask is not None:
-        hides = ~mask.expand(-1, num_heads, num_queries, -1).flatten(1, 2)
-        scores = scores.masked_fill(hides, torch.finfo(scores.dtype).min)
+        is_masked = ~mask.expand(-1, num_heads, num_queries, -1).flatten(1, 2)
+        scores = scores.masked_fill(is_masked, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
     weights = F.dropout(weights, module.dropout, module.training)
     heads = swap_batch_heads(weights @ states, num_heads) @ value.mT
@@ -65,24 +66,19 @@ def absorbed_cross_attention(
 
 
 def _can_absorb(module: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> bool:
-    cheaper = is_cheaper(module, hidden.shape[1], states.shape[1], mask)
-    return cheaper and has_plain_weight(module.k) and has_plain_weight(module.v)
-
-
-def is_cheaper(module: Any, num_queries: int, num_tokens: int, mask: Tensor | None) -> bool:
-    """Return whether the absorbed form costs less for this number of queries, and can read the mask."""
-    readable = mask is None or mask.dtype is torch.bool
-    return readable and 2 * num_queries * (1 / num_tokens + 1 / module.key_value_proj_dim) < 1
+    is_cheaper = 2 * hidden.shape[1] * (1 / states.shape[1] + 1 / module.key_value_proj_dim) < 1
+    is_known_mask = mask is None or mask.dtype is torch.bool
+    return is_cheaper and is_known_mask and has_plain_weight(module.k) and has_plain_weight(module.v)
 
 
 def has_plain_weight(linear: nn.Module) -> bool:
-    """Return whether a module is a linear layer that does nothing but multiply by one weight tensor."""
+    """Return whether a module is a linear layer that only multiplies by one weight tensor."""
     return (
         type(linear) is nn.Linear
         and linear.bias is None
         and has_default_forward(linear)
         and has_no_hooks(linear)
-        and not is_traceable_wrapper_subclass(linear.weight)
+        and not is_quantized(linear.weight)
     )
 
 

@@ -1,7 +1,9 @@
 """A cache of a frozen backbone's hidden states: its blocks run once for each text.
 
-The hidden states of a text depend on its tokens and on the backbone alone, and a digest of both is their key. So no
-cached record can be out of date, and runs of any task, method, seed or batch size share the cache.
+The hidden states of a text depend on its tokens and on the backbone alone. A digest of both is their key, so no cached
+record can be out of date, and runs of any task, method, seed or batch size share the cache.
+
+The record of a text holds for each stack its states [blocks + 1, tokens, width], then the scales of int8.
 """
 
 from __future__ import annotations
@@ -18,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # the only test for quantised weights
 
 from lit_spu.backbones.activation_store import FileStore, MemoryStore, Record, Store
 from lit_spu.backbones.backbone import Backbone
-from lit_spu.backbones.precision import Precision
+from lit_spu.backbones.precision import Precision, is_quantized
 from lit_spu.backbones.stacks import Batch, HiddenStates
 from lit_spu.errors import UserError
 
@@ -42,13 +43,13 @@ class Plan:
 
 
 class ActivationCache:
-    """`Backbone.hidden_states` that computes no text twice.
+    """A callable that returns what `Backbone.hidden_states` does, but computes no text twice.
 
     Args:
         backbone: A frozen backbone.
         folder: The folder of the cache, which all runs share; None caches in the memory of this process.
-        precision: The format of cached states. With fp32 (or bf16 for a backbone in bf16) they are the computed ones
-            to the bit. int8 has one scale for each token of each block.
+        precision: The format of cached states. With fp32 (or bf16 for a backbone in bf16) they equal the computed
+            states to the bit. int8 has one scale for each token of each block.
     """
 
     def __init__(self, backbone: Backbone, folder: Path | None = None, precision: Precision = "fp32") -> None:
@@ -65,20 +66,24 @@ class ActivationCache:
         counts = self._count_tokens(inputs)
         keys = _digest_texts(inputs, counts[0])
         records = self.store.find(keys)
-        if any(record is None for record in records):  # the first time, too, the states come from the cache
+        if any(record is None for record in records):  # new states are read back, for the same rounding each time
             states = self.backbone.hidden_states(batch)
-            rows = {key: row for row, (key, record) in enumerate(zip(keys, records, strict=True)) if record is None}
+            new_rows = {key: row for row, (key, record) in enumerate(zip(keys, records, strict=True)) if record is None}
             with record_function("cache"):
-                self._save(states, counts, rows)
+                self._save(states, counts, new_rows)
                 records = self.store.find(keys)
         with record_function("cache"):
             return self._read([record for record in records if record is not None], counts, inputs)
 
     def plan(self, batches: Iterable[Batch], num_processes: int = 1) -> Plan:
-        """Return what caching these texts takes, on a machine with this number of training processes.
+        """Count the texts and bytes to cache, and check that there is space for them.
+
+        Args:
+            batches: All texts that will be cached.
+            num_processes: Number of training processes on this machine. Each has a separate cache if it is in memory.
 
         Raises:
-            UserError: If there is no room for it.
+            UserError: If the store has less space.
         """
         sizes: dict[bytes, int] = {}
         new: set[bytes] = set()
@@ -93,10 +98,10 @@ class ActivationCache:
         plan = Plan(len(sizes), len(new), sum(sizes[key] for key in new))
         needed = plan.num_bytes * (num_processes if isinstance(self.store, MemoryStore) else 1)
         if needed > (free := self.store.free_bytes()):
-            raise self._no_room(plan, needed, free)
+            raise self._space_error(plan, needed, free)
         return plan
 
-    def _no_room(self, plan: Plan, needed: int, free: int) -> UserError:
+    def _space_error(self, plan: Plan, needed: int, free: int) -> UserError:
         size = self.cached_dtype.itemsize
         smaller = [
             f"--model.cache_precision={name} ({needed * dtype.itemsize / size / _MIB:,.0f} MiB)"
@@ -110,26 +115,25 @@ class ActivationCache:
             " --model.activation_cache=null."
         )
 
-    # -- the bytes of one text: for each stack its states [blocks + 1, tokens, width], then the scales of int8 ---------
-
     def _num_bytes(self, stack: int, num_tokens: int) -> int:
         blocks, width = self.shapes[stack]
         scale = _SCALE_BYTES if self.cached_dtype is torch.int8 else 0
         return blocks * num_tokens * (width * self.cached_dtype.itemsize + scale)
 
     def _count_tokens(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the number of tokens of each text [texts] in each stack."""
+        """Return for each stack the number of tokens of each text, [batch]."""
         ids = [tensor for name, tensor in inputs.items() if name.endswith("input_ids")]
         counts = [stack_ids.new_full((len(stack_ids),), stack_ids.shape[1]).cpu() for stack_ids in ids]
         if (mask := inputs.get("attention_mask")) is not None:
             if bool((mask[:, 1:] > mask[:, :-1]).any()):
                 raise UserError(
-                    "model.activation_cache needs texts that are padded on the right. Set it to null for these data."
+                    "model.activation_cache needs texts that are padded on the right. Set it to null for this data set."
                 )
             counts[0] = mask.sum(1).cpu()
         return counts
 
     def _save(self, states: Sequence[HiddenStates], counts: Sequence[Tensor], rows: Mapping[bytes, int]) -> None:
+        """Save the states of some rows of a batch by their keys, without padding."""
         parts: dict[bytes, list[Record]] = {key: [] for key in rows}
         for stack_states, stack_counts in zip(states, counts, strict=True):
             numbers = torch.stack([stack_states.embeddings, *stack_states.blocks])
@@ -154,10 +158,11 @@ class ActivationCache:
     def _read(
         self, records: Sequence[Record], counts: Sequence[Tensor], inputs: Mapping[str, Tensor]
     ) -> tuple[HiddenStates, ...]:
+        """Return the hidden states of a batch from the records of its rows."""
         rest = list(records)
 
         def take(row: int, dtype: Any, *shape: int) -> Any:
-            """Return the next numbers of a record."""
+            """Remove and return the next numbers of a row's record."""
             end = math.prod(shape) * np.dtype(dtype).itemsize
             part, rest[row] = rest[row][:end], rest[row][end:]
             return part.view(dtype).reshape(shape)
@@ -173,10 +178,8 @@ class ActivationCache:
                 raw[:, row, count:] = 0
                 if scales is not None:
                     scales.numpy()[:, row, :count] = take(row, np.float32, blocks, count, 1)
-            restored = (
-                numbers if scales is None else (block * scale for block, scale in zip(numbers, scales, strict=True))
-            )
-            first, *others = (state.to(inputs["input_ids"].device, self.dtype) for state in restored)
+            unscaled = numbers if scales is None else map(torch.mul, numbers, scales)  # one block at a time
+            first, *others = (state.to(inputs["input_ids"].device, self.dtype) for state in unscaled)
             states.append(HiddenStates(first, tuple(others), None if stack else inputs.get("attention_mask")))
         return tuple(states)
 
@@ -202,7 +205,7 @@ def _digest_backbone(backbone: Backbone) -> str:
     config = {
         name: value
         for name, value in model.config.to_diff_dict().items()
-        if name not in ("id2label", "label2id") and not name.startswith("_")  # the task's, and where it was found
+        if name not in ("id2label", "label2id") and not name.startswith("_")  # labels and paths change no state
     }
     device = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -212,7 +215,7 @@ def _digest_backbone(backbone: Backbone) -> str:
     head = set(backbone.head_modules.parameters())  # a BERT's pooler reads the hidden states and does not change them
     for name, parameter in model.named_parameters():
         if parameter not in head:
-            plain = parameter.dequantize() if is_traceable_wrapper_subclass(parameter.data) else parameter
+            plain = parameter.dequantize() if is_quantized(parameter) else parameter
             digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
             digest.update(plain.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Stores of the activation cache: records of bytes, found by a digest of what they were computed from."""
+"""Stores of the activation cache: records of bytes by key, a digest of what they were computed from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Store(ABC):
-    """Base class of stores: records by digest."""
+    """Base class of stores."""
 
     @abstractmethod
     def find(self, keys: Sequence[bytes]) -> list[Record | None]:
@@ -54,8 +54,8 @@ class MemoryStore(Store):
 class FileStore(Store):
     """Records in a folder that any number of processes read and write at the same time.
 
-    A process that adds records writes two files of its own: `.taps` holds its records end to end, and `.index` a line
-    of 32 bytes for each (key, start, end). A line is written after its record. So a record that a killed process left
+    Each process that adds records writes two files: `.taps` holds its records end to end, and `.index` a line of 32
+    bytes for each record (key, start, end). A line is written after its record. So a record that a killed process left
     incomplete is in no index, and is never read.
     """
 

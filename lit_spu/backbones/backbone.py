@@ -1,4 +1,4 @@
-"""Backbones: a pretrained model with a head that answers a task."""
+"""Base class of backbones: a pretrained model with a head that answers a task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_spu.backbones.precision import (
     quantize_to_int8,
 )
 from lit_spu.backbones.side_model import LayerIndices, scaled_config
-from lit_spu.backbones.stacks import Batch, HiddenStates, Stack, TransformerStacks
+from lit_spu.backbones.stacks import Batch, HiddenStates, Stack, TransformerStacks, find_norms
 from lit_spu.backbones.target_linears import Role, TargetLinear
 from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.tasks import Encoding, Format, Task
@@ -36,7 +36,7 @@ HEAD_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
 }
-"""Steps of a head that are no modules, by the names that Family records use."""
+"""Steps of a head that are not modules, by the names that Family records use."""
 
 
 class Backbone(nn.Module, Architecture, ABC):
@@ -45,9 +45,10 @@ class Backbone(nn.Module, Architecture, ABC):
     Attributes:
         model: The Hugging Face model with its own module tree and parameter names.
         base_model: Its stacks of blocks.
-        encoding: The form in which it reads examples, for the data module.
+        encoding: Its tokenizer and the format of its examples, for the data module.
         name: The name or folder that it was loaded from.
-        head_type: A classification head, or the language-model head at the prompt's blank.
+        head_type: `classifier` or `prompt`, as chosen by the user.
+        has_classifier: Whether it has a classification head. Otherwise the language-model head predicts a label word.
         head_is_pretrained: Whether its head was trained before, rather than created for the task.
         fingerprint: A digest of its pretrained weights.
     """
@@ -56,21 +57,22 @@ class Backbone(nn.Module, Architecture, ABC):
     one_token_words: ClassVar[bool] = False  # whether a label word must be one token
     stacks_class: ClassVar[type[TransformerStacks]] = TransformerStacks
 
-    def __init__(self, model: nn.Module, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
+    def __init__(self, model: Any, family: Family, task: Task, head: Head, encoding: Encoding, name: str) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.task = task
         self.encoding = encoding
         self.name = name
         self.head_type: Head = head
         self.head_is_pretrained = False
-        self.base_model = self.stacks_class(find_base_model(model), family)
+        below_head = getattr(model, model.base_model_prefix, model)  # a model without a head is its own base model
+        self.base_model = self.stacks_class(below_head, family)
         self.has_classifier = head == "classifier" and bool(family.classifier)
         self.head_steps = [HEAD_FUNCTIONS.get(path) or model.get_submodule(path) for path in self.head_paths]
         self.label_weight: nn.Parameter | None = None
         self.label_bias: nn.Parameter | None = None
         if not self.has_classifier:
-            self.register_buffer("label_token_ids", torch.tensor(self._find_label_tokens(head)), persistent=False)
+            self.register_buffer("label_token_ids", torch.tensor(self._find_label_tokens()), persistent=False)
         self.fingerprint = fingerprint(nn.ModuleList([*self.base_model.embeddings, *self.blocks]).named_parameters())
         self.train()
 
@@ -116,10 +118,10 @@ class Backbone(nn.Module, Architecture, ABC):
         return self.apply_head(self.select_answer_state(last, batch))
 
     def select_answer_state(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return the state [batch, any width] that the head reads, in fp32 at least, as heads are.
+        """Return the state [batch, any width] that the head reads. It is at least fp32, as heads are.
 
         Args:
-            hidden: States of the last stack, [batch, tokens, any width], or [batch, 1, any width] at the answer alone.
+            hidden: States of the last stack, [batch, tokens, any width], or already gathered, [batch, 1, any width].
             batch: The batch.
         """
         state = hidden if hidden.shape[1] == 1 else gather_position(hidden, self.answer_position(batch))
@@ -128,11 +130,11 @@ class Backbone(nn.Module, Architecture, ABC):
     def apply_head(self, state: Tensor) -> Tensor:
         """Return the logits [batch, labels] from states [batch, width].
 
-        A language-model head computes the logits of the label words alone. In a regression it answers with the point
-        between the ends of the scale that the probabilities of the two label words mark.
+        A language-model head computes the logits of the label words alone. In a regression, the probability of the
+        second label word is the position of the answer between the ends of the scale.
         """
         if self.has_classifier:
-            state = state.unsqueeze(1)  # a classification head selects the first token itself
+            state = state.unsqueeze(1)  # [batch, 1, width]: a classification head selects the first token itself
         state = state.to(next((p.dtype for p in self.head_modules.parameters()), state.dtype))
         for step in self.head_steps:
             state = step(state)
@@ -173,7 +175,7 @@ class Backbone(nn.Module, Architecture, ABC):
     @property
     def norms(self) -> list[nn.Module]:
         """The normalisation layers of all blocks."""
-        return self.base_model.norms
+        return [norm for block in self.blocks for norm in find_norms(block)]
 
     @property
     def width(self) -> int:
@@ -212,7 +214,7 @@ class Backbone(nn.Module, Architecture, ABC):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def freeze(self, precision: Precision = "fp32") -> None:
-        """Freeze all pretrained weights and hold them in this precision. A new classification head stays trainable."""
+        """Freeze all weights except a classification head's, and hold those of the base model in this precision."""
         self.requires_grad_(False)
         if self.has_classifier:
             self.head_modules.requires_grad_(True)
@@ -228,16 +230,17 @@ class Backbone(nn.Module, Architecture, ABC):
             compute_in_fp32(module.float())
 
     def share_frozen_weights(self, other: Backbone) -> None:
-        """Hold frozen weights that are equal in both backbones once, in the tensors of the other."""
+        """Use the tensors of another backbone for frozen weights that are equal in both."""
         others = dict(other.named_parameters())
         for name, parameter in self.named_parameters():
             twin = others.get(name)
-            frozen = twin is not None and not (parameter.requires_grad or twin.requires_grad)
-            if twin is not None and frozen and torch.equal(parameter, twin):
+            if twin is None or parameter.requires_grad or twin.requires_grad:
+                continue
+            if torch.equal(parameter, twin):
                 parameter.data = twin.data
 
     def untie_head(self) -> None:
-        """Train a language-model head apart from the embeddings, with weights for the label words alone."""
+        """Train a language-model head with its own weights for the label words, untied from the embeddings."""
         if self.has_classifier:
             return
         weight, bias = self.label_head_weights()
@@ -258,33 +261,27 @@ class Backbone(nn.Module, Architecture, ABC):
 
     @property
     def head_is_trained(self) -> bool:
-        """Whether a weight of the head is trained."""
+        """True if a weight of the head is trained."""
         return self.label_weight is not None or any(p.requires_grad for p in self.head_modules.parameters())
 
     # -- label words --------------------------------------------------------------------------------------------------
 
     def label_head_weights(self) -> tuple[Tensor, Tensor | None]:
-        """Return the label words' rows of the vocabulary layer, fp32 at least: [labels, width] and [labels]."""
+        """Return the weight [labels, width] and bias [labels] of the label words, at least fp32."""
         if self.label_weight is not None:
             return self.label_weight, self.label_bias
         linear = self.model.get_submodule(self.base_model.family.vocabulary[-1])
         bias = None if linear.bias is None else at_least_fp32(linear.bias[self.label_token_ids])
         return at_least_fp32(linear.weight[self.label_token_ids]), bias
 
-    def label_word_candidates(self, head: Head) -> Sequence[Sequence[str]]:
-        """Return lists of words for the labels, the preferred list first."""
+    def label_word_candidates(self) -> Sequence[Sequence[str]]:
+        """Return lists of label words, the preferred list first."""
         return (self.task.label_words,)
 
-    def _find_label_tokens(self, head: Head) -> list[int]:
-        candidates = self.label_word_candidates(head)
+    def _find_label_tokens(self) -> list[int]:
+        candidates = self.label_word_candidates()
         tokens, rejected = tokenize_label_words(self.encoding.tokenizer, candidates, self.one_token_words)
         if not tokens:
             classifier = bool(self.base_model.family.classifier)
             raise label_word_error(self.task.name, self.name, rejected, self.one_token_words, classifier)
         return tokens
-
-
-def find_base_model(model: Any) -> nn.Module:
-    """Return the model below the head. A model without a base model is its own."""
-    base: nn.Module = getattr(model, model.base_model_prefix, model)
-    return base

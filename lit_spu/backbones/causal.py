@@ -1,4 +1,4 @@
-"""Causal models (GPT-2, OPT, Llama and relatives): the answer follows the last token of the prompt."""
+"""Causal models (GPT-2, OPT, Llama and relatives): they predict the label word after the prompt's last token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Causal(Backbone):
-    """One stack whose tokens attend to earlier ones. Texts are padded on the right, so no token attends to padding."""
+    """One stack whose tokens attend to earlier ones. Texts are padded on the right, so no real token sees padding."""
 
     language_model = "CausalLM"
     is_causal = True
@@ -32,6 +32,6 @@ class Causal(Backbone):
 
 
 class RotaryCausal(Causal):
-    """A causal model with rotary embeddings, which turn pairs of coordinates: the width of a head is even."""
+    """A causal model with rotary embeddings. They rotate pairs of coordinates, so the width of a head is even."""
 
     head_dim_multiple = 2

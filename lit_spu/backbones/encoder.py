@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Encoder(Backbone):
-    """One stack whose tokens attend to all tokens. With a prompt it answers at the blank."""
+    """One stack whose tokens attend to all tokens. With a prompt, it predicts the label word at the blank."""
 
     language_model = "MaskedLM"
     is_causal = False
@@ -32,7 +32,7 @@ class Encoder(Backbone):
 
     @cached_property
     def accepted_inputs(self) -> list[str]:
-        """Names of the tensors of a batch that the model accepts. Not all accept token types."""
+        """Names of the model's arguments that a batch may hold. Not all models accept token types."""
         known = inspect.signature(self.base_model.model.forward).parameters
         return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
 

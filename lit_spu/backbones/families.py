@@ -85,7 +85,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "deberta-v2": replace(
         _BERT,
-        self_attention="",  # its queries and keys also project relative positions
+        self_attention="",  # its attention also projects relative positions to queries and keys
         widths=("hidden_size", "intermediate_size", "pooler_hidden_size"),
         classifier=("pooler", "dropout", "classifier"),
         unused=(),

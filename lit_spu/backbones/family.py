@@ -10,36 +10,36 @@ from lit_spu.backbones.target_linears import Role
 
 
 class Architecture:
-    """Properties of all models of one architecture, set by the subclasses of `Backbone`."""
+    """Properties of an architecture. `Backbone` inherits them; apart from it, a `Family` needs no import of it."""
 
-    language_model: ClassVar[str]  # the suffix of transformers' AutoModelFor… with its language-model head
+    language_model: ClassVar[str]  # suffix of transformers' class with a language-model head, AutoModelFor…
     is_causal: ClassVar[bool]  # whether tokens of the last stack attend to earlier tokens only
     head_dim_multiple: ClassVar[int] = 1  # the width of an attention head is a multiple of this
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one Hugging Face `model_type`.
+    """Names of the modules and settings of one Hugging Face `model_type`.
 
-    Paths in `stacks`, `embeddings`, `unused` and `final_modules` start at the base model, those of the heads at the
-    model with the head. A head is a chain of modules and of functions in `backbone.HEAD_FUNCTIONS`; `vocabulary` ends
-    in the linear layer over the vocabulary.
+    Paths of modules start at the base model, except for the two heads, where they start at the model with the head.
+    The paths of a block's modules start at the block. A head is a chain of modules and of functions in
+    `backbone.HEAD_FUNCTIONS`; `vocabulary` ends in the linear layer over the vocabulary.
     """
 
     architecture: type[Architecture]
     stacks: tuple[str, ...]  # the lists of blocks, in the order in which they run
-    embeddings: tuple[str, ...]  # modules before the blocks; a side network has none
-    widths: tuple[str, ...]  # settings that shrink with a side network
-    vocabulary: tuple[str, ...]  # from the hidden state at the answer to the logits of the vocabulary
-    classifier: tuple[str, ...] = ()  # from the last hidden states to the logits of the labels
+    embeddings: tuple[str, ...]  # modules before the blocks; a side model has none
+    widths: tuple[str, ...]  # settings that a side model divides by its reduction
+    vocabulary: tuple[str, ...]  # language-model head: from one hidden state to the logits of the vocabulary
+    classifier: tuple[str, ...] = ()  # classification head: from the last hidden states to the logits of the labels
     depths: tuple[str, ...] = ("num_hidden_layers",)  # settings for the number of blocks of each stack
     head_dim: str | None = None  # the setting for the width of one attention head, if there is one
     hidden_size: str = "hidden_size"  # the setting for the width of the last hidden states
     final_modules: tuple[str, ...] = ()  # modules after the last block of the last stack
-    unused: tuple[str, ...] = ()  # modules of the base model that no head reads
+    unused: tuple[str, ...] = ()  # modules of the base model that a side model does not need
     position_offset: int = 0  # position embeddings that no token uses
-    # Name of the module of a block that widens its state. Side networks recompute it in the backward pass. It is unset
-    # where that saves nothing: a ReLU saves only its result, which the next linear layer saves as well.
+    # Name of a block's module that widens its state. Side models recompute it in the backward pass. It is unset where
+    # that saves no memory: a ReLU saves only its output, which the next linear layer saves as well.
     feed_forward: str = ""
     # Path of a block's self-attention module. If set, the last block can run at one position (see `last_position`).
     # The module must compute queries, keys and values by separate linear layers, without rotary embeddings.

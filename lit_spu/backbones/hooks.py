@@ -1,22 +1,20 @@
-"""Hooks and forward overrides on modules that others have written.
+"""Hooks and forward overrides on modules of other libraries.
 
-A hook or an override is *position-wise* if it treats all token positions alike. The shortcut of `last_position` runs in
-a block only if all that is attached there is.
+A hook or an override is *position-wise* if its result at a token position depends on that position alone, or if it
+knows the shortcut of `last_position`. A block takes this shortcut only if everything attached to it is position-wise.
 
-This file is the only one that reads torch's private tables of hooks: torch has no public way to ask for them.
+This is the only file that reads torch's private tables of hooks: torch has no public access to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,7 +22,7 @@ _TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward
 
 
 def position_wise(function: Function) -> Function:
-    """Mark a hook or a forward override as one that treats all token positions alike."""
+    """Mark a hook or a forward override as position-wise."""
     function.position_wise = True  # type: ignore[attr-defined]
     return function
 
@@ -33,7 +31,7 @@ def override_forward(module: nn.Module, function: Callable[..., Any]) -> Callabl
     """Replace a module's forward by `function(inner_forward, *args, **kwargs)`.
 
     Returns:
-        A function that puts the inner forward back.
+        A function that restores the inner forward.
     """
     previous = vars(module).get("forward")
     module.forward = partial(function, module.forward)
@@ -46,24 +44,13 @@ def override_forward(module: nn.Module, function: Callable[..., Any]) -> Callabl
     return restore
 
 
-@contextmanager
-def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of a `with` block, also after an error."""
-    registered = list(handles)
-    try:
-        yield
-    finally:
-        for handle in registered:
-            handle.remove()
-
-
 def has_no_hooks(module: nn.Module) -> bool:
-    """Return whether no hook of any kind runs with a module, global ones included."""
+    """Return whether a module has no hook of any kind, and torch no global one."""
     return not (_has_any_global_hook() or any(vars(module)[table] for table in _TABLES))
 
 
 def has_default_forward(module: nn.Module) -> bool:
-    """Return whether a module runs the forward of its class."""
+    """Return whether a module's forward is that of its class, without an override."""
     return "forward" not in vars(module)
 
 
@@ -72,12 +59,20 @@ def is_position_wise(root: nn.Module) -> bool:
     if _has_any_global_hook():
         return False
     for module in root.modules():
-        attributes = vars(module)
-        attached = chain.from_iterable(attributes[table].values() for table in _TABLES)
-        override = [attributes["forward"]] if "forward" in attributes else []
-        if not all(_is_marked(function) for function in chain(attached, override)):
+        hooks = chain.from_iterable(vars(module)[table].values() for table in _TABLES)
+        if not all(_is_marked(function) for function in chain(hooks, _overrides(module))):
             return False
     return True
+
+
+def _overrides(module: nn.Module) -> Iterator[Any]:
+    """Yield the forward overrides of a module, the outermost first."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, partial):
+        yield forward.func
+        forward = forward.args[-1]  # the inner forward, see `override_forward`
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        yield forward
 
 
 def _is_marked(function: Any) -> bool:

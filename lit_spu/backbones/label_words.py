@@ -8,21 +8,21 @@ from typing import Any
 from lit_spu.errors import UserError
 
 CONTEXT = "It was"
-"""Words before a label word, so that it is tokenised as inside a sentence."""
+"""Words before a label word, so that it is tokenised as in the middle of a sentence."""
 
 
 def tokenize_label_words(
     tokenizer: Any, candidates: Sequence[Sequence[str]], one_token: bool
 ) -> tuple[list[int], list[str]]:
-    """Return the first token of each label word, of the first candidate words whose first tokens differ.
+    """Return the first token of each label word, from the first list of words in which these tokens differ.
 
     Args:
         tokenizer: The backbone's.
-        candidates: Words for the labels, those that are preferred first.
+        candidates: Lists of words for the labels, the preferred list first.
         one_token: Require each word to be one token.
 
     Returns:
-        The tokens (none if no candidate fits), and how each rejected word is tokenised.
+        The tokens (none if no list fits), and a description of each rejected word's tokens.
     """
     skip = len(tokenizer(CONTEXT, add_special_tokens=False).input_ids)
     rejected: list[str] = []
@@ -39,7 +39,7 @@ def tokenize_label_words(
 
 
 def label_word_error(task: str, backbone: str, rejected: Sequence[str], one_token: bool, classifier: bool) -> UserError:
-    """Return the error for label words that this backbone cannot answer by."""
+    """Return the error for label words that a backbone cannot predict."""
     needed = "must be one known token" if one_token else "must start with a known token that no other starts with"
     advice = ", or use --model.head=classifier" if classifier else ""
     return UserError(

@@ -23,7 +23,7 @@ _only_shapes = ContextVar("only_shapes", default=False)
 
 @contextmanager
 def only_shapes() -> Iterator[None]:
-    """Create backbones from their configs, without reading weights, in a `with` block."""
+    """Context manager in which backbones are created from their configs, without reading weights."""
     token = _only_shapes.set(True)
     try:
         yield
@@ -32,7 +32,7 @@ def only_shapes() -> Iterator[None]:
 
 
 class Source(NamedTuple):
-    """A model that was found, before its weights are read."""
+    """A model that was found: its config and tokenizer, but not its weights."""
 
     path: str  # a folder, or the name on the hub
     is_local: bool
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 
 def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
-    """Load a backbone in fp32, frozen in no part and in training mode.
+    """Load a backbone in fp32 and in training mode, with no weight frozen.
 
     Args:
         name: An embedded mini model, a folder with a Hugging Face model, or a name on the hub.
@@ -64,7 +64,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     architecture = cast(type[Backbone], family.architecture)
     format_, mask = architecture.prompt_format(head, tokenizer)
-    positions = getattr(source.config, "max_position_embeddings", None)  # a T5 has relative ones and no such setting
+    positions = getattr(source.config, "max_position_embeddings", None)  # a T5 has relative positions, without limit
     max_tokens = positions and positions - family.position_offset
     model, head_is_pretrained = load_model(source, name, family, task, head)
     backbone = architecture(model, family, task, head, Encoding(tokenizer, format_, mask, max_tokens), name)
@@ -129,19 +129,19 @@ def load_model(source: Source, name: str, family: Family, task: Task, head: Head
 
 
 def is_on_hub(name: str) -> bool:
-    """Return whether the hub has a model. One request: the loaders try an unreachable hub for half a minute."""
+    """Return whether the hub has a model. One request; transformers would retry for half a minute."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(name, timeout=5)
-    except Exception:  # also any error of its transport; the cache may still have the model
+    except Exception:  # any network error too; the local cache may still hold the model
         return False
     return True
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' report of new and unused weights: those of heads are expected, others raise an error."""
+    """Silence transformers' report of missing and unused weights. `load_model` checks them itself."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lit_spu.backbones.hooks import override_forward, position_wise
-from lit_spu.backbones.stacks import TransformerStacks
 from lit_spu.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_spu.backbones.stacks import TransformerStacks
 
 Precision = Literal["fp32", "bf16", "int8"]
 
@@ -18,6 +21,12 @@ Precision = Literal["fp32", "bf16", "int8"]
 def at_least_fp32(x: Tensor) -> Tensor:
     """Return a tensor in fp32 if it is in half precision, or else itself."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Return whether a weight is held in int8."""
+    # torchao's tensors have no test of their own. Reading `weight.data` would let MeZO compute a perturbed weight.
+    return is_traceable_wrapper_subclass(weight)
 
 
 def compute_in_fp32(module: nn.Module) -> None:
@@ -31,18 +40,18 @@ def _in_fp32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def convert_to_bf16(stacks: TransformerStacks, head: Collection[nn.Module]) -> None:
-    """Hold the weights of a base model in bf16, except those of the head, which computes in fp32."""
+    """Convert the weights of a base model to bf16, except those of the head, which computes in fp32."""
     in_head = {parameter for module in head for parameter in module.parameters()}
     for parameter in stacks.model.parameters():
         if parameter not in in_head:
             parameter.data = parameter.data.bfloat16()
-    for module in stacks.model.modules():  # a BERT calls its pooler itself
+    for module in stacks.model.modules():  # a BERT's base model itself calls the pooler, on states in bf16
         if module in head:
             compute_in_fp32(module)
 
 
 def quantize_to_int8(stacks: TransformerStacks) -> None:
-    """Hold the linear layers of the blocks in int8 (torchao, weights only).
+    """Quantise the weights of the blocks' linear layers to int8 (torchao).
 
     Raises:
         UserError: If torchao is missing, or the family's linear layers are of another class.

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SENTINEL = "<extra_id_0>"
-"""T5's token of span corruption: the blank in a text, and the token before the words that fill it."""
+"""T5's mask token, from span corruption: it marks the blank in a text, and precedes the words that fill it."""
 
 
 class Seq2SeqStacks(TransformerStacks):
     """An encoder and a decoder. The decoder's cross-attention reads the encoder's last hidden states."""
 
     def forward(self, inputs: Batch) -> Tensor:
-        """Return the decoder's last hidden states. The model's own forward also computes the whole vocabulary."""
+        """Return the decoder's last hidden states, without the vocabulary's logits of the model's own forward."""
         mask = inputs["attention_mask"]
         encoded = self.model.encoder(attention_mask=mask, **_select(inputs, ""))
         decoded = self.model.decoder(
@@ -37,12 +37,15 @@ class Seq2SeqStacks(TransformerStacks):
 
 
 def _select(inputs: Batch, prefix: str) -> dict[str, Tensor]:
-    """Return one stack's tokens or embeddings."""
+    """Return the token ids or embeddings of the stack whose inputs start with this prefix."""
     return {name: inputs[prefix + name] for name in ("input_ids", "inputs_embeds") if prefix + name in inputs}
 
 
 class Seq2Seq(Backbone):
-    """T5. Its own prompt is answered with the name of the class, as in its training; a template with the label word."""
+    """T5. It answers its own prompt (head `classifier`) with the name of a label, as in its pretraining.
+
+    It answers a template (head `prompt`) with a label word.
+    """
 
     language_model = "Seq2SeqLM"
     is_causal = True
@@ -55,9 +58,9 @@ class Seq2Seq(Backbone):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        first = [self.model.config.decoder_start_token_id]
-        sentinel = [self.encoding.tokenizer.convert_tokens_to_ids(SENTINEL)]
-        prefix = first + sentinel if self.encoding.format == "cloze" else first
+        prefix = [self.model.config.decoder_start_token_id]
+        if self.encoding.format == "cloze":
+            prefix.append(self.encoding.tokenizer.convert_tokens_to_ids(SENTINEL))
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
 
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -72,7 +75,7 @@ class Seq2Seq(Backbone):
         config = self.model.config
         return super().apply_head(state * config.d_model**-0.5 if config.scale_decoder_outputs else state)
 
-    def label_word_candidates(self, head: Head) -> Sequence[Sequence[str]]:
-        """Return T5's own names of the classes for its own prompt, then the label words."""
-        own = (self.task.labels,) if head == "classifier" and self.task.labels else ()
+    def label_word_candidates(self) -> Sequence[Sequence[str]]:
+        """Return the names of the labels, if T5 answers its own prompt, and the task's label words."""
+        own = (self.task.labels,) if self.head_type == "classifier" and self.task.labels else ()
         return (*own, self.task.label_words)

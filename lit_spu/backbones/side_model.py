@@ -19,20 +19,20 @@ LayerIndices = Sequence[Sequence[int]]
 
 
 class NoEmbeddings(nn.Module):
-    """Embeddings of a side model: return the given embeddings, or zero where a model adds several kinds."""
+    """Replacement of an embedding module: return the embeddings among the arguments, or zero if there are none."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        return next((a for a in given if a.dim() == 3 and a.is_floating_point()), torch.zeros(()))
+        tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        return next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), torch.zeros(()))
 
 
 def make_side_model(backbone: TransformerStacks, reduction: int, layer_indices: LayerIndices) -> TransformerStacks:
     """Return a new model of the backbone's architecture at 1/`reduction` of its width, with random weights.
 
-    It has no embeddings: `blank_inputs` makes inputs for it, and hooks replace the input of its first block.
+    It has no embeddings: it runs on `blank_inputs`, and a hook must replace the input of its first block.
 
     Args:
-        backbone: The model whose architecture it has.
+        backbone: The stacks of the backbone.
         reduction: The backbone's width divided by the side model's.
         layer_indices: The blocks of each stack that have a counterpart in the side model.
 
@@ -53,7 +53,7 @@ def make_side_model(backbone: TransformerStacks, reduction: int, layer_indices: 
 
 
 def scaled_config(backbone: TransformerStacks, reduction: int, layer_indices: LayerIndices) -> Any:
-    """Return the backbone's config at 1/`reduction` of its width. The number of heads stays, each is narrower.
+    """Return the backbone's config at 1/`reduction` of its width. The number of attention heads is the same.
 
     Raises:
         UserError: If `reduction` does not divide the widths.
@@ -79,7 +79,7 @@ def scaled_config(backbone: TransformerStacks, reduction: int, layer_indices: La
 
 
 def blank_inputs(side: TransformerStacks, inputs: Batch) -> dict[str, Tensor]:
-    """Return inputs of the same shape for a side model: zeros [batch, tokens, side width], and the same masks."""
+    """Return a side model's inputs for the backbone's: zeros [batch, tokens, side width], and the same masks."""
     width, parameter = side.model.config.hidden_size, next(side.model.parameters())
     blank = {
         name.replace("input_ids", "inputs_embeds"): parameter.new_zeros(*tensor.shape, width)
@@ -90,7 +90,7 @@ def blank_inputs(side: TransformerStacks, inputs: Batch) -> dict[str, Tensor]:
 
 
 def checkpoint_feed_forwards(stacks: TransformerStacks) -> None:
-    """Recompute the widest activations of all blocks in the backward pass: little work for much memory."""
+    """Recompute the feed-forwards of all blocks in the backward pass instead of saving their wide activations."""
     name = stacks.family.feed_forward
     for block in stacks.blocks:
         for path, part in block.named_modules():

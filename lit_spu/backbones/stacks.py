@@ -30,7 +30,6 @@ class Stack:
     width: int
     num_heads: int
     is_causal: bool
-    attends_to: int | None  # the number of the stack that its cross-attention reads
 
     @property
     def depth(self) -> int:
@@ -39,7 +38,7 @@ class Stack:
 
 
 class HiddenStates(NamedTuple):
-    """Hidden states of one stack: the first block's input and each block's output, [batch, tokens, width] each."""
+    """Hidden states of one stack: its first block's input and the outputs of its blocks, [batch, tokens, width]."""
 
     embeddings: Tensor
     blocks: tuple[Tensor, ...]
@@ -47,7 +46,7 @@ class HiddenStates(NamedTuple):
 
 
 class TransformerStacks:
-    """The stacks of a Hugging Face base model, whose modules keep their names and weights.
+    """Access to the stacks of a Hugging Face base model. It owns no weights; the model's module tree is unchanged.
 
     Args:
         model: The base model.
@@ -65,7 +64,6 @@ class TransformerStacks:
                 config.hidden_size,
                 config.num_attention_heads,
                 is_causal=family.architecture.is_causal and number == last,
-                attends_to=number - 1 if number else None,
             )
             for number, path in enumerate(family.stacks)
         )
@@ -83,8 +81,6 @@ class TransformerStacks:
             for block in self.stacks[-1].blocks:
                 absorbed_cross_attention.install(block.get_submodule(self.family.cross_attention))
 
-    # -- parts --------------------------------------------------------------------------------------------------------
-
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks, from the embeddings up."""
@@ -94,11 +90,6 @@ class TransformerStacks:
     def embeddings(self) -> list[nn.Module]:
         """The modules before the blocks."""
         return [self.model.get_submodule(path) for path in self.family.embeddings if has_module(self.model, path)]
-
-    @property
-    def norms(self) -> list[nn.Module]:
-        """The normalisation layers of all blocks."""
-        return [norm for block in self.blocks for norm in find_norms(block)]
 
     @property
     def output_width(self) -> int:
@@ -141,17 +132,15 @@ class TransformerStacks:
         """The linear layers of all blocks, whatever their role."""
         return self.target_linears(*self.family.target_linears)
 
-    # -- running ------------------------------------------------------------------------------------------------------
-
     def forward(self, inputs: Batch) -> Tensor:
         """Return the last stack's hidden states after its final norm, [batch, tokens, width]."""
         hidden: Tensor = self.model(**inputs).last_hidden_state
         return hidden
 
     def forward_at(self, inputs: Batch, position: Tensor) -> Tensor:
-        """Return these hidden states at one position [batch] of each text, [batch, 1, width].
+        """Return the states of `forward` at one position [batch] of each text, [batch, 1, width].
 
-        Where the family allows it, the last block computes no other position (see `last_position`).
+        If the family allows it, the last block computes no other position (see `last_position`).
         """
         if self.runs_at_position:
             inputs = {**inputs, "answer_position": position}
@@ -160,7 +149,7 @@ class TransformerStacks:
 
     def hidden_states(self, inputs: Batch) -> tuple[HiddenStates, ...]:
         """Return the hidden states of all stacks."""
-        if self._recorder is None:  # its hooks stay: setting them costs more than they do
+        if self._recorder is None:  # its hooks stay: setting them for each pass costs more than they do
             self._recorder = HiddenStateRecorder(self.stacks)
         with self._recorder.record() as (embeddings, outputs):
             self.forward(inputs)
@@ -168,19 +157,19 @@ class TransformerStacks:
         return tuple(map(HiddenStates, embeddings, map(tuple, outputs), masks))
 
     def apply_final_modules(self, last: Tensor) -> Tensor:
-        """Return the last hidden states, [batch, tokens, width], from the output of the last block."""
+        """Apply the modules after the last block, such as its final norm, to its output [batch, tokens, width]."""
         for path in self.family.final_modules:
             last = self.model.get_submodule(path)(last) if has_module(self.model, path) else last
         return last
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute blocks that are trained in the backward pass instead of saving their activations."""
-        # The public switch also makes the embeddings require a gradient, which then runs through frozen blocks.
+        """Recompute trained blocks in the backward pass instead of saving their activations."""
+        # transformers' public method also makes the embeddings require a gradient, which then passes frozen blocks
         self.model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
 
 
 class HiddenStateRecorder:
-    """Hooks that record the hidden states of a forward pass; they do nothing otherwise."""
+    """Hooks on all blocks. They record hidden states inside of `record`, and do nothing outside."""
 
     def __init__(self, stacks: tuple[Stack, ...]) -> None:
         self.stacks = stacks
@@ -193,7 +182,7 @@ class HiddenStateRecorder:
 
     @contextmanager
     def record(self) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
-        """Fill the two lists while the model runs: each stack's first input, and the outputs of its blocks."""
+        """Yield two lists that a forward pass fills: the input of each stack, and the outputs of its blocks."""
         self._embeddings, self._outputs = [], [[] for _ in self.stacks]
         try:
             yield self._embeddings, self._outputs

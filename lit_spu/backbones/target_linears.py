@@ -1,4 +1,4 @@
-"""Target linears: the linear layers of a block, found by what they do."""
+"""Target linears: the linear layers of a block, selected by role."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 Role = Literal["query", "key", "value", "output", "up", "down"]
-"""Role of a linear layer in a block: it makes queries, keys or values, joins the heads, widens or narrows a state."""
+"""Role of a linear layer: computes queries, keys or values, joins the heads, or widens or narrows a state."""
 
 
 class TargetLinear(NamedTuple):
@@ -25,26 +25,26 @@ class TargetLinear(NamedTuple):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the layer holds its weight as [inputs, outputs]."""
+        """True if the layer holds its weight as [inputs, outputs]."""
         return not isinstance(self.linear, nn.Linear)
 
     @property
     def weight(self) -> Tensor:
-        """The weight of its outputs, a view [outputs, inputs]."""
+        """The weight of this part, a view [outputs, inputs]."""
         return self.select_rows(self.linear.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of its outputs, a view [outputs]."""
+        """The bias of this part, a view [outputs]."""
         return None if self.linear.bias is None else self.linear.bias.chunk(self.num_parts)[self.part]
 
     def select_rows(self, weight: Tensor) -> Tensor:
-        """Return its rows, a view [outputs, inputs], of a tensor that has the layout of the layer's weight."""
+        """Return this part, a view [outputs, inputs], of a tensor with the layout of the whole layer's weight."""
         weight = weight.T if self.is_transposed else weight
         return weight if self.num_parts == 1 else weight.chunk(self.num_parts)[self.part]
 
     def select_outputs(self, output: Tensor) -> Tensor:
-        """Return its outputs, a view [..., outputs], of the output [..., outputs * num_parts] of the layer."""
+        """Return this part, a view [..., outputs], of the whole layer's output [..., outputs * num_parts]."""
         if self.num_parts == 1:
             return output
         width = output.shape[-1] // self.num_parts

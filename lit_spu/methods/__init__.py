@@ -1,4 +1,4 @@
-"""The methods, one per module. All modules are imported here, so a class is found by its name and listed nowhere."""
+"""The methods, one per module. Importing the package imports all of them, so that no file lists them."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Base class of the methods: a backbone, its task, the training step, the metrics and the checkpoints."""
+"""Base class of methods: backbone and task, training step, metrics, merging and checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ StepLoss = Callable[[Batch], Tensor | None]
 class Method(LightningModule, ABC):
     """Base class of fine-tuning methods.
 
-    A subclass freezes, inserts or attaches modules in its constructor, and overrides what it changes.
+    A subclass freezes and adds weights in its constructor. If needed, it overrides `forward`, `loss` or other methods.
 
     Args:
         backbone: An embedded mini model (mini-bert, mini-t5), or a Hugging Face name or folder.
@@ -47,7 +47,7 @@ class Method(LightningModule, ABC):
     schedule: Literal["constant", "linear"] = "linear"
 
     step_wrapper: Callable[[StepLoss, Batch], Tensor | None] | None = None
-    """Hook for callbacks: if set, it is called with `step_loss` and the batch, and returns the step's loss."""
+    """Set by a callback to wrap the training step: called with `step_loss` and the batch, it returns the loss."""
 
     @abstractmethod
     def __init__(
@@ -106,7 +106,7 @@ class Method(LightningModule, ABC):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take a step and drop the gradients. Lightning alone would hold them through the next forward pass."""
+        """Take a step and free the gradients. Lightning would hold them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
         self.zero_grad()
 
@@ -121,7 +121,7 @@ class Method(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        """Return the learning rate by step: constant if `schedule` says so, else linear warm-up and decay."""
+        """Return the schedule of the learning rate by step."""
         if self.schedule == "constant":
             return ConstantLR(optimizer, 1.0)
         return schedules.linear(optimizer, self.warmup, self._count_steps())
@@ -169,8 +169,9 @@ class Method(LightningModule, ABC):
         torch.manual_seed(self.batch_seed(self.seed))
 
     def batch_seed(self, seed: int) -> int:
-        """Return the seed for this training batch on this rank."""
-        completed = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed  # a batch may be begun twice
+        """Return a seed for this training batch on this rank, derived from a seed of the run."""
+        # the batches completed, not those started: a resumed run starts an interrupted batch again
+        completed = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
         key = np.random.SeedSequence((seed, self.global_rank, completed))
         return int(key.generate_state(1, np.uint64)[0])
 
@@ -197,22 +198,22 @@ class Method(LightningModule, ABC):
         self.evaluate_batch(batch, self._metric_prefix("test", dataloader_idx))
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return the numbers of the rows [batch], predictions [batch] and probabilities [batch, labels] as `scores`."""
+        """Return the examples' row numbers, their predictions [batch] and their probabilities [batch, labels]."""
         prediction, probabilities = self.backbone.predict(self(batch))
         return {"index": batch["index"], "prediction": prediction, "scores": probabilities}
 
     def _metric_prefix(self, stage: str, dataloader_idx: int) -> str:
-        """Return `val/`, or for a second validation set with a name `val/mismatched_`."""
+        """Return a prefix such as `val/`, or for a validation set with a name `val/mismatched_`."""
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [""])
         name = names[dataloader_idx] if dataloader_idx < len(names) else str(dataloader_idx)
         return f"{stage}/{name}_" if name else f"{stage}/"
 
     def evaluate_batch(self, batch: Batch, prefix: str) -> None:
-        """Add a batch to the metrics whose names start with a prefix."""
+        """Compute the logits of a batch and add them to the metrics of this prefix."""
         self.update_metrics(self(batch), batch, prefix)
 
     def update_metrics(self, logits: Tensor, batch: Batch, prefix: str) -> None:
-        """Add logits [batch, labels] to the metrics whose names start with a prefix.
+        """Add the logits [batch, labels] of a batch to the metrics of this prefix.
 
         Raises:
             UserError: If no example of the batch has a label.
@@ -222,7 +223,7 @@ class Method(LightningModule, ABC):
             raise UserError("This split has no labels, so nothing can be scored: use predict.")
         if prefix not in self.metrics:
             self.metrics[prefix] = task_metrics(self.task).to(self.device)
-        # the loss is a metric, too: Lightning's mean over ranks rounds the number of examples
+        # the loss is a metric because Lightning's own mean over ranks rounds the number of examples
         self.metrics[prefix]["loss"].update(self.backbone.loss(logits, batch), len(labels))
         prediction, _ = self.backbone.predict(logits)
         for name in self.task.metrics:
@@ -259,7 +260,7 @@ class Method(LightningModule, ABC):
         return [module for module in self.modules() if isinstance(module, Adapter)]
 
     def merge(self) -> None:
-        """Write the adapters into the backbone's weights: the same logits at the plain backbone's cost.
+        """Add the adapters to the backbone's weights: the same logits at the cost of the backbone alone.
 
         Raises:
             UserError: If the logits depend on more than the backbone's weights.
@@ -283,13 +284,15 @@ class Method(LightningModule, ABC):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reduce a checkpoint to the trained weights, and name the backbone that they belong to."""
+        """Reduce a checkpoint to the trained weights, and add the backbone's name and fingerprint."""
         state, trained = checkpoint["state_dict"], self._trained_names or self._trainable_names()
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint["backbone"] = {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
         checkpoint["method"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["total_steps"] = self.total_steps
-        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": self._task_spec()}
+        given = self.hparams["task"]
+        task = given if given == self.task.name else self.task.to_dict()  # its YAML file may be gone later
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "task": task}
 
     def checkpoint_dict(self) -> dict[str, Any]:
         """Return the method's part of a checkpoint: trained weights, settings and backbone."""
@@ -297,13 +300,8 @@ class Method(LightningModule, ABC):
         self.on_save_checkpoint(checkpoint)
         return checkpoint
 
-    def _task_spec(self) -> str | dict[str, Any]:
-        """Return the task's name, or a user's own task as a whole, because its file may be gone later."""
-        given = self.hparams["task"]
-        return given if given == self.task.name else self.task.to_dict()
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the frozen weights to a checkpoint, so that Lightning's own load is strict.
+        """Check a checkpoint, and add the frozen weights, so that Lightning's strict loading finds all weights.
 
         Raises:
             UserError: If the checkpoint belongs to another backbone or another method.

@@ -11,7 +11,7 @@ from lit_spu.methods.base import Method
 
 
 class BitFit(Method):
-    """Freeze every weight of the backbone and train its biases.
+    """Freeze the weights of the backbone and train its biases.
 
     Linear layers without a bias (all of a T5's) get one of zero, as in the comparison of LST's authors.
     """

@@ -1,4 +1,4 @@
-"""Base classes of methods that freeze the backbone, and of those that read its hidden states."""
+"""Base classes of methods that freeze the backbone, and of methods that read its hidden states."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class FrozenBackbone(Method):
     """Base class of methods that change no pretrained weight.
 
     Args:
-        backbone_precision: Format of the frozen weights. bf16, in which the backbone also computes, takes half of
-            their memory, and half of the time where the processor supports it. int8 holds the blocks' linear layers in
-            a quarter (torchao, weights only). Trained weights are fp32.
+        backbone_precision: Format of the frozen weights. With bf16 the backbone also computes in bf16: half of the
+            memory, and half of the time if the processor supports it. int8 quantises the weights of the blocks' linear
+            layers to a quarter of their memory (torchao). Trained weights are fp32.
 
     Raises:
         UserError: If int8 is chosen without torchao, or for a backbone that it cannot quantise.
@@ -38,6 +38,9 @@ class FrozenBackbone(Method):
 
 class HiddenStateReader(FrozenBackbone):
     """Base class of methods that read the hidden states of a frozen backbone.
+
+    `forward` and `loss` accept the hidden states as an argument, so that one pass of the backbone can serve several
+    calls.
 
     Args:
         activation_cache: Run the backbone once for each text and cache its hidden states while training: in `memory`,
@@ -56,10 +59,10 @@ class HiddenStateReader(FrozenBackbone):
         self.cache: ActivationCache | None = None
 
     def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
-        """Prepare a new training run.
+        """Prepare a new training run, for example initialise weights from data. A resumed run skips this.
 
         Args:
-            examples: Draws this number of training examples, each in a batch of its own.
+            examples: Function that yields a given number of training examples, each as a batch of one.
         """
 
     def hidden_states(self, batch: Batch) -> tuple[HiddenStates, ...]:
@@ -87,7 +90,7 @@ class HiddenStateReader(FrozenBackbone):
             self._open_cache(None if self.activation_cache == "memory" else Path(self.activation_cache))
 
     def _open_cache(self, folder: Path | None) -> None:
-        with self.trainer.precision_plugin.forward_context():  # autocast changes the hidden states, too
+        with self.trainer.precision_plugin.forward_context():  # the cache's key contains the autocast settings
             self.cache = ActivationCache(self.backbone, folder, self.cache_precision)
         texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
         if texts is None:

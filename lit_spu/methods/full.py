@@ -1,4 +1,4 @@
-"""Full fine-tuning: train every weight. The reference of all comparisons."""
+"""Full fine-tuning, the reference of all comparisons."""
 
 from __future__ import annotations
 

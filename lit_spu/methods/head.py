@@ -8,7 +8,7 @@ from lit_spu.methods.frozen import FrozenBackbone
 
 
 class HeadOnly(FrozenBackbone):
-    """Freeze the backbone and train its head. A language-model head learns weights for the label words."""
+    """Freeze the backbone and train its head. A language-model head gets its own weights for the label words."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

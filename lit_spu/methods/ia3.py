@@ -18,10 +18,10 @@ class IA3(FrozenBackbone):
     """Train vectors, initially ones, that multiply the inputs or outputs of linear layers of the frozen backbone.
 
     Args:
-        outputs: Roles of the linear layers whose outputs are scaled.
-        inputs: Roles of those whose inputs are scaled. The paper scales the inner state of the feed-forward, which
-            `down` reads. On the layer before it, a negative scale would not pass a ReLU.
-        adapter: A folder of the peft library with initial vectors for the same linear layers.
+        outputs: Roles of the linear layers to scale the outputs of.
+        inputs: Roles of the linear layers to scale the inputs of. The paper scales the inner state of the feed-forward,
+            the input of `down`. At the outputs of `up`, a negative scale would not pass a ReLU.
+        adapter: A folder of the peft library with initial vectors for these linear layers.
 
     Raises:
         UserError: If nothing is scaled, a role is in both lists, or the backbone has no linear layer of a role.

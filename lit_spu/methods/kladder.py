@@ -1,7 +1,7 @@
-"""k-ladder LST: rungs that read a window of the backbone's blocks instead of one.
+"""k-ladder LST: ladder side-tuning with rungs that read a window of blocks instead of one.
 
-The generalisation of ladder side-tuning in the project's slides and the k-LST report: rung i reads the blocks
-i−k … i+k. With k = 0 and the `gated` fusion it is LST.
+Rung i reads the blocks i−k … i+k. With k = 0 and the `gated` fusion it is LST. From the project's slides and the k-LST
+report.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ class KLadder(LadderSideTuning):
 
     Args:
         k: Radius of the windows; 0 reads one block, as LST does.
-        fusion: How a window joins the side state: LST's gate on the window's learned mean, a plain sum, one gate per
-            example, attention of each token over its own 2k+1 hidden states, or over all tokens of all of them.
-        hidden_state_dropout: Share of the hidden states that are dropped in training, each whole, for each example
-            separately.
-        share_projections: One down-projection per block for all windows, instead of one for each slot of each rung.
+        fusion: Function that joins a window with the side state: LST's gate on the window's mean under learned weights;
+            a plain sum; a gate computed for each example; attention of each token over its own 2k+1 hidden states; or
+            attention over all tokens of these.
+        hidden_state_dropout: Probability of dropping a whole hidden state of a window in training, drawn for each
+            example.
+        share_projections: One down-projection per block for all windows, instead of one per block and rung.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Ladder side-tuning (Sung, Cho, Bansal 2022, https://arxiv.org/abs/2206.06522).
 
-A narrow side network reads the frozen backbone's hidden states through gated rungs and computes the logits. Gradients
-pass through the side network alone, so no activation of the backbone is saved for the backward pass.
+A narrow side network reads the frozen backbone's hidden states through rungs with gates, and computes the logits.
+Gradients pass through the side network alone, so no activation of the backbone is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class LadderSideTuning(HiddenStateReader):
     Args:
         reduction: The backbone's width divided by the side network's (r).
         drop_layers: Blocks without a side block, in every stack; 0 is the lowest.
-        init: The side network's initial weights: random, or the most important 1/r of each of the backbone's widths, by
-            magnitude or by Fisher information about the task.
-        prune_order: Coordinates of the backbone's residual stream to keep: the same everywhere, or, as in the paper's
-            code, ranked again by each layer for the next.
+        init: Initial weights of the side network: random, or pruned from the backbone. Pruning keeps the most important
+            1/r of each width, by the weights' magnitude or by their Fisher information about the task.
+        prune_order: Coordinates of the backbone's residual stream that pruning keeps: the same everywhere (`residual`),
+            or, as in the paper's code, ranked again by each layer for the next (`published`).
         fisher_examples: Number of training examples for the Fisher information.
         backbone_dropout: Leave the backbone's dropout on while training, as the paper's code does.
         gradient_checkpointing: Recompute the side network's feed-forwards in the backward pass. It saves up to a
-            quarter of the memory, and costs a few per cent of a step that runs the backbone. By default it is on, and
-            off with an activation_cache, where it would cost an eighth.
+            quarter of the memory, and costs a few per cent of a step. By default it is on, except with an
+            activation_cache, where it would cost an eighth of a step.
 
     Raises:
         UserError: If a number is out of range, or settings exclude each other.

@@ -1,4 +1,4 @@
-"""Train the last blocks and the head: no gradient passes below them. The strong, cheap baseline."""
+"""Train the last blocks and the head. No gradient passes below them: a strong and cheap baseline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_spu.methods.base import Method
 
 
 class LastLayers(Method):
-    """Freeze the backbone up to its last blocks.
+    """Freeze the backbone except for its last blocks, and train these and a classification head.
 
     Args:
         layers: Number of trained blocks at the end (of an encoder-decoder, the decoder's).

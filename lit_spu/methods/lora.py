@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): frozen weights, and trained low-rank pairs beside them."""
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): trained low-rank updates of frozen weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class LoRA(FrozenBackbone):
         rank: r, the rank of B·A.
         alpha: α, which scales B·A by α/r.
         dropout: Share of the inputs of A that is dropped in training.
-        roles: Roles of the linear layers that get a pair.
+        roles: Roles of the linear layers that get a low-rank pair (A, B).
         norms: Train the blocks' normalisation layers as well.
         rank_stabilised: Scale by α/√r, so that the size of a step does not fall with the rank
             (https://arxiv.org/abs/2312.03732).
-        init: B = 0, or SiVA's `svd`: B·A are the top singular vectors of W, and the rest of W is frozen. The initial
-            logits are the backbone's in both cases.
-        adapter: A folder of the peft library with initial pairs of the same rank, scale and linear layers.
+        init: `zero` sets B = 0. `svd` (SiVA) sets B·A to the part of W of its top singular vectors, and freezes the
+            rest of W. In both cases the initial logits are the backbone's.
+        adapter: A folder of the peft library with initial pairs of this rank and scale for these linear layers.
 
     Raises:
         UserError: If a number is out of range, or the backbone has no linear layer of a role.

@@ -1,7 +1,7 @@
-"""LR distillation: the learning rate of a step depends on the distance between the student's and a teacher's logits.
+"""LR distillation: a step's learning rate depends on the distance between the student's and a teacher's logits.
 
-From the project's slides. There it was no better than fine-tuning, so compare it with its control: a plain schedule
-with the same mean learning rate (`control`).
+From the project's slides. There it was no better than fine-tuning, so compare it with `control`: a plain schedule with
+the same mean learning rate.
 """
 
 from __future__ import annotations
@@ -21,37 +21,40 @@ from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
 
 MIN_DISTANCE = 1e-6
-"""Smaller distances count as 0: they are rounding errors, which may be negative or end up as a divisor."""
+"""Smaller distances count as 0: they are rounding errors, which may be negative or become the divisor d_0."""
+
+_SAVED = ("reference_distance", "num_reference_steps", "scaled_lr_sum", "plain_lr_sum", "num_skipped")
+"""Attributes that a checkpoint saves."""
 
 
 class LRDistillation(Method):
     """Train every weight with the task's loss alone, at lr_t = schedule(t) · clip(d_t / d_0, min_factor, max_factor).
 
-    d_t is the distance between the logits of student and teacher on a batch. The teacher's logits are computed once for
-    all examples. d_0, the reference distance, is the mean distance of the first steps. The updates of Adafactor and
-    AdamW are proportional to lr_t.
+    d_t is the distance between the student's and the teacher's logits on the batch. d_0, the reference distance, is its
+    mean over the first steps. The teacher's logits of all training examples are computed once, before training. The
+    updates of Adafactor and AdamW are proportional to lr_t.
 
     Args:
-        teacher: A run directory, a checkpoint or an export of a method; or a Hugging Face folder or name. The teacher
-            may have another family, size and tokenizer than the student.
+        teacher: A run directory, a checkpoint or an export of a method; or a Hugging Face folder or name. Its family,
+            size and tokenizer may differ from the student's.
         distance: Distance of logits: the divergence of the softened distributions, the mean squared error, or one minus
             the cosine. For a regression, with its single logit, it must be mse.
         temperature: Temperature of the softened distributions in the divergence.
-        reference_steps: Number of first steps whose mean distance is d_0; during these it is the mean so far.
+        reference_steps: Number of steps that d_0 is the mean of. During these steps, it is the mean so far.
         min_factor: Smallest factor on the learning rate.
         max_factor: Largest factor on the learning rate.
         skip_below: Skip the backward pass and the step if d_t is smaller than this; on one device only.
-        schedule: Linear warm-up and decay, or a constant learning rate, which only the distance then lowers.
-        control: A run directory, or a pattern of one. Instead of a teacher's distance, multiply every step's learning
+        schedule: Linear warm-up and decay, or a constant learning rate, which the distance alone then changes.
+        control: A run directory, or a glob pattern of one. Train without a teacher, and multiply every step's learning
             rate by the mean factor of that run, which makes the mean learning rates equal.
 
     Raises:
-        UserError: if a number is out of range; before training, if there is no such teacher, if it was trained for
-            other labels or cannot read the data, or if `control` is not a finished run of LR distillation.
+        UserError: If a number is out of range. In `setup`, if there is no such teacher, if it was trained for other
+            labels or cannot read the data, or if `control` is not a finished run of LR distillation.
     """
 
     teacher_logits: Tensor
-    """[examples, labels]; only while it trains."""
+    """The teacher's logits of all training examples, [examples, labels]; set while it trains."""
 
     def __init__(
         self,
@@ -82,10 +85,10 @@ class LRDistillation(Method):
         self.schedule, self.teacher, self.control = schedule, teacher, control
         self.control_factor: float | None = None
         self.reference_distance, self.num_reference_steps = 0.0, 0  # d_0, and the number of steps in this mean
-        self.scaled_lr_sum = self.plain_lr_sum = 0.0  # sums of the learning rate with the factor and without
+        self.scaled_lr_sum = self.plain_lr_sum = 0.0  # sums of the learning rates with the factor and without it
         self.num_skipped = 0
-        self._step_factors: list[float] = []  # of the batches of this step so far
-        self._scheduled_lrs: list[float] = []  # of each parameter group, without the factor
+        self._step_factors: list[float] = []  # of this step's batches so far; several if gradients are accumulated
+        self._scheduled_lrs: list[float] = []  # each parameter group's learning rate without the factor
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -127,7 +130,7 @@ class LRDistillation(Method):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and restore the scheduled learning rates."""
+        """Take a step, and restore the scheduled learning rates."""
         super().optimizer_step(*args, **kwargs)
         groups = self.trainer.optimizers[0].param_groups
         self.plain_lr_sum += self._scheduled_lrs[0]
@@ -138,7 +141,7 @@ class LRDistillation(Method):
         self._step_factors = []
 
     def _distance(self, logits: Tensor, batch: Batch) -> float:
-        """Return the distance of the logits [batch, labels] from the teacher's, as a mean over the ranks."""
+        """Return the distance of logits [batch, labels] from the teacher's, averaged over the ranks."""
         teacher_logits = self.teacher_logits[batch["index"]].to(logits.dtype)
         if self.distance == "divergence":
             on_rank = distances.divergence(logits, teacher_logits, self.temperature)
@@ -150,7 +153,7 @@ class LRDistillation(Method):
         return 0.0 if distance < MIN_DISTANCE else distance
 
     def _factor(self, distance: float) -> float:
-        """Return the factor on the learning rate for a distance, which also enters d_0 in the first steps."""
+        """Return the factor on the learning rate for a distance. The first distances also update d_0."""
         if self.num_reference_steps < self.reference_steps:
             self.num_reference_steps += 1
             self.reference_distance += (distance - self.reference_distance) / self.num_reference_steps
@@ -159,24 +162,16 @@ class LRDistillation(Method):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["lr_distillation"] = {
-            "reference_distance": self.reference_distance,
-            "num_reference_steps": self.num_reference_steps,
-            "scaled_lr_sum": self.scaled_lr_sum,
-            "plain_lr_sum": self.plain_lr_sum,
-            "num_skipped": self.num_skipped,
-        }
+        checkpoint["lr_distillation"] = {name: getattr(self, name) for name in _SAVED}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["lr_distillation"]
-        self.reference_distance, self.num_reference_steps = state["reference_distance"], state["num_reference_steps"]
-        self.scaled_lr_sum, self.plain_lr_sum = state["scaled_lr_sum"], state["plain_lr_sum"]
-        self.num_skipped = state["num_skipped"]
+        for name in _SAVED:
+            setattr(self, name, checkpoint["lr_distillation"][name])
 
 
 def _read_mean_factor(run: str) -> float:
-    """Return the mean factor of a run's learning rate; a pattern means the last run that it matches."""
+    """Return the mean factor on the learning rate of a run, or of the last run that a pattern matches."""
     summary = Path(max(glob(run), default=run)) / "summary.json"
     try:
         factor: float = json.loads(summary.read_text())["metrics"]["lr/mean_factor"]

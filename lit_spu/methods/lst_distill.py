@@ -1,14 +1,12 @@
-"""LST distillation: the side network learns to work without the backbone.
+"""LST distillation: the frozen backbone teaches a narrow student, which then works without it.
 
-From the project's slides and the k-LST report. The student is ladder side-tuning's side network with its own embeddings
-and without rungs: the hidden state that a rung would read at block i is the target of the student's state there. The
-trained student is a small model that needs no backbone.
+From the project's slides and the k-LST report. The student is the side network of ladder side-tuning with embeddings of
+its own and without rungs. The backbone's hidden states, which rungs would read, are targets for the student's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,21 +22,22 @@ from lit_spu.nn.ladder import select_layers
 
 
 class LSTDistillation(HiddenStateReader):
-    """Train a narrow student by the task, and by the hidden states and logits of its frozen teacher.
+    """Train a narrow student by the task, and by the hidden states and logits of its teacher, the frozen backbone.
 
-    loss = task + λ·mean_i dist(s_i, D_i h_i) + μ·T²·KL(logits), where s_i and h_i are the outputs of the student's and
-    the teacher's block i, and D_i is fixed.
+    loss = task + λ·mean_i dist(s_i, D h_i) + μ·T²·KL(logits), where s_i is the output of a block of the student, h_i
+    that of its counterpart in the teacher, and D a fixed projection to the student's width. For a regression, the
+    squared error takes the place of T²·KL.
 
     Args:
         reduction: The backbone's width divided by the student's (r).
         drop_layers: Blocks of the teacher without a counterpart in the student, in every stack; 0 is the lowest.
-        init: The student's initial weights: the greatest 1/r of each of the teacher's widths, or random. D then selects
-            the coordinates that are kept, or is random as well.
+        init: Initial weights of the student. `magnitude` keeps the teacher's greatest weights, 1/r of each width, and D
+            selects the kept coordinates. With `random`, D is random as well.
         hidden_states_weight: λ.
         logits_weight: μ. The teacher must know the task: by a prompt, or as a fine-tuned classifier in `backbone`.
         temperature: T.
-        distance: Distance of hidden states: the squared error over the teacher's variance, the cosine, or the
-            divergence of the relations between tokens, which needs no D.
+        distance: Distance of hidden states: the squared error divided by the teacher's variance, one minus the cosine,
+            or the divergence of the relations between tokens, which needs no D.
 
     Raises:
         UserError: If a number is out of range, or the teacher has no logits to learn from.
@@ -71,13 +70,13 @@ class LSTDistillation(HiddenStateReader):
         self.temperature, self.distance = temperature, getattr(distances, distance)
         self.layer_indices = select_layers(self.backbone.stacks, drop_layers)
         self.student = self.backbone.make_student(reduction, self.layer_indices)
-        # D follows from the settings, so no checkpoint needs to hold it
+        # D follows from the settings, so checkpoints do not save it
         width, narrow = self.backbone.stacks[0].width, self.student.stacks[0].width
         if init == "magnitude":
             student, teacher = self.student.base_model, self.backbone.base_model
             importance = pruning.magnitude(teacher)
-            kept = pruning.init_from_pruned(student, teacher, self.layer_indices, importance)
-            down = F.one_hot(kept, width).float()
+            coordinates = pruning.init_from_pruned(student, teacher, self.layer_indices, importance)
+            down = F.one_hot(coordinates, width).float()
         else:
             down = torch.randn(narrow, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
         self.register_buffer("down", down, persistent=False)
@@ -88,39 +87,37 @@ class LSTDistillation(HiddenStateReader):
             logits: Tensor = self.student(batch)
         return logits
 
-    def forward(
-        self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None, output_hidden_states: bool = False
-    ) -> Any:
-        """Return the student's logits [batch, labels], and its own hidden states if `output_hidden_states`."""
-        if not output_hidden_states:
-            return self.logits_from((), batch)
-        with record_function("student"):
-            own = self.student.hidden_states(batch)
-            return self.student.logits_from(own, batch), own
+    def forward(self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None) -> Tensor:
+        """Return the student's logits [batch, labels], without a pass of the backbone."""
+        return self.logits_from((), batch)
 
     def loss(self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None) -> Tensor:
-        logits, own = self(batch, output_hidden_states=True)
+        with record_function("student"):
+            student_states = self.student.hidden_states(batch)
+            logits = self.student.logits_from(student_states, batch)
         loss = self.student.loss(logits, batch)
-        if hidden_states is None and (self.hidden_states_weight or self.logits_weight):
-            hidden_states = self.hidden_states(batch)
-        hidden_states = hidden_states or ()
+        if not self.hidden_states_weight and not self.logits_weight:
+            return loss
+        teacher_states = hidden_states or self.hidden_states(batch)
         if self.hidden_states_weight:
-            distances_ = torch.stack([*self._distances(own, hidden_states)])
-            loss = loss + self.hidden_states_weight * distances_.mean()
+            found = torch.stack([*self._distances(student_states, teacher_states)])
+            loss = loss + self.hidden_states_weight * found.mean()
         if self.logits_weight:
             with torch.no_grad():
-                teacher_logits = self.backbone.logits_from(hidden_states, batch)
-            distill = (
-                F.mse_loss if self.task.regression else partial(distances.divergence, temperature=self.temperature)
-            )
-            loss = loss + self.logits_weight * distill(logits, teacher_logits)
+                teacher_logits = self.backbone.logits_from(teacher_states, batch)
+            loss = loss + self.logits_weight * self._logits_distance(logits, teacher_logits)
         return loss
 
+    def _logits_distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.task.regression:
+            return F.mse_loss(student, teacher)
+        return distances.divergence(student, teacher, self.temperature)
+
     def _distances(self, student: Sequence[HiddenStates], teacher: Sequence[HiddenStates]) -> Iterator[Tensor]:
-        """Return the distance of each of the student's blocks from its counterpart in the teacher."""
-        for own, target_states, indices in zip(student, teacher, self.layer_indices, strict=True):
-            for state, i in zip(own.blocks, indices, strict=True):
-                target = target_states.blocks[i].to(state.dtype)
+        """Yield the distance of the output of each of the student's blocks from its counterpart in the teacher."""
+        for student_stack, teacher_stack, indices in zip(student, teacher, self.layer_indices, strict=True):
+            for state, i in zip(student_stack.blocks, indices, strict=True):
+                target = teacher_stack.blocks[i].to(state.dtype)
                 if self.distance is not distances.relation:  # the relation compares states of different widths
                     target = F.linear(target, self.down)
-                yield self.distance(state, target, target_states.mask)
+                yield self.distance(state, target, teacher_stack.mask)

@@ -9,7 +9,7 @@ from lit_spu.methods.zeroth_order import ZerothOrder
 
 
 class MeZOBitFit(ZerothOrder, BitFit):
-    """Train the biases by MeZO, and nothing else."""
+    """Train the biases of the backbone by MeZO."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,4 +1,4 @@
-"""MeZO over LoRA (https://arxiv.org/abs/2305.17333, section 3): low-rank pairs that learn by forward passes alone."""
+"""MeZO (https://arxiv.org/abs/2305.17333, section 3) over LoRA (https://arxiv.org/abs/2106.09685)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_spu.methods.zeroth_order import ZerothOrder
 
 
 class MeZOLoRA(ZerothOrder, LoRA):
-    """Train the low-rank pairs of LoRA by MeZO, and nothing else."""
+    """Train the low-rank pairs of LoRA by MeZO."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

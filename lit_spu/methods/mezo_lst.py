@@ -1,7 +1,7 @@
-"""MeZO + LST: the backbone of a ladder is trained by forward passes, and the ladder by backpropagation.
+"""MeZO + LST: the backbone is trained by forward passes, and a ladder beside it by backpropagation.
 
-The combination of MeZO (https://arxiv.org/abs/2305.17333) and ladder side-tuning (https://arxiv.org/abs/2206.06522) in
-the project's slides: no gradient passes through the backbone, and none of its activations are saved.
+From the project's slides: a combination of MeZO (https://arxiv.org/abs/2305.17333) and ladder side-tuning
+(https://arxiv.org/abs/2206.06522). No gradient passes through the backbone, and none of its activations are saved.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lit_spu.optim import schedules
 
 
 class MeZOLST(ZerothOrder, KLadder):
-    """Train the backbone by MeZO on its own answer to the prompt, and a ladder on the backbone by AdamW.
+    """Train the backbone by MeZO on the loss of its own logits, and a ladder that reads it by AdamW.
 
     Args:
-        order: First the backbone and then the ladder, or both in each step.
+        order: `sequential` trains first the backbone and then the ladder, `joint` trains both in each step.
         backbone_share: Share of all steps that train the backbone, if `order` is sequential.
         side_lr: Peak learning rate of the ladder; `lr` is the learning rate of MeZO.
 
@@ -50,12 +50,12 @@ class MeZOLST(ZerothOrder, KLadder):
             )
         self.order, self.backbone_share, self.side_lr = order, backbone_share, side_lr
         self.backbone.requires_grad_(True)
-        # DDP would wait for gradients of these weights, by any of their names
+        # otherwise DDP would wait for gradients of these weights
         names = [n for n, _ in self.named_parameters(remove_duplicate=False) if n.startswith("backbone.")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the check of the ranks alone: no ladder answers before training, and a trajectory has no gradients."""
+        """Return the rank check alone: a new ladder has no zero-shot score, and no trajectory can replay its steps."""
         return [RankCheck(self.check_every)]
 
     def perturbed_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -73,7 +73,7 @@ class MeZOLST(ZerothOrder, KLadder):
         return [super().configure_optimizers(), {"optimizer": side, "lr_scheduler": self.side_lr_scheduler}]
 
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
-        """Take one step of either optimizer or of both, which the Trainer counts as one."""
+        """Take a step of MeZO, of AdamW or of both. The Trainer counts it as one step."""
         if self.order == "sequential" and self.trainer.global_step < self.num_backbone_steps:
             return super().take_step(batch, *optimizers)
         side = optimizers[1]
@@ -87,7 +87,7 @@ class MeZOLST(ZerothOrder, KLadder):
         return loss.detach()
 
     def step_lr_scheduler(self, scheduler: Any) -> None:
-        """Log the ladder's learning rate by its own name, and advance it with the ladder's own steps."""
+        """Log the ladder's learning rate as `lr/side`, and advance it in the ladder's steps only."""
         if scheduler is not self.side_lr_scheduler:
             super().step_lr_scheduler(scheduler)
         elif self.trainer.global_step > self.num_backbone_steps:

@@ -1,7 +1,7 @@
 """MeZO over a side network (https://arxiv.org/abs/2305.17333, https://arxiv.org/abs/2206.06522).
 
 The frozen backbone's hidden states do not depend on the side network's weights. So one forward pass of the backbone
-serves all evaluations of a step, and many directions cost little. With an activation cache none is needed.
+serves all evaluations of a step, and many directions cost little. With an activation cache, no pass is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lit_spu.methods.zeroth_order import ZerothOrder
 
 
 class MeZOSide(ZerothOrder, KLadder):
-    """Train a ladder by MeZO, for a metric that has no gradient; best from a ladder that is trained already."""
+    """Train a ladder by MeZO, for example to maximise a metric. It is best to start from a trained ladder."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

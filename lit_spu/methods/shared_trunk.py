@@ -1,7 +1,7 @@
-"""Several side networks, trained on one forward pass of the frozen backbone that they read.
+"""Several side networks, trained together on the hidden states of one frozen backbone.
 
-Each becomes what it would become alone: the backbone's hidden states are the same for all, and they share nothing else.
-So a grid of learning rates or seeds costs one backbone and several side networks.
+They share nothing else, so each is trained exactly as it would be alone. A grid of learning rates or seeds costs one
+pass of the backbone and several of side networks.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.frozen import HiddenStateReader
 
 OWN_SETTINGS = ("lr", "weight_decay", "gradient_checkpointing")
-"""Settings of all methods that may differ between siblings."""
+"""Settings common to all methods that may differ between siblings."""
 
 
 class SharedTrunk(HiddenStateReader):
-    """Train siblings that read one backbone, each as it would train alone.
+    """Train several methods ("siblings") that read one backbone, each as it would be trained alone.
 
-    It answers with the sibling that was best in the last validation, whose score is logged as `val/<metric>`. The
-    scores of all are logged as `val/<metric>/<name>`.
+    The logits are those of the sibling that was best in the last validation. Its scores are logged as `val/<metric>`,
+    and those of all siblings as `val/<metric>/<name>`.
 
     Args:
-        siblings: For each sibling, by its name, its own settings. `seed` draws its initial weights and its dropout, and
-            is the run's seed by default. The order of the data is the run's.
+        siblings: By name, each sibling's own settings. `seed` is the seed of its initial weights and its dropout, by
+            default the run's. The order of the data is the same for all.
         side: Class of the siblings, a method that reads the hidden states of a frozen backbone.
         settings: Settings of all siblings.
 
     Raises:
-        UserError: If there is no sibling, one has a setting that all must share, or the class reads no hidden states.
+        UserError: If there is no sibling, if one has a setting that all must share, or if the class reads no hidden
+            states.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class SharedTrunk(HiddenStateReader):
         if not siblings:
             raise UserError("model.siblings: name at least one: {low: {lr: 1e-3}, high: {lr: 3e-3}}.")
         common = {**kwargs, "activation_cache": None, **(settings or {})}
-        made = {name: _make_sibling(side, name, common, own) for name, own in siblings.items()}
-        for sibling in made.values():
-            sibling.backbone.share_frozen_weights(self.backbone)
-        self.siblings: Any = nn.ModuleDict(made)
+        methods = {name: _make_sibling(side, name, common, own) for name, own in siblings.items()}
+        for method in methods.values():
+            method.backbone.share_frozen_weights(self.backbone)
+        self.siblings: Any = nn.ModuleDict(methods)
         self.seeds = {name: own.get("seed") for name, own in siblings.items()}
         self.batch_seeds: dict[str, int] = {}
         self.best = next(iter(siblings))
@@ -89,8 +90,9 @@ class SharedTrunk(HiddenStateReader):
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip each sibling's gradients by their own norm."""
         for sibling in self.siblings.values():
-            its_groups: Any = SimpleNamespace(param_groups=sibling.parameter_groups())
-            super().configure_gradient_clipping(its_groups, *args, **kwargs)
+            # Lightning reads nothing but the groups
+            optimizer_part: Any = SimpleNamespace(param_groups=sibling.parameter_groups())
+            super().configure_gradient_clipping(optimizer_part, *args, **kwargs)
 
     def evaluate_batch(self, batch: Batch, prefix: str) -> None:
         hidden_states = self.hidden_states(batch)
@@ -100,10 +102,10 @@ class SharedTrunk(HiddenStateReader):
     def log_metrics(self) -> None:
         scores = {name: sibling.compute_metrics() for name, sibling in self.siblings.items()}
         monitor = self.task.monitor
-        if all(monitor in own for own in scores.values()):
+        if monitor in scores[self.best]:  # not in a test
             self.best = max(scores, key=lambda name: float(scores[name][monitor]))
-        for name, own in scores.items():
-            self.log_dict({f"{metric}/{name}": value for metric, value in own.items()}, sync_dist=True)
+        for name, metrics in scores.items():
+            self.log_dict({f"{metric}/{name}": value for metric, value in metrics.items()}, sync_dist=True)
         self.log_dict(scores[self.best], prog_bar=True, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -116,7 +118,7 @@ class SharedTrunk(HiddenStateReader):
 
 
 def _make_sibling(side: str, name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> HiddenStateReader:
-    """Create a sibling as it would be created alone, under its own seed or the run's."""
+    """Create a sibling under its own seed or the run's, as it would be created alone."""
     classes = {cls.__name__: cls for cls in registry.classes("lit_spu.methods") if issubclass(cls, HiddenStateReader)}
     if side not in classes:
         raise UserError(f"model.side={side} reads no hidden states. {did_you_mean(side, classes)}")

@@ -1,8 +1,8 @@
-"""Side LoRA: LoRA's low-rank pairs on a side state beside the backbone, so that no gradient enters the backbone.
+"""Side LoRA: LoRA's low-rank pairs on a side state beside the backbone's, so that no gradient enters the backbone.
 
-From the project's slides: the side reuses the frozen outputs of the backbone's linear layers, W x_b + b, adds B·A of
-its own state to them, and computes attention, norms and non-linearities on the sum. The gradient of a linear layer's
-input is then a low-rank product as well, and does not contain W.
+From the project's slides: the side state x_s reuses the frozen outputs W x_b + b of the backbone's linear layers, and
+adds B·A x_s to them. Attention, norms and non-linearities run on the sum. The gradient with respect to x_s is then a
+low-rank product as well, and does not contain W.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class SideLoRA(FrozenBackbone):
         rank: r, the rank of B·A.
         alpha: α, which scales B·A by α/r.
         dropout: Share of the inputs of A that is dropped in training.
-        roles: Roles of the linear layers that get a pair; the others output W x_b + b.
-        reentry: Number of the last blocks that run the side state through their frozen weights, as LoRA does: more
-            exact, at the time and memory of their backward pass. With all blocks it is LoRA.
-        gradient_checkpointing: Recompute the outputs of the side's norms and non-linearities in the backward pass,
-            which costs a few per cent of a step. Off, a step takes up to a half more memory.
+        roles: Roles of the linear layers that get a low-rank pair (A, B); the others output W x_b + b.
+        reentry: Number of the last blocks that run the side state through their frozen weights, as LoRA does. This is
+            more exact, and costs the time and memory of their backward pass. With all blocks it is LoRA.
+        gradient_checkpointing: Recompute the outputs of the side's norms and non-linearities in the backward pass.
+            This costs a few per cent of a step. Without it, a step takes up to 50 % more memory.
 
     Raises:
         UserError: If a number is out of range, or the backbone has no linear layer of a role.

@@ -1,4 +1,4 @@
-"""A teacher model that was trained for the task, and its logits for every training example, computed once."""
+"""A teacher: a model trained for the task, and its logits for every training example."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Teacher:
         task: The student's task.
 
     Raises:
-        UserError: if there is no such model, or it was trained for other labels.
+        UserError: If there is no such model, or it was trained for other labels.
     """
 
     model: nn.Module
@@ -35,7 +35,7 @@ class Teacher:
         try:
             model: Any = _load_method(source, task) if is_method else _load_backbone(source, task)
         except UserError as error:
-            # name the flag that the user has set
+            # the messages of the loaders name other flags than the user has set
             message = str(error).replace("--ckpt_path", "model.teacher").replace("model.backbone", "model.teacher")
             raise UserError(message) from error
         self.model, self.encoding = model.eval().requires_grad_(False), model.encoding
@@ -46,7 +46,7 @@ class Teacher:
         """Return the logits [examples, labels] for all training examples of the GLUE data module `data`, on `device`.
 
         Raises:
-            UserError: if `data` is another data module, which cannot be tokenized for the teacher.
+            UserError: If `data` is another data module, which cannot be tokenised for the teacher.
         """
         if not hasattr(data, "as_read_by"):
             raise UserError(

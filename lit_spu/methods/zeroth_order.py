@@ -1,7 +1,7 @@
 """Base class of methods that are trained by MeZO (https://arxiv.org/abs/2305.17333): by forward passes alone.
 
-The paper's results rest on prompts: with one, a pretrained model is close to an answer, and a few noisy directions lead
-to it. A new head has no such starting point.
+MeZO needs a prompt that the pretrained model can nearly answer already. Then a few noisy directions are enough. With a
+new classification head they are not.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -30,10 +31,10 @@ from lit_spu.tasks.metrics import task_metrics
 
 
 class ZerothOrder(Method):
-    """Base class of methods whose weights are trained by MeZO. It comes first among the bases.
+    """Base class of methods whose weights are trained by MeZO. A subclass names it first among its bases.
 
     Dropout is off, and no gradient is computed. If the whole validation set is scored before training, as with
-    `trainer.num_sanity_val_steps: -1`, the result is logged as the zero-shot score, and a score at chance is warned of.
+    `trainer.num_sanity_val_steps: -1`, the result is logged as the zero-shot score, with a warning if it is at chance.
     Each step is recorded in `trajectory.mezo` in the run directory, unless the Trainer has neither a logger nor
     checkpoints. `lit_spu.replay` computes the trained weights from it.
 
@@ -41,27 +42,26 @@ class ZerothOrder(Method):
         head: The language-model head at the prompt's blank, or, as a control, a new classification head.
         lr: Learning rate.
         schedule: A constant learning rate, as in the paper, or linear warm-up and decay.
-        objective: The loss, which is minimised, or one of the task's metrics, which is maximised on each batch and
-            needs no gradient.
+        objective: `loss`, which is minimised, or one of the task's metrics, which is maximised on each batch.
         epsilon: Perturbation scale ε.
-        noise: Distribution of the directions: normal noise, as in the paper; signs; blocks of one table of normal
+        noise: Distribution of the directions: normal noise, as in the paper; random signs; slices of a table of normal
             noise; or matrices of rank one, which are never formed, so that a step costs little more than its forward
             passes.
-        directions: Number of directions of a step, whose updates are averaged.
+        directions: Number of directions per step. Their updates are averaged.
         shard_directions: Evaluate different directions on each device, for more directions in total.
         share: Share of the weights that take part in a step, drawn for each step (LeZO).
-        rows: Update all rows of an embedding, or only those that the step's batch reads. With the latter no trajectory
-            is recorded, because it would have to hold the rows.
+        rows: Update `all` rows of an embedding, or only those `seen` in the step's batch. With `seen`, no trajectory is
+            recorded, because it would have to hold the rows.
         normalize: Divide the slopes by the standard deviation of the step's losses (FZOO). The learning rate then has
             another scale.
-        weights: Initial weights: a run directory, a checkpoint or an export of the same method's weights, for example
-            to continue a ladder or LoRA that was trained by backpropagation with a metric as the objective.
-        trajectory: A trajectory, or a run directory that has one, to continue. Its steps are replayed, and training
-            goes on after them at the same place in the data.
+        weights: Initial weights: a run directory, a checkpoint or an export of the same trained weights. For example, a
+            LoRA that was trained by backpropagation can be trained further with a metric as the objective.
+        trajectory: A trajectory to continue, or a run directory that has one. Its steps are replayed, and training
+            continues after them with the next batch of the data.
 
     Raises:
-        UserError: If a number is out of range, another optimizer is chosen, or the task has no such metric; in `setup`,
-            if the weights or the trajectory do not exist or do not fit.
+        UserError: If a number is out of range, another optimizer is chosen, or the task has no such metric. Before
+            training, if the weights or the trajectory do not exist or do not fit.
     """
 
     check_every = 100
@@ -107,8 +107,8 @@ class ZerothOrder(Method):
         reasons = {
             "gradient_clip_val": "there is no gradient to clip. --model.normalize makes steps of similar length",
             "accumulate_grad_batches": "there is no gradient to accumulate. Use a larger --data.batch_size",
-            "precision": "its scaler needs gradients. bf16-mixed does not, nor does 16-true, where the rounding errors"
-            " of updates are kept",
+            "precision": "its scaler needs gradients. bf16-mixed has no scaler, nor has 16-true, where the rounding"
+            " errors of updates are saved",
             "strategy": "each device must hold all weights. ddp exchanges three numbers per step",
         }
         is_allowed = {
@@ -122,7 +122,7 @@ class ZerothOrder(Method):
                 raise UserError(f"trainer.{name}={given}: {cls.__name__} computes no gradients, and {reason}.")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callbacks of every run by MeZO."""
+        """Return the callbacks of every run by MeZO. Lightning adds them to the Trainer's."""
         recorder = [TrajectoryRecorder()] if self.rows == "all" else []
         return [ZeroShotReport(), *recorder, RankCheck(self.check_every)]
 
@@ -135,14 +135,12 @@ class ZerothOrder(Method):
     def _load_initial_weights(self) -> None:
         if self.weights:
             trained_weights.restore_weights(self, run_dir.find_checkpoint(self.weights, "best"))
-            self.total_steps = None  # the checkpoint's belong to the other run
+            self.total_steps = None  # the checkpoint's number is that of the other run
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: the losses of a step must differ by the weights alone."""
         super().train(False)
         return self
-
-    # -- the step -----------------------------------------------------------------------------------------------------
 
     def objective_value(self, batch: Batch) -> Tensor:
         """Return the value that MeZO minimises, a scalar."""
@@ -158,8 +156,8 @@ class ZerothOrder(Method):
         return 1 - value.nan_to_num(0.0)
 
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
-        """Take a step on a batch. Return the objective's value, or None if the step was replayed."""
-        closure = lambda: self.objective_value(batch)  # noqa: E731
+        """Take a step on a batch, and return the mean objective value, or None if the step was replayed."""
+        closure = partial(self.objective_value, batch)
         value: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
         return value
 
@@ -184,7 +182,7 @@ class ZerothOrder(Method):
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def make_optimizer(self, **settings: Any) -> MeZOOptimizer:
-        """Return MeZO over these weights, with `settings` in place of the method's own."""
+        """Return MeZO over `perturbed_parameters`. `settings` take precedence over the method's own."""
         groups: list[dict[str, Any]] = [{"params": self.perturbed_parameters()}]
         if self.weight_decay:  # of matrices alone
             named = self.perturbed_parameters()
@@ -205,7 +203,7 @@ class ZerothOrder(Method):
         )
         if self.trajectory:
             trajectory = Trajectory.read(self.trajectory)
-            if not self.trainer.ckpt_path:  # a checkpoint's weights are those of a later step
+            if not self.trainer.ckpt_path:  # a resumed run's weights are already those of a later step
                 check_replayable(trajectory, self.checkpoint_dict(), optimizer)
                 optimizer.seed = trajectory.header["seed"]
             optimizer.replay_rows = trajectory.rows
@@ -213,7 +211,11 @@ class ZerothOrder(Method):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def replay(self, trajectory: Trajectory, step: int | None = None) -> None:
-        """Take the first steps of a trajectory, or all, from the initial weights of its run.
+        """Compute the weights of a run after a step from its trajectory. The method must hold its initial weights.
+
+        Args:
+            trajectory: The run's trajectory.
+            step: Number of steps to replay; None replays all.
 
         Raises:
             UserError: If the weights or the noise differ from the run's, or there are fewer steps.

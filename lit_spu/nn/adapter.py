@@ -8,8 +8,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # the only test for quantised weights
 
+from lit_spu.backbones.precision import is_quantized
 from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.errors import UserError
 
@@ -27,7 +27,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the linear layer's own weight contains the adapter."""
+        """True if the linear layer's own weight contains the adapter."""
         return self._unmerged is not None
 
     @abstractmethod
@@ -44,12 +44,12 @@ class Adapter(nn.Module, ABC):
         Raises:
             UserError: If it is quantised.
         """
-        if is_traceable_wrapper_subclass(self.target.linear.weight.data):
+        if is_quantized(self.target.linear.weight):
             raise UserError(f"{self.target.path} is held in int8, which cannot be changed: use fp32 or bf16.")
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Write the adapter into the linear layer's weight: the same outputs at the cost of the plain model.
+        """Add the adapter to the linear layer's weight: the same outputs at the cost of the layer alone.
 
         Raises:
             UserError: If the weight is quantised.
@@ -60,7 +60,7 @@ class Adapter(nn.Module, ABC):
         weight, bias = self.target.weight, self.target.bias
         self._unmerged = weight.clone(), None if bias is None else bias.clone()
         for parameter in self.target.linear.parameters(recurse=False):
-            parameter.data = parameter.data.clone()  # other methods may share the tensor
+            parameter.data = parameter.data.clone()  # another method may use the same tensor
         self._copy_to_target(*self.merged_weight(weight, bias))
 
     @torch.no_grad()
@@ -77,5 +77,5 @@ class Adapter(nn.Module, ABC):
 
 
 def adapter_dict(adapters: Iterable[Adapter]) -> nn.ModuleDict:
-    """Return adapters by the paths of their linear layers, with `/` for the dots that a module name must not have."""
+    """Return adapters by the paths of their linear layers. Dots, which module names must not contain, become `/`."""
     return nn.ModuleDict({str(adapter.target).replace(".", "/"): adapter for adapter in adapters})

@@ -15,10 +15,10 @@ from lit_spu.backbones.stacks import tensor_of
 
 @contextmanager
 def bypass_backward(block: nn.Module) -> Iterator[None]:
-    """Let a block compute its output without saving activations, and hand gradients on to its input unchanged.
+    """Context manager in which a block saves no activations, and its input's gradient is its output's.
 
-    The gradient of its input is exact up to the block's own contribution if the block adds to its input and does
-    nothing else. It is an approximation if a norm follows.
+    For a block x + f(x), this omits the gradient through f. If a norm follows in the block, the gradient of the norm is
+    omitted as well.
     """
     restore = override_forward(block, _forward_without_graph)
     try:
@@ -32,5 +32,5 @@ def _forward_without_graph(forward: Callable[..., Any], state: Tensor, *args: An
         output = forward(state, *args, **kwargs)
     new = tensor_of(output)
     if torch.is_grad_enabled() and state.requires_grad:
-        new = new + (state - state.detach())  # adds 0, and the gradient's path
+        new = new + (state - state.detach())  # adds 0, which carries the gradient to the input
     return (new, *output[1:]) if isinstance(output, tuple) else new

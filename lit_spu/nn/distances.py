@@ -1,7 +1,8 @@
-"""Distances between a student and its teacher: 0 where they are equal, about 1 where they have nothing in common.
+"""Distances between a student and its teacher, scalars: 0 if they are equal.
 
-Each distance of hidden states takes the student's states [batch, tokens, width], the teacher's (of the same width,
-except for `relation`), and the mask [batch, tokens] of the real tokens (or None), and returns a scalar.
+A distance of hidden states takes the student's states [batch, tokens, width], the teacher's (of the same width, except
+for `relation`), and the mask [batch, tokens] of the real tokens (or None). `mse` and `cosine` are about 1 for unrelated
+states.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the squared error divided by the teacher's variance, because a T5's states grow from block to block."""
+    """Return the mean squared error over the teacher's variance, because a T5's states grow from block to block."""
     variance = _mean((teacher - _mean(teacher.mean(-1), mask)).square().mean(-1), mask)
     return _mean((student - teacher).square().mean(-1), mask) / variance
 
@@ -23,10 +24,10 @@ def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def relation(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the divergence of the attention of the tokens' states to each other (MiniLM, eq. 5; arXiv 2002.10957).
+    """Return the divergence between the relations of the tokens (MiniLM, eq. 5, https://arxiv.org/abs/2002.10957).
 
-    It is the Kullback-Leibler divergence of the student's self-relation from the teacher's, a mean over the real
-    tokens. The two widths may differ.
+    A token's relation is the softmax of its state's scaled products with all tokens' states. The distance is
+    KL(teacher ‖ student), a mean over the real tokens. The two widths may differ.
     """
     own, target = (_relations(states, mask) for states in (student, teacher))
     return _mean(F.kl_div(own, target, log_target=True, reduction="none").sum(-1), mask)
@@ -41,7 +42,7 @@ def _relations(states: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean of a value per token [batch, tokens] over the real tokens."""
+    """Return the mean of values [batch, tokens] over the real tokens."""
     if mask is None:
         return values.mean()
     return (values * mask).sum() / mask.sum()

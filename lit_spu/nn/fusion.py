@@ -1,8 +1,8 @@
-"""Fusions: how a rung joins the backbone's hidden states with the state of the side network.
+"""Fusions: functions that join a window of the backbone's hidden states with the state of the side network.
 
-A fusion serves all rungs of one stack. `forward(slots, mask)` takes the stack's hidden states, projected down to
-[batch, tokens, width], and returns a function of i and the side network's state that computes the input of side block
-i, of the same shape. The last slot is zero and serves for all blocks beyond the ends of the backbone.
+One fusion module serves all rungs of a stack. Its inputs are `slots`: the stack's hidden states, projected down to
+[batch, tokens, width]. Each rung reads a window of 2k+1 slots. The last slot is zero; it serves for all blocks beyond
+the ends of the backbone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lit_spu.backbones.stacks import Stack
 TEMPERATURE = 0.1
 
 Windows = Mapping[int, Sequence[int]]
-"""For each rung the numbers of the 2k+1 slots that it reads; −1, the last one, beyond the ends of the backbone."""
+"""By the number of a rung, the indices of the 2k+1 slots that it reads; −1 beyond the ends of the backbone."""
 
 Fuse = Callable[[int, Tensor], Tensor]
-"""Returns the input of side block i, from i and the output of the side block before it."""
+"""A function of i and the output of the side block before that returns the input of side block i."""
 
 
 class Fusion(nn.Module, ABC):
@@ -30,7 +30,7 @@ class Fusion(nn.Module, ABC):
 
     Args:
         stack: The backbone's stack.
-        windows: The slots that each rung reads, equally many for all.
+        windows: The slots that each rung reads. All windows have the same size.
         width: Width of the slots.
     """
 
@@ -41,26 +41,30 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, slots: Sequence[Tensor], mask: Tensor | None) -> Fuse:
-        """Begin a forward pass on slots [batch, tokens, width]; the mask [batch, tokens] is 1 where a token is real."""
+        """Return the function that computes the side blocks' inputs in this forward pass.
+
+        Args:
+            slots: Projected hidden states, [batch, tokens, width] each.
+            mask: [batch, tokens], 1 where a token is real; None if all are.
+        """
 
     def window(self, i: int, slots: Sequence[Tensor]) -> list[Tensor]:
         """Return the slots that rung i reads."""
         return [slots[number] for number in self.windows[i]]
 
     def gate(self, i: int) -> Tensor | None:
-        """Return the share of the side network's state at rung i, a scalar, or None if it varies between examples."""
+        """Return the weight of the side network's state at rung i, a scalar, or None if there is no single one."""
         return None
 
     def shares(self, i: int) -> Tensor | None:
-        """Return the weight of each slot in the window of rung i, [window size], or None if it is unknown."""
+        """Return the weight of each slot in the window of rung i, [window size], or None if there is none."""
         return None
 
 
 class Gate(Fusion):
     """LST's gate between the state s and one hidden state x: g·s + (1−g)·x with g = σ(α_i / T) (eq. 2).
 
-    Initially α_i = 0.
-    As published, α has an entry for every block of the backbone, also for blocks without a side block.
+    Initially α_i = 0. As published, α has an entry for every block of the backbone, even without a side block.
     """
 
     def __init__(self, stack: Stack, windows: Windows, width: int) -> None:
@@ -72,7 +76,7 @@ class Gate(Fusion):
         return lambda i, state: torch.lerp(summaries[i], state, gates[i])
 
     def summarize(self, slots: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Return one state for the window of each rung: here its only slot."""
+        """Return one state for the window of each rung: the only slot of a window of size 1."""
         return {i: slots[number] for i, (number,) in self.windows.items()}
 
     def gate(self, i: int) -> Tensor | None:
@@ -80,20 +84,20 @@ class Gate(Fusion):
 
 
 class Gated(Gate):
-    """LST's gate on the mean of the window under learned weights, a softmax over its slots. With one slot it is LST."""
+    """LST's gate on the mean of a window under learned weights, a softmax over its slots. With one slot it is LST."""
 
     def __init__(self, stack: Stack, windows: Windows, width: int) -> None:
         super().__init__(stack, windows, width)
         self.slots = nn.Parameter(torch.zeros(stack.depth, self.window_size))
-        numbers = [windows.get(i, [-1] * self.window_size) for i in range(stack.depth)]
-        self.numbers: Tensor
-        self.register_buffer("numbers", torch.tensor(numbers), persistent=False)
+        indices = [windows.get(i, [-1] * self.window_size) for i in range(stack.depth)]
+        self.slot_indices: Tensor
+        self.register_buffer("slot_indices", torch.tensor(indices), persistent=False)
 
     def summarize(self, slots: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return the means of all windows, computed in one product of weights [blocks, slots] with the slots."""
         shares = self.slots.softmax(-1)
-        shares = shares.new_zeros(len(shares), len(slots)).scatter_add(1, self.numbers % len(slots), shares)
-        stacked = torch.stack(list(slots[:-1]))  # without the zero
+        shares = shares.new_zeros(len(shares), len(slots)).scatter_add(1, self.slot_indices % len(slots), shares)
+        stacked = torch.stack(list(slots[:-1]))  # without the zero slot
         means = (shares[:, :-1] @ stacked.flatten(1)).to(stacked.dtype).unflatten(1, stacked.shape[1:])
         return dict(enumerate(means.unbind()))
 
@@ -102,14 +106,14 @@ class Gated(Gate):
 
 
 class Additive(Fusion):
-    """The sum of the state and all slots of the window. The down-projections learn their scale."""
+    """The sum of the state and all slots of the window, without weights."""
 
     def forward(self, slots: Sequence[Tensor], mask: Tensor | None) -> Fuse:
         return lambda i, state: sum(self.window(i, slots), start=state)
 
 
 class Dynamic(Gated):
-    """`Gated` with one gate per example: a learned function of the window's mean over the real tokens."""
+    """`Gated` with a gate for each example, computed from the window's mean over the real tokens."""
 
     def __init__(self, stack: Stack, windows: Windows, width: int) -> None:
         super().__init__(stack, windows, width)
@@ -132,9 +136,9 @@ class Dynamic(Gated):
 
 
 class Attention(Fusion):
-    """Attention of each token's state over its own 2k+1 slots, which carry a learned encoding of their block.
+    """Attention of each token's state over its own 2k+1 slots, which have a learned encoding of their block added.
 
-    In evaluation mode the attention of each slot is summed until `shares` reads it.
+    In evaluation mode the attention to each slot is summed up, and `shares` reads and resets the sum.
     """
 
     def __init__(self, stack: Stack, windows: Windows, width: int) -> None:
@@ -149,7 +153,7 @@ class Attention(Fusion):
         return lambda i, state: state + self._attend(i, state, self.window(i, slots), mask)
 
     def _attend(self, i: int, state: Tensor, window: list[Tensor], mask: Tensor | None) -> Tensor:
-        """Return the attention's output, of the state's shape."""
+        """Return the output of the attention of `state` over a window, in the state's shape."""
         rung = str(i)
         memory = torch.stack(window, dim=2) + self.origin[i]  # [batch, tokens, slots, width]
         query = self.query[rung](state).unsqueeze(2)
@@ -159,7 +163,7 @@ class Attention(Fusion):
         return output
 
     def _sum_attention(self, i: int, weights: Tensor, mask: Tensor | None) -> None:
-        """Add the attention [batch, tokens, slots] of the real tokens to the sum."""
+        """Add the attention weights [batch, tokens, slots] of the real tokens to the sum of rung i."""
         if not self.training:
             real = weights.flatten(0, 1) if mask is None else weights[mask.bool()]
             self.summed_attention[i] = self.summed_attention.get(i, 0) + real.detach().sum(0)
@@ -170,10 +174,10 @@ class Attention(Fusion):
 
 
 class CrossAttention(Attention):
-    """Attention of each token's state over all tokens of all slots, end to end: the fusion of the k-LST report.
+    """Attention of each token's state over all tokens of all slots of the window: the fusion of the k-LST report.
 
-    It has as many heads as the backbone. Padding is masked, and later tokens are in a causal stack. A slot beyond the
-    ends of the backbone takes part with its encoding alone.
+    It has the backbone's number of heads, or one if that does not divide the width. Padding is masked; in a causal
+    stack, later tokens are, too. A slot beyond the ends of the backbone takes part with its encoding alone.
     """
 
     def __init__(self, stack: Stack, windows: Windows, width: int) -> None:
@@ -192,7 +196,7 @@ class CrossAttention(Attention):
             linear[rung](states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear, states in ((self.query, state), (self.key, memory), (self.value, memory))
         )
-        if not self.training:  # the slots as further values: the attention's sums over them are the slots' shares
+        if not self.training:  # one more value per slot, 1 for its tokens: the output is then the attention to it
             indicator = torch.eye(num_slots, dtype=value.dtype, device=value.device).repeat_interleave(tokens, 0)
             value = torch.cat([value, indicator.expand(*value.shape[:2], -1, -1)], -1)
         heads = F.scaled_dot_product_attention(query, key, value, allowed)

@@ -13,12 +13,11 @@ from lit_spu.nn.adapter import Adapter
 
 
 class Scale(Adapter):
-    """Scale the outputs or the inputs of a linear layer by a learned vector.
+    """Adapter that scales the outputs or the inputs of a linear layer by a learned vector.
 
     Args:
         target: The linear layer.
-        inputs: Scale its inputs. After a non-linearity this differs from scaling the layer before it: a ReLU would
-            cut a negative scale off.
+        inputs: Scale the layer's inputs instead of its outputs.
     """
 
     def __init__(self, target: TargetLinear, inputs: bool = False) -> None:

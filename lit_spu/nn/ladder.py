@@ -1,6 +1,6 @@
-"""Ladder side networks (LST, https://arxiv.org/abs/2206.06522): a narrow copy of the backbone reads its hidden states.
+"""Ladder side networks (LST, https://arxiv.org/abs/2206.06522): narrow models that read a backbone's hidden states.
 
-The backbone runs first, without gradients. The side network runs on its hidden states alone.
+The backbone runs first, without gradients. The side network then runs on the backbone's hidden states alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from lit_spu.errors import UserError
 from lit_spu.nn.fusion import Fuse, Fusion, Gate
 
 Rungs = Callable[[int, Tensor], Tensor]
-"""Returns the input of the n-th side block, from n and the output of the block before it."""
+"""A function of n and the output of the side block before that returns the input of the n-th side block."""
 
 
 class Ladder(nn.Module):
-    """The rungs of one stack: rung i reads the output of the backbone's block i, projected down, before side block i.
+    """The rungs of one stack. Rung i computes the input of the side block that belongs to the backbone's block i.
 
-    With a `radius` of k, rung i reads the window of blocks i−k … i+k. Blocks beyond the ends are zero.
+    It projects the outputs of the blocks i−k … i+k down to the side network's width, and joins this window with the
+    output of the previous side block. Blocks beyond the ends are zero. The first rung joins its window with the
+    projected embeddings.
 
     Args:
         stack: The backbone's stack.
@@ -37,8 +39,8 @@ class Ladder(nn.Module):
         width: Width of the side network.
         fusion: The class that joins a window with the side network's state.
         radius: k.
-        shared: Use one down-projection per block for all windows, or else one per slot of each rung.
-        dropout: Probability of leaving out a hidden state of a rung in training, whole, for each example separately.
+        shared: Use one down-projection per block for all windows, or else one per block and rung.
+        dropout: Probability of dropping a whole hidden state of a rung in training, drawn for each example.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Ladder(nn.Module):
         self.layer_indices, self.depth = tuple(layer_indices), stack.depth
         self.radius, self.shared, self.dropout = radius, shared, dropout
         self.embedding_projection = Projection(stack.width, width)
-        slots: dict[tuple[int, str, int | None], int] = {}  # with dropout, each rung has its own
+        slots: dict[tuple[int, str, int | None], int] = {}  # numbers by block, projection and, with dropout, rung
 
         def slot(i: int, j: int) -> int:
             if not 0 <= j < stack.depth:
@@ -63,9 +65,9 @@ class Ladder(nn.Module):
             return slots.setdefault((j, self.projection_name(i, j), i if dropout else None), len(slots))
 
         windows = {i: [slot(i, j) for j in self.window(i)] for i in layer_indices}
-        self.block_of = {name: block for block, name, _ in slots}  # of each projection
-        self.down = nn.ModuleDict({name: Projection(stack.width, width) for name in self.block_of})
-        self.projection_of = [name for _, name, _ in slots]  # of each slot
+        self.projected_block = {name: block for block, name, _ in slots}  # by projection
+        self.down = nn.ModuleDict({name: Projection(stack.width, width) for name in self.projected_block})
+        self.slot_projections = [name for _, name, _ in slots]  # the projection of each slot
         self.fusion = fusion(stack, windows, width)
 
     def window(self, i: int) -> range:
@@ -78,44 +80,46 @@ class Ladder(nn.Module):
 
     def forward(self, hidden_states: HiddenStates) -> Rungs:
         """Project the hidden states down, and return the rungs."""
-        # a profiler mark costs tens of microseconds, a tenth of a rung that reads cached states
+        # a mark in the profile costs tens of microseconds, a tenth of a rung's time on cached states
         mark: Callable[[str], AbstractContextManager[Any]] = (
             record_function if torch.autograd._profiler_enabled() else nullcontext  # type: ignore[attr-defined]
         )
-        embed = self.embedding_projection
-        zero = embed.weight.new_zeros(()).expand(*hidden_states.embeddings.shape[:2], embed.out_features)
-
-        def drop(state: Tensor) -> Tensor:
-            if self.training and self.dropout:
-                return state * F.dropout(zero.new_ones(len(zero), 1, 1), self.dropout)
-            return state
-
+        project = self.embedding_projection
+        zero = project.weight.new_zeros(()).expand(*hidden_states.embeddings.shape[:2], project.out_features)
         with mark("rungs"):
-            projected = {name: down(hidden_states.blocks[self.block_of[name]]) for name, down in self.down.items()}
-            slots = [drop(projected[name]) for name in self.projection_of]
+            projected = {
+                name: down(hidden_states.blocks[self.projected_block[name]]) for name, down in self.down.items()
+            }
+            slots = [self._drop(projected[name]) for name in self.slot_projections]
             fuse: Fuse = self.fusion([*slots, zero], hidden_states.mask)
 
-        def enter(n: int, state: Tensor) -> Tensor:
+        def rung(n: int, state: Tensor) -> Tensor:
             i = self.layer_indices[n]
             with mark(f"rung {i}"):
-                return fuse(i, embed(hidden_states.embeddings) if n == 0 else state)
+                return fuse(i, project(hidden_states.embeddings) if n == 0 else state)
 
-        return enter
+        return rung
+
+    def _drop(self, state: Tensor) -> Tensor:
+        """Drop whole states of examples in training, and scale up the others."""
+        if not self.training or not self.dropout:
+            return state
+        return state * F.dropout(state.new_ones(len(state), 1, 1), self.dropout)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Return the gate of each rung, and the weight of each block in its window, as far as they are known."""
+        """Return the gate of each rung, and the weight of each block in its window, if the fusion has any."""
         found = {}
         for i in self.layer_indices:
             if (gate := self.fusion.gate(i)) is not None:
                 found[f"gate/rung {i}"] = gate
             if (shares := self.fusion.shares(i)) is not None:
-                inside = ((j, share) for j, share in zip(self.window(i), shares, strict=True) if 0 <= j < self.depth)
-                found |= {f"window/rung {i}/block {j}": share for j, share in inside}
+                weights = zip(self.window(i), shares, strict=True)
+                found |= {f"window/rung {i}/block {j}": share for j, share in weights if 0 <= j < self.depth}
         return {name: value.detach() for name, value in found.items()}
 
 
 def select_layers(stacks: Sequence[Stack], drop_layers: Sequence[int]) -> list[list[int]]:
-    """Return the blocks of every stack except these (0 is the lowest).
+    """Return for every stack the indices of its blocks except `drop_layers` (0 is the lowest).
 
     Raises:
         UserError: If there are no such blocks, or a stack loses all of its blocks.
@@ -146,10 +150,10 @@ class SideNetwork(nn.Module):
         self.backbone_stacks = backbone.stacks
         self.layer_indices = select_layers(backbone.stacks, drop_layers)
         self.side_model = make_side_model(backbone.base_model, reduction, self.layer_indices)
-        self.model = self.side_model.model
+        self.model = self.side_model.model  # registers its weights
         self.set_ladders(Ladder)
         self.up = Projection(self.side_model.output_width, backbone.width)
-        self._rungs: list[Rungs] = []  # of the forward pass that runs
+        self._rungs: list[Rungs] = []  # of each stack, during a forward pass
         for number, stack in enumerate(self.side_model.stacks):
             for n, block in enumerate(stack.blocks):
                 block.register_forward_pre_hook(partial(self._replace_block_input, number, n), with_kwargs=True)
@@ -168,12 +172,12 @@ class SideNetwork(nn.Module):
         )
 
     def forward(self, hidden_states: Sequence[HiddenStates], inputs: Batch, position: Tensor) -> Tensor:
-        """Return the side network's last hidden state [batch, 1, side width] at one position [batch] of each text.
+        """Return the side network's last hidden state at one position of each text, [batch, 1, side width].
 
         Args:
-            hidden_states: The backbone's, of all stacks.
-            inputs: The backbone's inputs, for their masks.
-            position: The answer's position, which the head reads through `up`.
+            hidden_states: The backbone's hidden states of all stacks.
+            inputs: The backbone's inputs, for their shapes and masks.
+            position: The position [batch] whose state the head reads.
         """
         self._rungs = [ladder(states) for ladder, states in zip(self.ladders, hidden_states, strict=True)]
         try:
@@ -191,8 +195,9 @@ class SideNetwork(nn.Module):
 class Projection(nn.Linear):
     """A linear layer that preserves the scale of its input, and computes in the precision of its input.
 
-    The published projections have an initial standard deviation of 0.01, which suits T5's large residual stream. After
-    the norms of a BERT their output would be small beside the side network's own, which would then not learn.
+    The published projections have an initial standard deviation of 0.01, which suits T5's large residual stream. For
+    the normalised states of a BERT, their output would be small compared with the side network's own state, and the
+    side network would not learn.
     """
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, https://arxiv.org/abs/2106.09685): W is frozen, and a product B·A is trained beside it."""
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685): W is frozen, and a product B·A is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_spu.nn.adapter import Adapter
 
 
 class LowRank(Adapter):
-    """Compute y = Wx + s·B(A x) at a linear layer. A [rank, inputs] is random and B [outputs, rank] zero initially.
+    """Adapter that computes y = Wx + s·B(A x). Initially A [rank, inputs] is random, and B [outputs, rank] is zero.
 
     Args:
         target: The linear layer.
@@ -26,7 +26,7 @@ class LowRank(Adapter):
         rank_stabilised: Use s = α/√r instead (https://arxiv.org/abs/2312.03732).
 
     Raises:
-        UserError: If the rank is 0, or greater than that of the linear layer.
+        UserError: If the rank is less than 1, or greater than the linear layer allows.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LowRank(Adapter):
         weight, rank = self.target.weight, len(self.a)
         is_tall = weight.shape[0] > weight.shape[1]
         wide = (weight.T if is_tall else weight).to(self.a.dtype)
-        # the eigenvectors of the smaller Gram matrix take a quarter of the time of the whole decomposition
+        # eigenvectors of the smaller Gram matrix: a quarter of the time of a full singular value decomposition
         squares, vectors = torch.linalg.eigh(wide @ wide.T)
         top = vectors[:, -rank:].flip(1)
         size = (squares[-rank:].flip(0).clamp_min(1e-12).sqrt() / self.scale).sqrt()  # √(Σ_r/s)
@@ -94,10 +94,10 @@ class LowRank(Adapter):
 
 
 class AddLowRank(torch.autograd.Function):
-    """Add s·low·Bᵀ to `output` [..., outputs] in place, without a copy of it or of its gradient.
+    """Add s·low·Bᵀ to `output` [..., outputs] in place, where low = A x. It copies neither `output` nor its gradient.
 
-    The linear layer that computed `output` does not save it. Autograd's own in-place sum would run on a view with two
-    dimensions, and copy the gradient for that.
+    The change in place is safe: the linear layer that computed `output` does not save it. Autograd's own in-place sum
+    would need a view of two dimensions, and copy the gradient for it.
     """
 
     @staticmethod
@@ -113,7 +113,7 @@ class AddLowRank(torch.autograd.Function):
         (grad_output,) = grads
         low, b = ctx.saved_tensors
         flat = grad_output.flatten(0, -2)
-        # Products with a thin matrix: with its few vectors as rows, MKL takes a third to a tenth of the time.
+        # products with a thin matrix: MKL is 3 to 10 times as fast with its few vectors as contiguous rows
         grad_low = F.linear(flat, b.T.contiguous()).mul_(ctx.scale).view_as(low)
         grad_b = (low.flatten(0, -2).T @ flat).mul_(ctx.scale).T
         return grad_output, grad_low, grad_b, None

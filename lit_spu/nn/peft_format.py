@@ -1,4 +1,4 @@
-"""Folders of the peft library (https://github.com/huggingface/peft): write and read LoRA pairs and (IA)³ vectors.
+"""Adapter folders of the peft library (https://github.com/huggingface/peft): LoRA pairs and (IA)³ vectors.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. The library itself is not needed.
 """
@@ -29,10 +29,10 @@ TASKS = {"SequenceClassification": "SEQ_CLS", "Seq2SeqLM": "SEQ_2_SEQ_LM", "Caus
 
 
 def write_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
-    """Write adapters, and the weights of the model that were trained beside them.
+    """Write adapters, and the weights of the model that were trained with them.
 
     Raises:
-        UserError: If they are neither all pairs nor all vectors.
+        UserError: If the adapters are neither all LoRA pairs nor all (IA)³ vectors.
     """
     from safetensors.torch import save_file
 
@@ -44,7 +44,7 @@ def write_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folder: P
     is_lora = isinstance(adapters[0], LowRank)
     config, tensors = (_pairs_to_peft if is_lora else _vectors_to_peft)(by_path)
     trained = {name: p for name, p in backbone.model.named_parameters() if p.requires_grad}
-    # the library saves a head as a whole module
+    # the library saves whole modules: a head's, or the one that a trained weight belongs to
     heads = [path for path in backbone.head_paths if backbone.has_classifier]
     saved_modules = {next((h for h in heads if name.startswith(f"{h}.")), name.rpartition(".")[0]) for name in trained}
     kind = "SequenceClassification" if backbone.has_classifier else backbone.language_model
@@ -65,7 +65,8 @@ def write_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folder: P
 def _pairs_to_peft(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and tensors of one pair per linear layer.
 
-    The parts of a fused layer are joined in blocks. Factors that SVD has removed from W are added to the pair again.
+    The pairs of a fused layer's parts become one pair of block matrices. Factors that `init_from_svd` has subtracted
+    from W are appended with the opposite sign, because a peft folder applies to the original W.
     """
     tensors: dict[str, Tensor] = {}
     ranks, scales = {}, {}
@@ -108,10 +109,10 @@ def _vectors_to_peft(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, An
 
 @torch.no_grad()
 def init_from_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
-    """Initialise adapters, and the weights that are trained beside them, from a folder of the peft library.
+    """Initialise adapters, and the weights that are trained with them, from a folder of the peft library.
 
     Raises:
-        UserError: If there is none, or it does not fit these adapters, with the settings that do.
+        UserError: If there is no such folder, or it does not fit these adapters.
     """
     from safetensors.torch import load_file
 

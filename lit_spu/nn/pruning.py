@@ -1,7 +1,7 @@
-"""Side networks that are initialised with the pruned backbone (LST, section 3.2; https://arxiv.org/abs/2206.06522).
+"""Initialisation of a side network by pruning the backbone (LST, section 3.2; https://arxiv.org/abs/2206.06522).
 
-The side network keeps the most important 1/r of each of the backbone's widths: by the magnitude of the weights, or by
-their Fisher information about the task. Everything is ranked once. Of equally important coordinates the first is kept.
+The side network keeps the most important 1/r of each of the backbone's widths, by the magnitude of the weights or by
+their Fisher information about the task. Of equally important coordinates, the first is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.errors import UserError
 
 Importance = Mapping[str, Tensor]
-"""The importance of each weight, not negative, by the parameter's name in the base model."""
+"""The importance of each weight, at least 0, by the parameter's name in the base model."""
+
 Order = Literal["residual", "published"]
 
 
@@ -29,7 +30,7 @@ def magnitude(base_model: TransformerStacks) -> Importance:
 
 
 def fisher(backbone: Backbone, examples: Iterable[Batch]) -> Importance:
-    """Return the empirical Fisher information: squared gradients of the task's loss, summed over single examples."""
+    """Return the empirical Fisher information: squared gradients of the loss, summed over batches of one example."""
     was_trainable = [p.requires_grad for p in backbone.parameters()]
     backbone.requires_grad_(True)
     parameters = dict(backbone.base_model.model.named_parameters())
@@ -62,13 +63,13 @@ def init_from_pruned(
         backbone: The model that it was made from.
         layer_indices: For each stack, the backbone's block for each block of the side model.
         importance: The importance of the backbone's weights.
-        order: `residual` keeps the same coordinates of the residual stream everywhere, and equally many of each head's
-            own. `published` is the order of the paper's code: from the embeddings up, the rows of each layer that
-            writes into the residual stream are ranked for the next layer that reads it, and a head's coordinates may
-            come from any head.
+        order: `residual` keeps the same coordinates of the residual stream everywhere, and the same number of
+            coordinates in each attention head. `published` is the order of the paper's code: from the embeddings up,
+            each layer that writes into the residual stream ranks its rows for the next layer that reads it. The
+            coordinates of queries and keys are ranked over all heads together.
 
     Returns:
-        The coordinates of the residual stream that are kept; in `published` order those of the embeddings.
+        The kept coordinates of the residual stream; in `published` order, those at the embeddings.
 
     Raises:
         UserError: If the family has weights whose coordinates are unknown.
@@ -90,7 +91,10 @@ class _PrunedLinear(NamedTuple):
 
 
 class _Pruning:
-    """One initialisation, from the embeddings up."""
+    """Initialisation of one side model, block by block from the embeddings up.
+
+    In its methods, `current` holds the kept coordinates of the residual stream at the present layer.
+    """
 
     def __init__(
         self, side: TransformerStacks, backbone: TransformerStacks, importance: Importance, order: Order
@@ -115,9 +119,9 @@ class _Pruning:
         return target.select_rows(self.importance[f"{target.path}.weight"]).double()
 
     def _select_residual(self) -> Tensor:
-        """Return the coordinates of the residual stream to keep.
+        """Return the coordinates of the residual stream to keep at the embeddings, and in `residual` order everywhere.
 
-        They are ranked by all layers that write into it. In `published` order the embeddings alone decide.
+        They are ranked by all layers that write into the residual stream; in `published` order by the embeddings alone.
         """
         writers = self._embedding_columns(self.backbone.model.config.hidden_size)
         if self.order == "residual" or not writers:
@@ -134,7 +138,7 @@ class _Pruning:
         ]
 
     def _prune_block(self, stack: int, block: int, side_block: int | None, current: Tensor) -> Tensor:
-        """Initialise a side block, if there is one, and return the coordinates that the next block reads."""
+        """Initialise the side block, if there is one, and return the coordinates after this block."""
         linears: list[_PrunedLinear] = []
         norm_coordinates = []
         roles = (self.backbone.block_target_linears(stack, block, r) for r in ("query", "key", "value", "output"))
@@ -162,11 +166,11 @@ class _Pruning:
     def _select_head_rows(
         self, query: TargetLinear, key: TargetLinear, value: TargetLinear, current: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the rows of the queries to keep, and those of keys and values.
+        """Return the rows of the queries to keep, and the rows of keys and values to keep.
 
         They are ranked by the product of the importance of all three, summed over the columns.
         """
-        # in logarithms: products of three Fisher values underflow in any format
+        # logarithms, because products of three Fisher values underflow
         log_query, log_key, log_value = (self._importance_of(t)[:, current].log() for t in (query, key, value))
         count = self.inner_width["query"]
         if self.order == "published":
@@ -179,21 +183,20 @@ class _Pruning:
             return rows, rows
         num_heads = self.backbone.stacks[0].num_heads
         head_dim = len(log_query) // num_heads
-        groups, columns = len(log_key) // head_dim, len(current)  # heads of keys; equally many query heads share each
-        product = log_query.view(groups, -1, head_dim, columns) + (log_key + log_value).view(
-            groups, 1, head_dim, columns
-        )
-        joint = product.logsumexp((1, 3))  # [groups, head_dim]
-        turns = self.backbone.family.architecture.head_dim_multiple  # rotary: coordinates i and i + head_dim/2 turn
-        joint = joint.view(groups, turns, -1).logsumexp(1)
-        rows = torch.stack([top_indices(values, count // num_heads // turns) for values in joint])
-        rows = torch.cat([rows + turn * head_dim // turns for turn in range(turns)], 1)
+        groups, columns = len(log_key) // head_dim, len(current)  # each head of keys serves a group of query heads
+        grouped_query = log_query.view(groups, -1, head_dim, columns)
+        joint = (grouped_query + (log_key + log_value).view(groups, 1, head_dim, columns)).logsumexp((1, 3))
+        # rotary embeddings rotate coordinates i and i + head_dim/2 together, so both are kept or neither
+        halves = self.backbone.family.architecture.head_dim_multiple
+        joint = joint.view(groups, halves, -1).logsumexp(1)
+        rows = torch.stack([top_indices(values, count // num_heads // halves) for values in joint])
+        rows = torch.cat([rows + half * head_dim // halves for half in range(halves)], 1)
         starts = head_dim * torch.arange(num_heads, device=rows.device).unsqueeze(1)
         query_rows = starts + rows.repeat_interleave(num_heads // groups, 0)
         return query_rows.flatten(), (starts[:groups] + rows).flatten()
 
     def _select_written(self, target: TargetLinear, columns: Tensor, current: Tensor) -> Tensor:
-        """Return the coordinates of the residual stream after a layer has written into it."""
+        """Return the kept coordinates of the residual stream after a layer that writes into it."""
         if self.order == "residual":
             return current
         return top_indices(self._importance_of(target)[:, columns].sum(1), self.side_width)
@@ -221,7 +224,7 @@ class _Pruning:
         norms = zip(find_norms(side), norm_coordinates, strict=False)
         coordinates = {p: indices for norm, indices in norms for p in norm.parameters()}
         done = _parameters(own.linear for own in side_linear.values())
-        # the first block's extra weights serve all blocks: a T5's relative position biases
+        # weights that only the first block has serve all blocks, such as a T5's relative position biases
         blocks = self.backbone.stacks[stack].blocks
         source = dict(blocks[0].named_parameters()) | dict(blocks[block].named_parameters())
         for name, parameter in side.named_parameters():
@@ -239,7 +242,7 @@ class _Pruning:
                 self._copy(name, parameter, self.backbone.model.get_parameter(name), coordinates)
 
     def _copy(self, name: str, parameter: Tensor, source: Tensor, coordinates: Tensor) -> None:
-        """Copy a weight along the coordinates of the residual stream; other axes have the same size in both."""
+        """Copy a weight. Axes of the residual stream's width are reduced to these coordinates."""
         for axis, (old, new) in enumerate(zip(source.shape, parameter.shape, strict=True)):
             if old == self.backbone.model.config.hidden_size != new:
                 source = source.index_select(axis, coordinates)

@@ -1,9 +1,9 @@
 """Side LoRA: a side state as wide as the backbone's, which reuses the outputs of the backbone's linear layers.
 
 Every block runs twice. First it runs on the backbone's own state, without gradients, and the outputs of its linear
-layers are saved. Then it runs on the side state, where a linear layer computes nothing: it returns its saved output,
-bias included, plus a low-rank product of the side state. Attention, norms and non-linearities run on the side's own
-activations.
+layers are saved. Then it runs on the side state. Now a linear layer multiplies by no weight: it returns its saved
+output, bias included, plus a low-rank product of the side state. Attention, norms and non-linearities run on the side's
+own activations.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ Forward = Callable[..., Any]
 
 
 class SideStream:
-    """The side state's path through the backbone's blocks.
+    """Forward overrides that run a side state through the backbone's blocks.
 
-    Its overrides are set once and do nothing outside of `activate`.
+    They are set once, and do nothing outside of `activate`.
 
     Args:
         base_model: The backbone's stacks, frozen.
-        pairs: y_s = W x_b + b + s·B(A x_s) at a linear layer with a pair, and W x_b + b at the others.
-        reentry: Number of the last blocks of the last stack that run once instead: on the side state, through their
-            frozen weights, with their pairs beside them as in LoRA.
+        pairs: Low-rank pairs on linear layers. A layer with a pair outputs y_s = W x_b + b + s·B(A x_s), a layer
+            without one W x_b + b.
+        reentry: Number of the last blocks of the last stack that run once, on the side state alone, through their
+            frozen weights and with their pairs attached as in LoRA.
         recompute: Recompute the outputs of norms and non-linearities in the backward pass, instead of saving them for
-            the pairs after them.
+            the pairs of the next linear layers.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SideStream:
     ) -> None:
         self.recompute = recompute
         *lower, last = (stack.blocks for stack in base_model.stacks)
-        shared, side_only = last[: len(last) - reentry], last[len(last) - reentry :]
+        run_twice, side_only = last[: len(last) - reentry], last[len(last) - reentry :]
         self.linears = {target.linear for target in base_model.all_target_linears}
         reentered = {part for block in side_only for part in block.modules()}
         self.pairs: dict[nn.Module, list[LowRank]] = defaultdict(list)
@@ -57,7 +58,7 @@ class SideStream:
                 self.pairs[pair.target.linear].append(pair)
         self._pass: _Pass | None = None
         self._override_stacks(base_model)
-        for number, blocks in enumerate([*lower, shared]):
+        for number, blocks in enumerate([*lower, run_twice]):
             for block in blocks:
                 self._override_block(block, block is blocks[0], block is blocks[-1], number < len(lower))
         for block in side_only:
@@ -65,7 +66,7 @@ class SideStream:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Let the model return the side's hidden states in a `with` block."""
+        """Context manager in which the model returns the side's hidden states instead of the backbone's."""
         self._pass = _Pass(self)
         try:
             yield
@@ -93,18 +94,18 @@ class SideStream:
 
 
 class _Pass:
-    """One forward pass of both states: the side's between two blocks, and both encoder states for a decoder."""
+    """The state of one forward pass, and the forwards that replace those of the model's modules in it."""
 
     def __init__(self, stream: SideStream) -> None:
         self.stream = stream
-        self.side_state = torch.empty(0)
-        self.encoder_states: tuple[Tensor, Tensor] | None = None  # the backbone's and the side's
-        self.runs_side = False  # within a block: first the frozen run, then the side's
-        self.frozen_outputs: dict[nn.Module, deque[Tensor]] = defaultdict(deque)
-        self.recompute_fn = WeakTensorKeyDictionary()  # by the tensor that it computes, while something else holds it
+        self.side_state = torch.empty(0)  # after the block that ran last
+        self.encoder_states: tuple[Tensor, Tensor] | None = None  # for a decoder: the backbone's and the side's
+        self.runs_side = False  # whether the present block is in its second run, on the side state
+        self.frozen_outputs: dict[nn.Module, deque[Tensor]] = defaultdict(deque)  # by linear layer, of the first run
+        self.recompute_fns = WeakTensorKeyDictionary()  # by tensor, as long as something else holds the tensor
 
     def split_encoder_states(self, forward: Forward, *args: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        """Run a decoder, which receives both encoder states joined, on the backbone's alone."""
+        """Split the encoder states, joined along the batch, and run a decoder stack on the backbone's."""
         frozen, side = encoder_hidden_states.chunk(2)
         self.encoder_states = frozen, side
         return forward(*args, encoder_hidden_states=frozen, **kwargs)
@@ -118,14 +119,9 @@ class _Pass:
     ) -> Any:
         """Run a block on the backbone's state, then on the side state with the first run's linear outputs.
 
-        Args:
-            forward: The block's forward.
-            state: The backbone's state [batch, tokens, width].
-            args: Its other arguments.
-            is_first: The block is the first of its stack: the side state starts as the backbone's.
-            is_last: The block is the last of its stack: the model goes on with the side state.
-            joins: Another stack attends to this one: the model goes on with both states, joined along the batch.
-            kwargs: Its other arguments by name.
+        At the first block of a stack, the side state equals the backbone's `state` [batch, tokens, width]. The last
+        block returns the side state. If another stack attends to this one (`joins`), it returns both states, joined
+        along the batch.
         """
         with torch.no_grad():
             output = forward(state, *args, **kwargs)
@@ -140,7 +136,7 @@ class _Pass:
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
     def run_linear(self, forward: Forward, x: Tensor, linear: nn.Module) -> Tensor:
-        """Run a linear layer and save its output, or add the low-rank product of the side state to the saved one."""
+        """In the first run, save a linear layer's output. In the second, add the low-rank product of x to it."""
         outputs = self.frozen_outputs[linear]
         if self.runs_side:
             return self._low_rank_on_frozen_output(linear, outputs.popleft(), x)
@@ -148,14 +144,17 @@ class _Pass:
         return outputs[-1]
 
     def _low_rank_on_frozen_output(self, linear: nn.Module, output: Tensor, x: Tensor) -> Tensor:
-        output = output.detach()  # autograd refuses in-place changes of a view that was made without gradients
-        with recomputed(x, self.recompute_fn[x]) if x in self.recompute_fn else nullcontext():
+        output = output.detach()  # autograd refuses to change a view in place that was made without gradients
+        with recomputed(x, self.recompute_fns[x]) if x in self.recompute_fns else nullcontext():
             for pair in self.stream.pairs[linear]:
                 output = pair.add_to(output, x)
         return output
 
     def run_recomputable(self, forward: Forward, *args: Any, part: Any) -> Any:
-        """Run a norm or a non-linearity, whose backward pass saves its input: its output can be recomputed."""
+        """Run a module without parts, such as a norm or a non-linearity, and note the call that recomputes its output.
+
+        The backward pass of such a module saves its input, from which its output can be recomputed.
+        """
         if not self.runs_side:
             return forward(*args)
         # `variance_epsilon` is transformers' name in RMS norms, which compute in fp32
@@ -164,7 +163,7 @@ class _Pass:
         output = forward(*args)
         # a ReLU saves its output, so nothing is gained by recomputing it
         if output.requires_grad and output is not args[0] and not hasattr(output.grad_fn, "_saved_result"):
-            self.recompute_fn[output] = partial(forward, *args)
+            self.recompute_fns[output] = partial(forward, *args)
         return output
 
     def _side_of(self, argument: Any) -> Any:
@@ -178,8 +177,8 @@ def _rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def recomputed(tensor: Tensor, recompute_fn: Callable[[], Tensor]) -> Iterator[None]:
-    """Recompute a tensor in the backward pass, instead of saving it, for operations in a `with` block."""
-    storage = tensor.untyped_storage()._cdata  # the hooks live as long as the graph, and must not hold the tensor
+    """Context manager in which operations do not save a tensor, but recompute it in the backward pass."""
+    storage = tensor.untyped_storage()._cdata  # not the tensor, which the hooks would hold as long as the graph
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         return saved.shape if saved.untyped_storage()._cdata == storage else saved

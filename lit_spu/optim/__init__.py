@@ -1,1 +1,1 @@
-"""Optimizers and schedules."""
+"""The MeZO optimizer, its noise and trajectories, and learning-rate schedules."""

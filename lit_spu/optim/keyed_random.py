@@ -1,4 +1,4 @@
-"""Keyed random numbers: a key always stands for the same number, on any machine and in any order of calls."""
+"""Random numbers by key. A key determines its number, on any machine and in any order of calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MASK_64 = 2**64 - 1
 
 
 def key_of(*parts: int | str) -> int:
-    """Return the key of these parts: a hash of 63 bits."""
+    """Return the key of these parts, a hash of 63 bits."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 

@@ -43,8 +43,8 @@ class MeZOOptimizer(Optimizer):
 
     A slope is g = (ℓ(θ+εz) − ℓ(θ−εz)) / 2ε, and the update is θ ← (1 − lr·wd)θ − lr·mean(g·z).
 
-    An evaluation leaves all weights as they were, to the bit, in any precision. For weights in half precision, the
-    optimizer's state holds what rounding took away from the updates (`rounding_residual`), so small updates add up.
+    An evaluation does not write the weights, in any precision. For weights in half precision, the optimizer's state
+    holds the rounding error of all updates so far (`rounding_residual`), so that small updates add up.
 
     Args:
         params: Weights, named weights, or groups of either, as for any torch optimizer. A weight's z depends on its
@@ -53,16 +53,16 @@ class MeZOOptimizer(Optimizer):
         weight_decay: Decoupled weight decay.
         epsilon: Perturbation scale ε.
         noise: Distribution of z.
-        directions: Number n of directions, over which a step takes the mean (n-SPSA).
+        directions: Number n of directions per step. Their updates are averaged (n-SPSA).
         share: Share of the weights that take part in a step, drawn again for every step. The other weights are neither
             perturbed nor updated (LeZO, https://arxiv.org/abs/2410.09823, which draws whole layers).
-        rows: Update all rows of an embedding, or only those that the step's batch has read. The other rows have no
-            gradient, and their updates are a random walk.
+        rows: Update all rows of an embedding, or only those that the step's batch has read. The updates of the other
+            rows would be a random walk, because their gradient is zero.
         normalize: Divide the slopes by the standard deviation of the step's losses, so that all steps have a similar
             length (FZOO, https://arxiv.org/abs/2506.09034).
         seed: Random seed of all directions, the same on all ranks.
         reduce: Function that returns the sum of a tensor over all ranks.
-        shard: This rank and the number of ranks, if every rank evaluates its own n directions.
+        shard: This rank and the number of ranks, if every rank evaluates n directions of its own.
 
     Attributes:
         history: One row per step, in fp32: the learning rate of every group and the slope along every direction.
@@ -71,7 +71,7 @@ class MeZOOptimizer(Optimizer):
         initial_fingerprint: Fingerprint of the initial weights.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class MeZOOptimizer(Optimizer):
     def step(self, closure: Callable[[], Tensor], num_examples: int = 1) -> Tensor | None:  # type: ignore[override]
         """Evaluate the loss twice per direction, and update the weights.
 
-        Ranks exchange only the sums of their examples' losses and the numbers of examples (with rows="seen", also which
-        rows were read). All ranks then make the same update.
+        Ranks exchange only the sums of their examples' losses and the numbers of examples (with rows="seen", the rows
+        that were read as well). All ranks then make the same update.
 
         Args:
             closure: Function that returns the mean loss of the step's batch, a scalar, at the weights that it reads.
@@ -148,8 +148,8 @@ class MeZOOptimizer(Optimizer):
 
         Args:
             slopes: The slope along every direction.
-            learning_rates: The learning rate of every group, or None for the groups' present ones.
-            rows: By the id of a weight, its only rows to update.
+            learning_rates: The learning rate of every group; None uses the groups' present ones.
+            rows: By the id of a weight, the indices of its rows to update. All rows of the other weights are updated.
         """
         row = array("f", [*(learning_rates or [group["lr"] for group in self.param_groups]), *slopes])
         self.history.extend(row)
@@ -187,9 +187,10 @@ class MeZOOptimizer(Optimizer):
         self.history = array("f", state_dict["history"].tolist())
 
     def _evaluate(self, direction: int, closure: Callable[[], Tensor], row_marks: dict[int, Tensor]) -> Tensor:
-        """Return the losses at θ + εz and θ − εz [2], in fp64.
+        """Return the losses at θ + εz and at θ − εz, [2], in fp64.
 
-        With rows="seen", the first call fills `row_marks`: by the id of a weight, a 1 for every row that was read.
+        With rows="seen", the first call of a step fills `row_marks`: by the id of a weight, 1 for each row that was
+        read, else 0.
         """
         keys = [(weight, self._key(direction, name)) for _, name, weight in self._active_weights()]
         losses = []
@@ -204,13 +205,13 @@ class MeZOOptimizer(Optimizer):
         return torch.stack(losses)
 
     def _active_weights(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Yield the weights that take part in this step, as `_all_weights` does."""
+        """Yield those of `_all_weights` that take part in this step."""
         for number, name, weight in self._all_weights():
             if self.share == 1 or self._key(-1, name) < self.share * 2**63:
                 yield number, name, weight
 
     def _all_weights(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Yield the group number, the name and the tensor of every weight; an unnamed weight's name is its number."""
+        """Yield every weight with its group's number and its name. An unnamed weight is named by its number."""
         numbers = map(str, count())
         for number, group in enumerate(self.param_groups):
             for weight, name in zip(group["params"], group.get("param_names", numbers), strict=False):
@@ -220,7 +221,7 @@ class MeZOOptimizer(Optimizer):
         return key_of(self.seed, self.param_groups[0]["step"], direction, name)
 
     def _rounding_residual(self, weight: Tensor) -> Tensor | None:
-        """Return the residual of a weight in half precision, zeros at first; other weights have none."""
+        """Return the rounding residual of a weight in half precision, initially zeros, or None for other weights."""
         if weight.dtype not in (torch.float16, torch.bfloat16):
             return None
         state = self.state[weight]

@@ -1,10 +1,10 @@
 """Distributions of the perturbation z that MeZO adds to a weight.
 
-No z is stored. A key stands for one z, which is drawn again wherever it is needed.
+No z is stored. A key determines one z, which is drawn again wherever it is needed.
 
 Every weight is viewed as a matrix [rows, width]; a vector is a single row. The values of a row depend on the key, the
-row's index and the matrix's shape. They do not depend on the other rows that are drawn, on the weight's dtype or on its
-memory layout. Torch's global generators are not used.
+row's index and the matrix's shape. They do not depend on the weight's dtype or memory layout, nor on the other rows
+that are drawn. Torch's global generators are not used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lit_spu.optim.keyed_random import mix_64
 
 
 class Noise(ABC):
-    """Base class of distributions with mean 0 and variance 1."""
+    """Base class of distributions of z. Each element has mean 0 and variance 1."""
 
     block_numel = 2**14
     """Number of elements drawn at a time, in whole rows. A block fits the processor's cache."""
@@ -34,8 +34,8 @@ class Noise(ABC):
             key: Key of z.
             rows: Row indices of the block.
             weight: Matrix [rows, width], of which only the shape and the device matter.
-            buffer: Memory of the block's shape that z may be written to if it is fp32. The caller needs it next, so it
-                should be in the processor's cache.
+            buffer: A tensor of the block's shape that z may be written to if it is fp32. The caller uses it next, so
+                it is in the processor's cache then.
 
         Returns:
             A tensor that the next call may overwrite.
@@ -84,8 +84,8 @@ class Noise(ABC):
             weight: Weight of any shape.
             steps: Pairs of a key and a step.
             decay: Weight decay, multiplied by the learning rate.
-            rounding_residual: For a weight in half precision, the part of all updates so far that rounding took away.
-                It has the weight's dtype and shape, and is updated as well.
+            rounding_residual: For a weight in half precision, the rounding error of all updates so far, in the weight's
+                dtype and shape. It is updated as well.
         """
         matrix = as_matrix(weight)
         residual = None if rounding_residual is None else as_matrix(rounding_residual)
@@ -101,7 +101,7 @@ class Noise(ABC):
         decay: float,
         rounding_residual: Tensor | None,
     ) -> None:
-        """Update only some rows of a weight [rows, width], to the same bits as `update`."""
+        """Update only some rows of a weight [rows, width]. Their result equals that of `update` to the bit."""
         part = weight[row_indices]
         residual = None if rounding_residual is None else rounding_residual[row_indices]
         _update(part, residual, ((self.sample_rows(key, weight, row_indices), step) for key, step in steps), decay)
@@ -128,7 +128,7 @@ class Noise(ABC):
 
 
 class _GeneratorNoise(Noise):
-    """Base class of noise from torch's generators. Every block has its own seed."""
+    """Base class of noise from torch's generators, which are seeded again for every block."""
 
     def __init__(self) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -147,7 +147,7 @@ class _GeneratorNoise(Noise):
         return self._generators[device].manual_seed(mix_64(key + rows.start) >> 1)
 
     def _get_buffer(self, numel: int, device: torch.device) -> Tensor:
-        """Return `numel` elements in fp32, in the same memory each time."""
+        """Return an fp32 tensor of `numel` elements, in the same memory each time."""
         if device not in self._buffers or self._buffers[device].numel() < numel:
             self._buffers[device] = torch.empty(max(numel, self.block_numel), device=device)
         return self._buffers[device][:numel]
@@ -217,7 +217,7 @@ class LowRankNoise(Noise):
     """Matrices of low rank, z = UVᵀ/√r for a weight [outputs, inputs], with normal U [outputs, r] and V [inputs, r].
 
     A linear layer adds U(Vᵀx) to its output, so z itself is never computed (https://arxiv.org/abs/2410.07698). Weights
-    that are no matrices have normal noise.
+    that are not matrices have normal noise.
     """
 
     def __init__(self, rank: int = 1) -> None:
@@ -291,7 +291,7 @@ def _update(part: Tensor, residual: Tensor | None, moves: Iterable[tuple[Tensor,
 
 
 def _has_factors(weight: Tensor) -> bool:
-    """Return whether z of this weight has low rank: vectors, viewed as one row, and matrices of one row have not."""
+    """Return whether z of this weight has low rank. That of a vector, or of a matrix of one row, is normal."""
     return weight.dim() == 2 and weight.shape[0] > 1
 
 

@@ -44,7 +44,7 @@ class Perturbed(TorchFunctionMode):
             x, weight, bias = args if len(args) == 3 else (*args, kwargs.get("bias"))
             self.rows_read[id(weight)] = None
             return self.noise.perturbed_linear(self.keys[id(weight)], x, weight, self._perturb(bias), self.scale)
-        if getattr(func, "__name__", "") == "__get__":  # a property: most are no tensors and read no values
+        if getattr(func, "__name__", "") == "__get__":  # an attribute: most, such as shape, need no perturbed weight
             value = func(*args, **kwargs)
             if not isinstance(value, Tensor):
                 return value
@@ -52,23 +52,23 @@ class Perturbed(TorchFunctionMode):
         return func(*args, **{name: self._perturb(value) for name, value in kwargs.items()})
 
     def _perturb(self, value: Any) -> Any:
-        """Return the perturbed weight; any other argument is returned unchanged."""
+        """Return the perturbed value of a weight, and any other value unchanged."""
         if id(value) not in self.keys:
             return value
         self.rows_read[id(value)] = None
         return self.noise.perturb(self.keys[id(value)], value, self.scale)
 
     def _select_rows(self, weight: Tensor, row_indices: Tensor) -> Tensor:
-        """Return the perturbed rows of a weight [rows, width], in the shape of `row_indices` [..., width]."""
-        rows, places = row_indices.unique(return_inverse=True)
+        """Return the perturbed rows [..., width] of a weight [rows, width] for `row_indices` [...]."""
+        rows, inverse = row_indices.unique(return_inverse=True)
         if (rows_read := self.rows_read.setdefault(id(weight), [])) is not None:
             rows_read.append(rows)
         z = self.noise.sample_rows(self.keys[id(weight)], weight, rows)
         z = z.to(torch.promote_types(weight.dtype, torch.float32))
         perturbed: Tensor = (weight[rows] + self.scale * z).to(weight.dtype)
-        return perturbed[places]
+        return perturbed[inverse]
 
 
 def _selects_rows(weight: Tensor, index: Any) -> bool:
-    """Return whether an index selects whole rows of a matrix by their numbers."""
+    """Return whether an index selects whole rows of a matrix by their indices."""
     return weight.dim() == 2 and isinstance(index, Tensor) and index.dtype is torch.long

@@ -15,7 +15,7 @@ from lit_spu.optim.trajectory import Trajectory
 
 
 def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -> dict[str, Any]:
-    """Return all that is needed to replay an optimizer's steps.
+    """Return the header of a trajectory: all that is needed, besides its rows, to replay an optimizer's steps.
 
     Args:
         checkpoint: The method's part of a checkpoint (`Method.checkpoint_dict`).
@@ -36,12 +36,12 @@ def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -
 
 
 def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -> None:
-    """Check that an optimizer that has taken no step would repeat a run.
+    """Check that a replay of a trajectory would compute the weights of its run.
 
     Args:
         trajectory: The run's trajectory.
-        checkpoint: The method's part of a checkpoint.
-        optimizer: Its optimizer.
+        checkpoint: The present method's part of a checkpoint (`Method.checkpoint_dict`).
+        optimizer: The present optimizer, before its first step.
 
     Raises:
         UserError: If the backbone, the initial weights or the noise differ from the run's.
@@ -56,8 +56,8 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
     if any(own[name] != recorded[name] for name in ("method", "groups", "directions", "initial_fingerprint")):
         raise UserError(
             f"{file} starts from other weights than these ({recorded['method']}, fingerprint"
-            f" {recorded['initial_fingerprint']}; here {own['method']}, {own['initial_fingerprint']}): use the run's own"
-            f" settings, and seed {recorded['seed']}."
+            f" {recorded['initial_fingerprint']}; here {own['method']}, {own['initial_fingerprint']}):"
+            f" use the run's own settings, and seed {recorded['seed']}."
         )
     if own["noise"] != recorded["noise"]:
         raise UserError(

@@ -33,7 +33,7 @@ class Trajectory:
         """Read a trajectory from its file or from a run directory. An incomplete last row is ignored.
 
         Raises:
-            UserError: if the file does not exist or is no trajectory.
+            UserError: If the file does not exist or is not a trajectory.
         """
         file = Path(path, NAME) if Path(path).is_dir() else Path(path)
         if not file.is_file():
@@ -54,7 +54,7 @@ class Trajectory:
         """Return the rows of the first `steps` steps, or all rows for None.
 
         Raises:
-            UserError: if the trajectory has fewer steps.
+            UserError: If the trajectory has fewer steps.
         """
         if steps is not None and not 0 <= steps <= len(self.rows):
             raise UserError(f"step={steps}: {self.file} has {len(self.rows):,} steps. Give 0 to {len(self.rows)}.")
@@ -62,7 +62,7 @@ class Trajectory:
 
 
 class Recorder:
-    """Writer of an optimizer's trajectory. The file begins with the steps that the optimizer has taken already."""
+    """Writer of an optimizer's trajectory. The steps that the optimizer has taken before are written first."""
 
     def __init__(self, folder: Path, header: Mapping[str, Any], optimizer: MeZOOptimizer) -> None:
         self.optimizer, self.file, self.num_written = optimizer, folder / NAME, 0

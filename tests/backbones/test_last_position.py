@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,12 @@ ATTACHED: dict[str, Callable[[Backbone], Any]] = {
     "another forward": lambda backbone: override_forward(
         backbone.blocks[-1].get_submodule("output"), lambda forward, *args: forward(*args)
     ),
+    "another forward below a position-wise one": lambda backbone: (
+        override_forward(backbone.blocks[-1].get_submodule("output"), lambda forward, *args: forward(*args)),
+        override_forward(
+            backbone.blocks[-1].get_submodule("output"), position_wise(lambda forward, *args: forward(*args))
+        ),
+    ),
     "a wrapped layer": lambda backbone: setattr(
         backbone.blocks[-1].get_submodule("attention.self"),
         "key",
@@ -129,6 +136,20 @@ def test_a_block_with_anything_attached_runs_at_all_positions(tiny: Tiny, attach
             handle.remove()
     assert widths == [batch["input_ids"].shape[1]]
     torch.testing.assert_close(found[0], expected, atol=1e-12, rtol=0)
+
+
+def test_a_bert_that_is_a_decoder_runs_at_all_positions(tiny: Tiny, tmp_path: Path) -> None:
+    """Its tokens attend to earlier ones only, so each position has a mask of its own."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    folder = tiny("bert")
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    model.config.is_decoder = True
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    backbone = load(str(tmp_path), "prompt", "sst2")
+    batch = encode(backbone)
+    assert last_widths(backbone, lambda: backbone(batch)) == [batch["input_ids"].shape[1]]
 
 
 def test_hidden_states_are_complete_after_a_forward_pass_at_one_position(tiny: Tiny) -> None:

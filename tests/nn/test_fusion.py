@@ -16,7 +16,7 @@ from lit_spu.nn.fusion import Additive, Attention, CrossAttention, Dynamic, Fusi
 
 DEPTH, WIDTH = 3, 4
 ONE, THREE = ({i: list(range(slots)) for i in range(DEPTH)} for slots in (1, 3))  # every rung reads all window
-STACK = Stack(tuple(nn.Identity() for _ in range(DEPTH)), 8, num_heads=2, is_causal=False, attends_to=None)
+STACK = Stack(tuple(nn.Identity() for _ in range(DEPTH)), 8, num_heads=2, is_causal=False)
 ZERO = torch.zeros(2, 5, WIDTH, dtype=torch.float64)
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 

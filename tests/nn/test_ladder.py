@@ -83,7 +83,8 @@ def test_trainable_counts_are_the_published_ones(
 def stand_in(model: Any) -> Any:
     """As much of a backbone as a side network reads of it, without weights."""
     record = RECORDS[model.config.model_type]
-    base_model = record.architecture.stacks_class(model, record)
+    architecture: Any = record.architecture
+    base_model = architecture.stacks_class(model, record)
     return SimpleNamespace(base_model=base_model, stacks=base_model.stacks, width=base_model.output_width)
 
 

@@ -247,13 +247,13 @@ class Words(nn.Module):
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.words, self.middle = nn.Parameter(torch.empty(40, 8, dtype=dtype)), nn.Linear(8, 8, dtype=dtype)
+        self.embedding, self.middle = nn.Parameter(torch.empty(40, 8, dtype=dtype)), nn.Linear(8, 8, dtype=dtype)
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden: Tensor = self.middle(F.embedding(ids, self.words).mean(1))
-        return hidden @ self.words[torch.tensor([1, 2])].T
+        hidden: Tensor = self.middle(F.embedding(ids, self.embedding).mean(1))
+        return hidden @ self.embedding[torch.tensor([1, 2])].T
 
     def loss(self, ids: Tensor) -> Tensor:
         return F.cross_entropy(self(ids).float(), torch.arange(len(ids)) % 2)
@@ -270,10 +270,10 @@ def test_unread_rows_stay_and_read_rows_are_updated(noise: Any, dtype: torch.dty
             optimizer.step(lambda: model.loss(ids))  # noqa: B023
         ends[rows] = model.state_dict()
     read = torch.tensor([1, 2, 3, 5, 7, 30])
-    before = Words(dtype).words
-    assert torch.equal(ends["seen"]["words"][read], ends["all"]["words"][read])
+    before = Words(dtype).embedding
+    assert torch.equal(ends["seen"]["embedding"][read], ends["all"]["embedding"][read])
     assert torch.equal(ends["seen"]["middle.weight"], ends["all"]["middle.weight"])
-    moved = (ends["seen"]["words"] != before).any(1).nonzero().flatten()
+    moved = (ends["seen"]["embedding"] != before).any(1).nonzero().flatten()
     assert torch.equal(moved, read)
 
 
