@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.data import random_texts
-from benchmarks.methods import CONFIGS, FORWARD, FULL, make_forward_pass
+from benchmarks.methods import CONFIGS, FORWARD, FULL, make_forward_pass, make_plain_copy
 from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import interleave
 from lit_spu.methods.base import Method
@@ -41,7 +41,8 @@ def measure_epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, ba
         return build(CONFIGS / f"{config}.yaml", backbone=str(backbone), task=task.name, reduction=8)
 
     full = build_method(FULL)
-    passes = [make_forward_pass(full, batch) for batch in batches]
+    plain = make_plain_copy(full.backbone)
+    passes = [make_forward_pass(plain, batch) for batch in batches]
 
     def forward() -> None:
         for run_forward in passes:

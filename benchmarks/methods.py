@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_spu.backbones import Backbone
 from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
 from lit_spu.methods.base import Method
@@ -153,9 +155,16 @@ def make_published_step(method: Method, batch: Batch, lr: float = 1e-6, epsilon:
     return step
 
 
-def make_forward_pass(method: Method, batch: Batch) -> Callable[[], None]:
-    """Return a function that runs the backbone's forward pass with all blocks, even if the method skips some."""
-    backbone = method.backbone
+def make_plain_copy(backbone: Backbone) -> Backbone:
+    """Return a copy of a backbone that runs transformers' own code, without this library's shortcuts."""
+    plain = copy.deepcopy(backbone)
+    for module in plain.modules():
+        vars(module).pop("forward", None)
+    return plain
+
+
+def make_forward_pass(backbone: Backbone, batch: Batch) -> Callable[[], None]:
+    """Return a function that runs a backbone at all positions, without gradients."""
 
     @torch.no_grad()
     def forward() -> None:
@@ -208,8 +217,9 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
         if device.type != "cpu":
             allocated[name] = (live.entry_bytes - loaded + growth(calls[name], device)) / MIB
     full = methods[FULL]
-    calls[FORWARD] = make_forward_pass(full, batch)
-    with LiveBytes(full) as live:
+    plain = make_plain_copy(full.backbone)
+    calls[FORWARD] = make_forward_pass(plain, batch)
+    with LiveBytes(plain) as live:
         calls[FORWARD]()
     above[FORWARD] = live.above_bytes / MIB
     seconds = interleave(
