@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -12,7 +11,6 @@ from random import Random
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 
 from lit_spu.data import sources, text
@@ -179,8 +177,6 @@ class GLUE(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the tokens from the cache."""
-        # No workers are needed: the rows are already tokenised, and a batch takes a tenth of a millisecond.
-        warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
         for portion in _PORTIONS[stage]:
             self._examples[portion] = self._tokenise(portion)
 

@@ -58,15 +58,15 @@ class Study:
         rows = {name: [f"--config={path}"] for name, path in method_configs(self.configs).items()}
         for name, flags in self.variants.items():
             if not flags or not flags[0].startswith("--config="):
-                raise UserError(f"variants: the flags of {name!r} must start with --config=…, got {flags}.")
+                raise UserError(f"--variants: the flags of {name!r} must start with --config=…, got {flags}.")
             method_configs([flags[0].removeprefix("--config=")])
         rows |= self.variants
         if self.reference not in rows:
-            raise UserError(f"reference: no row is named {self.reference!r}. {did_you_mean(self.reference, rows)}")
+            raise UserError(f"--reference: no row is named {self.reference!r}. {did_you_mean(self.reference, rows)}")
         known = {*rows, *map(short_name, self.tasks), *map(short_name, self.backbones)}
         for name in self.flags_for:
             if name not in known:
-                raise UserError(f"flags_for: no row, task or backbone is named {name!r}. {did_you_mean(name, known)}")
+                raise UserError(f"--flags_for: no row, task or backbone is named {name!r}. {did_you_mean(name, known)}")
         return rows
 
     def cells(self) -> list[Cell]:
@@ -164,7 +164,7 @@ def method_configs(patterns: Sequence[str]) -> dict[str, Path]:
         methods = {file.stem: file for file in files if "class_path" in _read_model_section(file)}
         if not methods:
             problem = f"matches {len(files)} files, but none of them sets a method" if files else "matches no file"
-            raise UserError(f"configs: {pattern!r} {problem}. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
+            raise UserError(f"--configs: {pattern!r} {problem}. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
         found |= methods
     return found
 

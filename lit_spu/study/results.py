@@ -139,12 +139,12 @@ def read_curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
 
 
-def constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
+def score_constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
     """Score every constant answer on the data of each task and backbone.
 
     Returns:
-        The scores by task and backbone, best first. The first one is the majority baseline. A run with one of these
-        scores has collapsed.
+        The scores by task and backbone, best first. The first one is the majority baseline. A run whose score equals
+        one of them has collapsed.
     """
     scores = {}
     for place, group in group_by(records, _task_and_backbone).items():
@@ -203,7 +203,7 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
 
     Args:
         records: Records of finished runs.
-        constant_scores: Scores of the constant answers by task and backbone, from `constants`.
+        constant_scores: Scores of the constant answers by task and backbone, from `score_constants`.
     """
     table = []
     scored = [record for record in records if record["score"] is not None]
