@@ -136,7 +136,6 @@ def _versions() -> dict[str, str]:
 
 
 def _print(title: str, record: dict[str, Any], folder: Path) -> None:
-    """Print the closing table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -199,7 +199,7 @@ def _report(
 
 
 def _normalize(args: Sequence[str], command: Callable[..., None]) -> list[str]:
-    """Return the arguments as the parser expects them: `--seeds 1,2` becomes a list, and `--retry` alone becomes true."""
+    """Return the arguments in the parser's form: `--seeds 1,2` becomes a list, and `--retry` alone becomes true."""
     hints = get_type_hints(command) | (get_type_hints(Study) if command is compare else {})
     lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) in (list, Sequence)}
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}

@@ -46,7 +46,7 @@ EVALUATED = "A run directory (its best checkpoint), a checkpoint file, or a fold
 
 
 class SaveRun(SaveConfigCallback):
-    """Callback that saves the settings of the run, and a line in `launches.jsonl` with its command line and versions."""
+    """Callback that saves the settings of the run, and its command line and versions in `launches.jsonl`."""
 
     def __init__(self, *args: Any, command: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -135,7 +135,7 @@ class SpuCLI(LightningCLI):
         self.config = parser.parse_args(given)
 
     def _parse_ckpt_path(self) -> None:
-        """Compare the settings with those of the checkpoint; Lightning's own method lets the checkpoint win silently."""
+        """Compare the settings with the checkpoint's; in Lightning's own method the checkpoint wins silently."""
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         if not config.ckpt_path:
