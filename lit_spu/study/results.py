@@ -26,6 +26,8 @@ from lit_spu.tasks import Task, load_task
 from lit_spu.tasks.metrics import task_metrics
 
 Record = dict[str, Any]
+"""Results and settings of one finished run, by name."""
+
 T = TypeVar("T")
 K = TypeVar("K")
 
@@ -93,7 +95,7 @@ def make_record(outcome: Outcome) -> Record:
 def read_records(out: Path) -> dict[str, Record]:
     """Read the records in `results.json`, by their command lines.
 
-    Records of runs that do not belong to the present study are included. Older names become the present ones.
+    They include runs that do not belong to the present study. Names of older versions are replaced.
 
     Raises:
         UserError: If the file does not contain results of a study.
@@ -189,12 +191,12 @@ class Row:
 
     @property
     def score(self) -> float:
-        """Return the mean over the seeds."""
+        """Mean over the seeds."""
         return statistics.mean(self.scores)
 
     @property
     def deviation(self) -> float | None:
-        """Return the sample standard deviation over the seeds, or None for a single seed."""
+        """Sample standard deviation over the seeds, or None for a single seed."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 

@@ -94,7 +94,7 @@ class Task:
     label_words: tuple[str, ...]
     cloze: str
     prefix: str
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Metric, ...] = ("accuracy",)
     columns: Mapping[str, str | int] = field(default_factory=dict)
     files: Files | None = None
     score_range: tuple[float, float] | None = None
