@@ -96,6 +96,8 @@ class GLUE(LightningDataModule):
         for name, value in at_least_one.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{name}={value}: a whole number of at least 1 is needed.")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers}: a whole number of at least 0 is needed.")
         self.task = load_task(task)
         self.source = source
         self.batch_size = batch_size
