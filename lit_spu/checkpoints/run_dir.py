@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from lit_spu.checkpoints import trained_weights
 from lit_spu.errors import UserError, did_you_mean
+from lit_spu.version import __version__
 
 PATTERN = "runs/{task}/{method}/{seed}/{time}"
 """The default run directory."""
@@ -107,7 +108,7 @@ def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_launch(args: Sequence[str]) -> dict[str, object]:
     """Return a launch's time, command line, package versions and git revision, which are needed to repeat it."""
-    packages = ("lit-spu", "torch", "lightning", "transformers", "datasets", "jsonargparse")
+    packages = ("torch", "lightning", "transformers", "datasets", "jsonargparse")
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         capture_output=True,
@@ -120,5 +121,6 @@ def describe_launch(args: Sequence[str]) -> dict[str, object]:
         "git": git.stdout.strip() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "lit-spu": __version__,
         **{package: version(package) for package in packages},
     }
