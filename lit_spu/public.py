@@ -37,7 +37,7 @@ def find_public(name: str) -> Any:
         from lit_spu.export import load
 
         return getattr(load, name)
-    if not name[:1].isupper():  # not a class, so nothing needs importing to know that it is unknown
+    if not name[:1].isupper():  # no class has such a name, so skip the slow imports
         raise AttributeError(f"module 'lit_spu' has no attribute {name!r}")
     for cls in public_classes():
         if cls.__name__ == name:

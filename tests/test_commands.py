@@ -35,6 +35,12 @@ def run_refused(args: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("estimate --batch_size 0 --configs {configs}/lst.yaml", ["--batch_size=0", "1 or more"]),
         ("estimate --batch_size many", ["--batch_size", "'many'", "int"]),
         ("estimate --configs {configs}/lst.yaml --backbone mini-brt", ["mini-brt", "Did you mean mini-bert?"]),
+        ("estimate --config {configs}/lst.yaml", ["lst.yaml", "--configs"]),
+        ("estimate --configs {configs}/lst.yaml --budget=-1", ["--budget=-1", "above 0"]),
+        (
+            'estimate --configs {configs}/lst.yaml --settings={{"redution":4}}',
+            ["'redution'", "Did you mean reduction?"],
+        ),
         ("estimate --configs {configs}/lst.yaml --length 500", ["length=500", "160"]),
         ("estimate --configs {configs}/lst.yaml --task sst", ["'sst'", "Did you mean sst5?"]),
         ("compare", ["configs"]),

@@ -207,7 +207,7 @@ def test_weights_of_another_backbone_and_broken_files_are_refused(
 @pytest.mark.parametrize("make", [SideLoRA, KLadder, BitFit])
 def test_peft_export_of_other_methods_is_refused(tiny: Tiny, tmp_path: Path, make: Callable[..., Method]) -> None:
     own = {"reduction": 2} if make is KLadder else {}
-    with pytest.raises(UserError, match=f"peft library has no form of {make.__name__}"):
+    with pytest.raises(UserError, match=f"peft library cannot represent {make.__name__}"):
         writers.write_peft(make(backbone=tiny("bert"), **own), tmp_path / "out")
 
 

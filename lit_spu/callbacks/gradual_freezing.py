@@ -36,9 +36,9 @@ class GradualFreezing(Callback):
         unit: Unit of `every`.
         keep: Number of top layers that always train.
         thaw: Begin with only the top `keep` layers trainable, and unfreeze the next lower layer each time.
-        settled: Freeze by gradients instead, at the end of each interval: freeze the lowest layers, up to the first
-            whose mean gradient norm has changed too much since the interval before. Too much is a relative change above
-            this quantile of the changes of all trainable layers (AutoFreeze uses 0.5).
+        settled: Freeze by gradients instead (AutoFreeze, with 0.5). At the end of each interval, the relative change of
+            each layer's gradient norm since the last interval is computed. The lowest layers freeze, up to the first
+            with a change above this quantile of the changes of all trainable layers.
 
     Raises:
         UserError: if a number is out of range, or, before training, if there is nothing to freeze, if the method does
@@ -53,11 +53,12 @@ class GradualFreezing(Callback):
         thaw: bool = False,
         settled: float | None = None,
     ) -> None:
-        if every < 1 or keep < 0 or not 0 < (0.5 if settled is None else settled) <= 1:
-            raise UserError(
-                f"GradualFreezing: every={every} must be at least 1, keep={keep} at least 0, and settled={settled}"
-                " above 0 and at most 1."
-            )
+        if every < 1:
+            raise UserError(f"GradualFreezing: every={every} must be at least 1.")
+        if keep < 0:
+            raise UserError(f"GradualFreezing: keep={keep} must be at least 0.")
+        if settled is not None and not 0 < settled <= 1:
+            raise UserError(f"GradualFreezing: settled={settled} must be above 0 and at most 1.")
         if thaw and settled is not None:
             raise UserError(
                 f"GradualFreezing: thaw=true unfreezes layers, and settled={settled} freezes them. Set one of them."

@@ -22,8 +22,8 @@ class Latency(Callback):
 
     An accelerator is synchronised once per batch.
 
-    - `latency/step_ms`: one optimizer step, including the forward and backward passes of all its batches, excluding the
-      wait for data and validation.
+    - `latency/step_ms`: one optimizer step with the forward and backward passes of all its batches, without the time
+      for loading data and for validation.
     - `latency/forward_ms`: one call of the module in training (MeZO calls it twice per step).
     - `latency/inference_ms`: one call of the module in validation, test and prediction.
     - `latency/forward/<module>_ms`, `latency/inference/<module>_ms`: one call of a submodule.
@@ -32,7 +32,7 @@ class Latency(Callback):
     counts the passes of training, `passes/forward` and `passes/backward`, including the warm-up.
 
     Args:
-        warmup: Number of steps, and of calls of each kind, that are dropped at the beginning.
+        warmup: Number of first steps, and of first calls of each kind, that are not counted.
         modules: Names of submodules to time as well, as in `named_modules()`; the wildcards `*` and `?` are allowed
             (`backbone`, `backbone.*.layer.0`).
 
@@ -71,7 +71,9 @@ class Latency(Callback):
         modules = dict(pl_module.named_modules())
         for pattern in self.modules:
             if not any(fnmatchcase(name, pattern) for name in modules if name):
-                raise UserError(f"Latency: no module is named {pattern!r} (modules). {_hint(pattern, modules)}")
+                # suggest modules that are nested no deeper than the given name
+                names = [name for name in modules if name and name.count(".") <= pattern.count(".")]
+                raise UserError(f"Latency: modules: no module is named {pattern!r}. {did_you_mean(pattern, names)}")
         self._timers = {
             name: _CallTimer(module, self._clock.now)
             for name, module in modules.items()
@@ -181,7 +183,7 @@ class _CallTimer:
     def __init__(self, module: nn.Module, now: Callable[[], Instant]) -> None:
         self.was_called = False
         self._now = now
-        self._running: list[Instant | None] = []  # one entry a nested call; None for a call with another one inside
+        self._running: list[Instant | None] = []  # start of each nested call; None if another call ran inside it
         self._finished: list[tuple[Instant, Instant]] = []
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before_call),
@@ -206,9 +208,3 @@ class _CallTimer:
     def remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def _hint(pattern: str, modules: dict[str, nn.Module]) -> str:
-    """Suggest module names for a pattern that matches none, among those that are nested no deeper."""
-    candidates = [name for name in modules if name and name.count(".") <= pattern.count(".")]
-    return did_you_mean(pattern, candidates)

@@ -32,11 +32,11 @@ class Memory(Callback):
     - `memory/mean_mib`: the mean of the steps' peaks so far.
     - `memory/inference_peak_mib`: the peak of a validation, test or predict epoch.
 
-    Live bytes are exact and repeatable on every device: only tensors, counted at every operator. Counting slows a step
-    down, so only some steps are counted: the first two, which `Latency` drops as warm-up; a batch with more numbers
-    than all before it; and a step after the set of trainable parameters or the optimizer state has changed. The largest
-    batch of a run is therefore always counted. A batch that leaves most of the usual gradients out does not count as
-    the largest. The kinds below are those at the peak, and add up to it.
+    Live bytes are the bytes of tensors alone, counted at every operator, so they are exact and repeatable on every
+    device. Counting slows a step down, so only some steps are counted: the first two, which `Latency` drops as warm-up;
+    a batch with more elements than all before it; and a step after the set of trainable parameters or the optimizer
+    state has changed. The largest batch of a run is therefore always counted. A batch with less than half of the usual
+    gradients does not count as the largest. The kinds below are those at the peak, and add up to it.
 
     - `memory/live_peak_mib`, `memory/live_mean_mib`: the peak, and the mean over the operators.
     - `memory/weights_mib`, `memory/gradients_mib`, `memory/optimizer_mib`, `memory/activations_mib` (what autograd
@@ -90,7 +90,7 @@ class Memory(Callback):
             self._live_bytes = LiveBytes(pl_module, trainer.optimizers).__enter__()
 
     def _must_count(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
-        """Note the size of the batch and what trains in it; return whether its live bytes must be counted."""
+        """Record the size of the batch and what trains in it; return whether to count its live bytes."""
         self._batch_numel = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         num_trainable = sum(p.requires_grad for p in pl_module.parameters())
         num_optimizer_states = sum(len(optimizer.state) for optimizer in trainer.optimizers)

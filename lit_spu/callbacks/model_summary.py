@@ -18,7 +18,7 @@ class TrainableParameters(ModelSummary):
 
     It replaces Lightning's own model summary. If the module has a `backbone` with `blocks`, the parts are the
     embeddings, the blocks (including adapters inside them), the head (everything else in the backbone) and the module's
-    other children, for example a side network. The parts of any other module are its children.
+    other children, such as a side network. The parts of any other module are its children.
 
     Attributes:
         summary: `params/trainable` and `params/total`.
@@ -75,7 +75,6 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _print(parts: dict[str, list[nn.Parameter]]) -> None:
-    """Print one row for each part."""
     from rich.console import Console
     from rich.table import Table
 

@@ -37,7 +37,7 @@ class Policy:
         return True
 
     def bypassed_blocks(self, step: int, num_blocks: int) -> frozenset[int]:
-        """Return the numbers of the blocks, out of `num_blocks`, that the backward pass bypasses; 0 is the lowest."""
+        """Return the numbers of the blocks that the backward pass bypasses; 0 is the lowest of `num_blocks`."""
         return frozenset()
 
     def after_forward(self, logits: Tensor, batch: Batch) -> bool:

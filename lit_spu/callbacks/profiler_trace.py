@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,6 @@ class ProfilerTrace(Callback):
             self._traces.append(path)
             rank_zero_info(f"Trace of {num_recorded} steps: {path} (open it at {VIEWER})")
 
-        # harmless: when a cycle clears the events of the one before, these are already in a file
-        warnings.filterwarnings("ignore", message="Warning: Profiler clears events", category=UserWarning)
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])],
             schedule=self._schedule,

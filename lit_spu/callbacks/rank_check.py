@@ -10,13 +10,13 @@ from lit_spu.checkpoints.fingerprint import checksum
 
 
 class RankCheck(Callback):
-    """Compare the weights that a method perturbs between the ranks.
+    """Callback that compares the weights that a method perturbs between the ranks.
 
     Args:
-        every: Steps between two checks.
+        every: Number of steps between two checks.
 
     Raises:
-        RuntimeError: In training, if the weights differ.
+        RuntimeError: during training, if the weights differ.
     """
 
     def __init__(self, every: int = 100) -> None:

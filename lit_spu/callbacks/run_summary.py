@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_spu.callbacks.output import run_directory
+from lit_spu.version import __version__
 
-PACKAGES = ("lit-spu", "torch", "lightning", "transformers")
+PACKAGES = ("torch", "lightning", "transformers")
 
 TABLE = (
     "memory/peak_mib",
@@ -102,7 +103,11 @@ class RunSummary(Callback):
             "wall_seconds": time.perf_counter() - self._start_time,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
             "devices": trainer.world_size,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {
+                "python": platform.python_version(),
+                "lit-spu": __version__,
+                **{package: version(package) for package in PACKAGES},
+            },
         }
 
 
@@ -124,19 +129,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _versions() -> dict[str, str]:
-    """Return the version of each installed package."""
-    versions: dict[str, str] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # not installed, or imported from its source folder
-            continue
-    return versions
-
-
 def _print(title: str, record: dict[str, Any], folder: Path) -> None:
-    """Print the closing table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -38,8 +38,8 @@ class SelectiveUpdate(Callback):
     Args:
         policy: The policy with its settings: a class of `lit_spu.callbacks.policies`.
         otherwise: What to do in a step that is not full: skip it, or update the biases alone.
-        depth: Lowest block whose biases are updated (0 is the lowest block); the head's biases always are. Nothing
-            below this block is stored for the backward pass.
+        depth: Number of the lowest block whose biases are updated; 0 is the lowest block of the backbone. The head's
+            biases are always updated. Nothing below this block is stored for the backward pass.
 
     Raises:
         UserError: if `depth` is negative, or, before training, if the method has no automatic optimization, no

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from lit_spu.callbacks.output import run_directory
 from lit_spu.optim.replay import trajectory_header
 from lit_spu.optim.trajectory import Recorder
 
 
 class TrajectoryRecorder(Callback):
-    """Write `trajectory.mezo` into the run directory, unless the Trainer has neither a logger nor checkpoints."""
+    """Callback that writes `trajectory.mezo` into the run directory.
+
+    It writes nothing if the Trainer has neither a logger nor checkpoints.
+    """
 
     def __init__(self) -> None:
         self._recorder: Recorder | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning broadcasts it
+        folder = run_directory(trainer)
         writes_files = trainer.loggers or trainer.checkpoint_callbacks
         self._recorder = None
         if writes_files and trainer.is_global_zero:

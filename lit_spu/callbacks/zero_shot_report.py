@@ -1,4 +1,4 @@
-"""Report of the score before training, beside that of constant answers."""
+"""Report of the score before training, compared with that of constant answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lit_spu.tasks.metrics import task_metrics
 
 
 class ZeroShotReport(Callback):
-    """Log `zero_shot/<metric>` of the sanity check before training, and warn if it is at chance.
+    """Callback that logs `zero_shot/<metric>` of the sanity check before training, and warns if it is at chance.
 
     It needs a sanity check of the whole validation set (`trainer.num_sanity_val_steps: -1`). Chance is the best score
-    of a constant answer, and a score within two standard errors of it counts as chance.
+    of a constant answer. A score below chance + 1/√n, for n validation examples, counts as chance: 1/√n is at least two
+    standard errors of an accuracy.
     """
 
     def __init__(self) -> None:
@@ -56,8 +57,8 @@ class ZeroShotReport(Callback):
             rank_zero_info(text)
         else:
             rank_zero_warn(
-                f"{text} MeZO needs a prompt that the model can answer before training, and this one it cannot: is the"
-                " language-model head a trained one, and does the template fit the task?"
+                f"{text} MeZO needs a prompt that the model can answer before training. Check that the language-model"
+                " head is pretrained, and that data.template fits the task."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -26,8 +26,9 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
 def checksum(tensors: Iterable[Tensor]) -> Tensor:
     """Return an int64 checksum of all bits of some tensors, a scalar on their device.
 
-    It is the sum over all tensors of their elements' bits, each tensor times its own odd number.
+    Each element's bits count as an integer. The checksum is a weighted sum of the tensors' sums, with the weights 1, 3,
+    5 and so on.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [tensor.detach().contiguous().view(bits[tensor.element_size()]).sum() for tensor in tensors]
-    return sum(((2 * place + 1) * one for place, one in enumerate(sums)), torch.zeros_like(sums[0]))
+    return sum(((2 * number + 1) * total for number, total in enumerate(sums)), torch.zeros_like(sums[0]))

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from lit_spu.checkpoints import trained_weights
 from lit_spu.errors import UserError, did_you_mean
+from lit_spu.version import __version__
 
 PATTERN = "runs/{task}/{method}/{seed}/{time}"
 """The default run directory."""
@@ -67,7 +68,9 @@ def find_checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
             return file
     is_run = (path / "config.yaml").exists()
     problem = "is a run without a checkpoint" if is_run else "is no checkpoint and no run directory"
-    raise UserError(f"--ckpt_path: {path} {problem}. Give a file, or a run directory that has checkpoints/last.ckpt.")
+    raise UserError(
+        f"--ckpt_path: {path} {problem}. Give a checkpoint file, or a run directory that has checkpoints/last.ckpt."
+    )
 
 
 def saved_config(file: Path) -> dict[str, Any]:
@@ -87,7 +90,9 @@ def saved_config(file: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a file of another format
-        raise UserError(f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu.") from error
+        raise UserError(
+            f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu. Give a run directory or its best.ckpt."
+        ) from error
 
 
 def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,8 +107,8 @@ def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_launch(args: Sequence[str]) -> dict[str, object]:
-    """Return the facts that are needed to run the same again: command line, package versions and git revision."""
-    packages = ("lit-spu", "torch", "lightning", "transformers", "datasets", "jsonargparse")
+    """Return a launch's time, command line, package versions and git revision, which are needed to repeat it."""
+    packages = ("torch", "lightning", "transformers", "datasets", "jsonargparse")
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         capture_output=True,
@@ -116,5 +121,6 @@ def describe_launch(args: Sequence[str]) -> dict[str, object]:
         "git": git.stdout.strip() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "lit-spu": __version__,
         **{package: version(package) for package in packages},
     }

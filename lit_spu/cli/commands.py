@@ -26,10 +26,18 @@ from lit_spu.export.writers import export, replay
 from lit_spu.measure import MIB, Kind
 from lit_spu.study import report
 from lit_spu.study.columns import BRIEF, COLUMNS
-from lit_spu.study.compare import Forecast, Outcome, Runner, known
+from lit_spu.study.compare import Forecast, Outcome, Runner, read_outcome
 from lit_spu.study.estimate import Estimate, estimates
 from lit_spu.study.grid import Cell, Study, method_configs
-from lit_spu.study.results import Record, constants, find_unfair_differences, make_record, read_records, rows, write
+from lit_spu.study.results import (
+    Record,
+    find_unfair_differences,
+    make_record,
+    read_records,
+    rows,
+    score_constants,
+    write,
+)
 
 
 def estimate(
@@ -53,11 +61,13 @@ def estimate(
         settings: Settings that replace those of the configs in the methods that have them, as {reduction: 8}.
 
     Raises:
-        UserError: if a number is below 1, or no config file matches.
+        UserError: if a number is too small, no config file matches, or no method has one of the settings.
     """
     for name, value in (("batch_size", batch_size), ("length", length)):
         if value < 1:
             raise UserError(f"--{name}={value}: give 1 or more.")
+    if budget is not None and budget <= 0:
+        raise UserError(f"--budget={budget}: give a number of GiB above 0.")
     budget_bytes = None if budget is None else int(budget * 2**30)
     found, refused = estimates(method_configs(configs), backbone, task, batch_size, length, budget_bytes, settings)
     title = f"MiB of live tensors at the peak of a training step: {backbone}, {batch_size} texts of {length} tokens"
@@ -72,13 +82,13 @@ def estimate(
 
 
 def _estimate_table(title: str, found: Sequence[Estimate], with_budget: bool) -> Table:
-    """Return a table with a row per method: trained parameters, peak, and the parts of the peak."""
+    """Return a table with a row per method: trained parameters, peak, and the parts of the peak in MiB."""
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     kinds = {
         Kind.WEIGHTS: "weights",
         Kind.GRADIENTS: "grads",
         Kind.OPTIMIZER: "optim",
-        Kind.ACTIVATIONS: "saved",
+        Kind.ACTIVATIONS: "activa-\ntions",
         Kind.REST: "rest",
     }
     table.add_column("method", no_wrap=True)
@@ -92,20 +102,20 @@ def _estimate_table(title: str, found: Sequence[Estimate], with_budget: bool) ->
 
 
 def _mib(count: int) -> str:
-    """Return bytes in MiB, with one decimal if they are few."""
+    """Format bytes in MiB, with one decimal if they are few."""
     return f"{count / MIB:,.{0 if count >= 100 * MIB else 1}f}"
 
 
 def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run: bool = False) -> None:
     """Run methods x tasks x backbones x seeds, each in its own process, and report their costs and scores.
 
-    Finished runs are not repeated: the same command continues a study that was interrupted or extended, even if only
-    results.json is left of its directory.
+    Finished runs are not repeated, so the same command continues a study that was interrupted or extended. It needs
+    only the study's results.json, not the run directories.
 
     Args:
         study: Methods, tasks, backbones and seeds to compare.
         out: Directory of the results (default: runs/compare/ and the name of the config file).
-        jobs: Parallel runs, which share the cores. Times are comparable only between runs with the same number.
+        jobs: Number of runs at the same time, which share the cores. Compare times only between runs with equal jobs.
         retry: Repeat the runs that failed.
         dry_run: Only list the runs.
 
@@ -121,7 +131,7 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
     if find_spec("matplotlib") is None:
         raise UserError("The report needs matplotlib: pip install 'lit-spu[report]'.")
     folder, console = Path(out), Console()
-    earlier = [outcome for cell in cells if (outcome := known(cell, folder))]
+    earlier = [outcome for cell in cells if (outcome := read_outcome(cell, folder))]
     outcomes = {outcome.cell: outcome for outcome in earlier if outcome.done or not retry}
     saved = read_records(folder)  # their directories may be gone
     records = {cell: saved[cell.command] for cell in cells if cell.command in saved and cell not in outcomes}
@@ -142,11 +152,7 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
 def _run(
     remaining: Sequence[Cell], runner: Runner, forecast: Forecast, outcomes: dict[Cell, Outcome], console: Console
 ) -> bool:
-    """Run the remaining cells, add their outcomes, and show the progress.
-
-    Returns:
-        False if the study was interrupted.
-    """
+    """Run the remaining cells, add their outcomes, and show the progress; return False if interrupted."""
     waiting = list(remaining)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
@@ -157,7 +163,7 @@ def _run(
                 outcomes[outcome.cell] = outcome
                 waiting.remove(outcome.cell)
                 forecast.add(outcome)
-                # a backbone without a pretrained head has no zero-shot score, which the report explains
+                # short, because the report explains why a backbone without a pretrained head has no zero-shot score
                 problem = shorten(outcome.problem, 100) if outcome.cell.optional else outcome.problem
                 result = f"{outcome.seconds:.0f} s" if outcome.done else f"no result: {problem}"
                 progress.console.print(f"{outcome.cell}: {result}", highlight=False, soft_wrap=True)
@@ -173,7 +179,7 @@ def _report(
     """Write the results so far, and print a table per task and backbone."""
     if not records:
         return
-    found = rows(records, constants(records))
+    found = rows(records, score_constants(records))
     differences = find_unfair_differences(records)
     write(records, found, folder)
     page = report.write(study, found, records, failures, differences, folder)
@@ -188,12 +194,12 @@ def _report(
             table.add_row(name, report.score(row), *(report.number(row.costs.get(column)) for column in shown))
         console.print(table)
     for line in differences:
-        console.print(f"Unequal settings, so not a fair comparison: {line}", highlight=False, soft_wrap=True)
+        console.print(f"Not a fair comparison, because settings differ: {line}", highlight=False, soft_wrap=True)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 
 def _normalize(args: Sequence[str], command: Callable[..., None]) -> list[str]:
-    """Return the arguments as the parser expects them: `--seeds 1,2` as a list, and `--retry` alone as true."""
+    """Return the arguments in the parser's form: `--seeds 1,2` becomes a list, and `--retry` alone becomes true."""
     hints = get_type_hints(command) | (get_type_hints(Study) if command is compare else {})
     lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) in (list, Sequence)}
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
@@ -232,7 +238,6 @@ def run(args: Sequence[str]) -> None:
 
 
 def _parser(name: str, command: Callable[..., None]) -> Parser:
-    """Return the parser of a subcommand."""
     parser = Parser(prog=f"lit-spu {name}", description=COMMANDS[name])
     if command is not doctor:
         parser.add_argument("-c", "--config", action="config", help="A YAML file of these settings.")

@@ -19,10 +19,10 @@ from packaging.requirements import Requirement
 from lit_spu.measure import cores
 
 KNOWN_BAD = {
-    ("lightning", version): "a malicious upload (GHSA-w37p-236h-pfx3): remove it, and change your passwords"
-    for version in ("2.6.2", "2.6.3")
+    ("lightning", release): "a malicious upload (GHSA-w37p-236h-pfx3): remove it, and change your passwords"
+    for release in ("2.6.2", "2.6.3")
 }
-"""Versions that install and must not be used."""
+"""Versions that can be installed and must not be used, with the reason."""
 
 DEVELOPMENT = "test"
 """The optional dependencies that are reported only if they are too old."""
@@ -70,7 +70,7 @@ def _pinned(requirement: Requirement) -> str:
 
 
 def _check_package(requirement: Requirement, extra: str | None, tested: str | None) -> Iterator[Finding]:
-    """Check one package; `tested` is the version that the tests ran with, for the packages with an upper bound."""
+    """Check one package; `tested` is the version that the tests ran with, if it is declared."""
     name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
     try:
         found = version(name)
@@ -159,7 +159,7 @@ def doctor() -> None:
 
 
 def _print_findings(findings: Iterator[Finding]) -> Sequence[Finding]:
-    """Print each finding as soon as it is there, and return all."""
+    """Print each finding as soon as its check is done, and return all."""
     from rich.console import Console
     from rich.markup import escape
 

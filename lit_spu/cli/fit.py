@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -39,8 +40,13 @@ DEFAULTS = Path(__file__).with_name("defaults.yaml")
 """The settings below every config file and flag. In the package, so that they are found from any directory."""
 
 
+RESUMED = "A run directory, to resume that run, or a checkpoint file, to continue from it in a new run directory."
+EVALUATED = "A run directory (its best checkpoint), a checkpoint file, or a folder that `lit-spu export` wrote."
+"""Help of `--ckpt_path`. Lightning's own help names keywords that this command line does not have."""
+
+
 class SaveRun(SaveConfigCallback):
-    """Saves the settings of the run, and a line in `launches.jsonl` with its command line and versions."""
+    """Callback that saves the settings of the run, and its command line and versions in `launches.jsonl`."""
 
     def __init__(self, *args: Any, command: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,10 +59,10 @@ class SaveRun(SaveConfigCallback):
 
 
 class SpuCLI(LightningCLI):
-    """fit, validate, test and predict for every method on every task.
+    """LightningCLI with fit, validate, test and predict for every method on every task.
 
-    Settings, later ones win: defaults.yaml; those of the checkpoint of `--ckpt_path`; config files; flags.
-    The task is given once, as `data.task`, and linked to the model.
+    Settings come from defaults.yaml, the checkpoint of `--ckpt_path`, config files and flags; later ones override
+    earlier ones. The task is given once, as `data.task`, and linked to the model.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -91,6 +97,8 @@ class SpuCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})  # a checkpoint is data: it must not be able to run code
+        ckpt_path = next(action for action in parser._actions if action.dest == "ckpt_path")
+        ckpt_path.help = RESUMED if subcommand == "fit" else EVALUATED
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # RunSummary prints the same
         if subcommand == "predict":
@@ -103,11 +111,7 @@ class SpuCLI(LightningCLI):
         return parser
 
     def _link_task(self, task: Any, model: Namespace | None) -> Any:
-        """Return the task of the data, for the model.
-
-        Raises:
-            UserError: if the model is given another task.
-        """
+        """Return the task of the data, for the model; raise a UserError if the model is given another task."""
         if model is None:
             return task
         # a flag or a file may repeat the default, which the parsed settings do not distinguish from nothing given
@@ -121,7 +125,7 @@ class SpuCLI(LightningCLI):
         return task
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with the settings of a checkpoint below those of files and flags."""
+        """Parse the arguments. Files and flags override the settings of a checkpoint."""
         given = list(self.args)
         if self.flags.ckpt_path not in (None, "null"):
             subcommand = next((arg for arg in given if arg in RUNS), "fit")
@@ -131,11 +135,7 @@ class SpuCLI(LightningCLI):
         self.config = parser.parse_args(given)
 
     def _parse_ckpt_path(self) -> None:
-        """Compare the settings with those of the checkpoint. Lightning's own method lets the checkpoint win silently.
-
-        Raises:
-            UserError: if the checkpoint is of another method, or a run is resumed with other settings.
-        """
+        """Compare the settings with the checkpoint's; in Lightning's own method the checkpoint wins silently."""
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         if not config.ckpt_path:
@@ -159,11 +159,7 @@ class SpuCLI(LightningCLI):
             method.check_trainer(vars(self._get(self.config, "trainer")))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return a trainer that writes into the run directory alone; with `--data.text`, one that writes nothing.
-
-        Raises:
-            UserError: if the trainer refuses its settings.
-        """
+        """Return a trainer that writes into the run directory alone; with `--data.text`, one that writes nothing."""
         if self._get(self.config, "data").text is None:
             kwargs.update(self._trainer_of_run())
         else:
@@ -172,7 +168,7 @@ class SpuCLI(LightningCLI):
             kwargs.update(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
 
     def _trainer_of_run(self) -> dict[str, Any]:
@@ -221,7 +217,7 @@ class SpuCLI(LightningCLI):
                 "best",
                 self.model.task.monitor,
                 mode="max",
-                save_on_train_epoch_end=False,  # but after validation: a resumed epoch may end without its metrics
+                save_on_train_epoch_end=False,  # but after validation, because a resumed epoch may end without metrics
                 enable_version_counter=False,
             ),
             LastCheckpoint(folder),
@@ -230,16 +226,12 @@ class SpuCLI(LightningCLI):
         ]
 
     def _output_files(self) -> list[Path]:
-        """Return the files that predictions are written to.
-
-        Raises:
-            UserError: if the given file has another ending.
-        """
+        """Return the files that predictions are written to."""
         output = self._get(self.config, "output")
         if output is None:
             return [self.run_dir / "predictions.jsonl", self.run_dir / "predictions.tsv"] if self.run_dir else []
         if Path(output).suffix not in (".jsonl", ".tsv"):
-            raise UserError(f"--output: {output!r} ends in neither .jsonl nor .tsv.")
+            raise UserError(f"--output: {output!r} ends in neither .jsonl nor .tsv. Give a name with one of these.")
         return [Path(output)]
 
     def _run_subcommand(self, subcommand: str) -> None:

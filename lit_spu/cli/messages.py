@@ -27,16 +27,18 @@ def explain(message: str, args: Sequence[str] = (), flags: Collection[str] = ())
         args: The arguments that were parsed.
         flags: The flags that exist.
     """
+    if found := re.search(r"File does not exist: (.*)", message):
+        return f"--config: {found[1]} does not exist. Give a YAML file, such as configs/kladder.yaml."
     if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
         return f"{_flag_or_files(found[1], args)}: {_explain_value(found[2])}"
     if found := re.match(r"Option '(.+?)' is not accepted", message):
-        return _explain_setting(found[1], args)
+        return _explain_setting(found[1], args, flags)
     if found := re.match(r"unrecognized arguments: (\w[^\s=]*)", message):
-        return f"{found[1]!r} belongs to no flag."
+        return f"{found[1]!r} belongs to no flag. Write --flag=value; --help lists the flags."
     if found := re.match(
         r"(?:unrecognized arguments:|Subcommand '\w+' does not accept option) '?-*([^\s=']+)", message
     ):
-        hint = _closest(f"--{found[1]}", flags)
+        hint = _closest(f"--{found[1]}", {*flags, *_method_flags()} if "--model" in flags else flags)
         return f"{_flag_or_files(found[1], args)} does not exist.{hint} --help lists the flags."
     if found := re.match(r"argument subcommand: invalid choice: '(.+?)' \(choose from (.+)\)", message):
         allowed = {*re.findall("[a-z]+", found[2]), *COMMANDS}
@@ -47,15 +49,24 @@ def explain(message: str, args: Sequence[str] = (), flags: Collection[str] = ())
         methods = ", ".join(sorted(cls.__name__ for cls in concrete_subclasses(Method)))
         advice = "name a method, give a config file of one with --config, or a trained one with --ckpt_path"
         return f"--model is missing: {advice}.\nAllowed: {methods}."
-    files = _config_files(args) if "config" in message else ""
+    if found := re.match(r"the following arguments are required: (\w+)", message):
+        return f"--{found[1]} is missing. --help describes it."
+    files = _config_files(args) if re.search("config|in keys", message) else ""
     return f"{files}{': ' if files else ''}{' '.join(message.split())}"
 
 
-def _explain_setting(name: str, args: Sequence[str]) -> str:
-    """Explain that a class has no setting of this name."""
+def _method_flags() -> set[str]:
+    """Return the flags of all methods, which the parser only knows once a method is chosen."""
+    return {f"--model.{name}" for cls in concrete_subclasses(Method) for name in settings(cls)}
+
+
+def _explain_setting(name: str, args: Sequence[str], flags: Collection[str]) -> str:
+    """Explain that a class or a subcommand has no setting of this name."""
+    flag = _flag_or_files(name, args)
+    if "--configs" in flags:
+        return f"{flag} is not a setting of this subcommand. Config files of methods belong to --configs."
     classes = [*concrete_subclasses(Method), *concrete_subclasses(Callback)]
     owners = {setting: cls for cls in classes for setting in settings(cls)}
-    flag = _flag_or_files(name, args)
     if name in owners:
         return f"{flag} is not a setting of this class, but of {owners[name].__name__}."
     return f"{flag} is not a setting of this class.{_closest(name, owners)} --model.help METHOD lists them."
@@ -101,10 +112,10 @@ def _closest(given: str, allowed: Collection[str]) -> str:
 def _flag_or_files(key: str, args: Sequence[str]) -> str:
     """Return the flag that set a key, else the key with the config files that may have set it.
 
-    Inside of a class, jsonargparse drops the first parts of the key.
+    In errors about the settings of a class, the key lacks its first parts.
     """
-    words = _split_flags(args)
-    flag = next((word for word in words if word.startswith("--") and word.endswith((f".{key}", f"--{key}"))), None)
+    given = [word.removesuffix("+") for word in _split_flags(args) if word.startswith("--")]
+    flag = next((word for word in given if word.endswith((f".{key}", f"--{key}"))), None)
     files = _config_files(args)
     return flag or (f"{key} (in {files})" if files else f"--{key}")
 

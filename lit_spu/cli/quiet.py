@@ -30,6 +30,10 @@ def hide_expected_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         # SelectiveUpdate skips steps on purpose
         warnings.filterwarnings("ignore", message="`training_step` returned `None`")
+        # GLUE tokenises in advance: a batch takes a tenth of a millisecond, so no workers are needed
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        # ProfilerTrace writes the events of a cycle into a file before the next cycle clears them
+        warnings.filterwarnings("ignore", message="Warning: Profiler clears events")
         # a resumed run continues in its own directory, where its earlier metrics have been renamed
         warnings.filterwarnings("ignore", message="(Experiment logs|Checkpoint) directory .* exists and is not empty")
         try:

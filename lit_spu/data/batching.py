@@ -66,19 +66,19 @@ class BucketSampler(DistributedSampler[list[int]]):
     For training (`shuffle`), each epoch shuffles the examples, sorts them by length within buckets of 50 global
     batches, and cuts them into global batches in random order. A global batch has `batch_size` examples for each
     device, and each device takes its share of it. Two devices with 16 examples each therefore train on the same
-    global batches as one device with 32. If the last batch does not divide by the number of devices, it loses the
-    remaining examples.
+    global batches as one device with 32. If the size of the last batch is not a multiple of the number of devices,
+    its remaining examples are dropped.
 
-    For evaluation, the longest examples come first, so that a lack of memory shows at once. Every example comes once
-    over all devices. All devices have the same number of batches, because they synchronise at each one.
+    For evaluation, the longest examples come first, so that a lack of memory shows at once. Each example is on one
+    device. All devices have the same number of batches, because they synchronise at each one.
 
     The class is a DistributedSampler so that Lightning sets its epoch and does not replace it.
 
     Args:
         lengths: Number of tokens of each example.
         batch_size: Examples of a batch on one device.
-        shuffle: Whether the batches are for training.
-        same_batches: Whether every epoch has the batches of the first one, in a new order.
+        shuffle: Make batches for training.
+        same_batches: Use the batches of the first epoch in every epoch, in a new order.
         num_replicas: Number of devices.
         rank: Index of this device.
         seed: Random seed; it decides the shuffle together with the epoch.
@@ -148,8 +148,8 @@ class Loader(DataLoader[Batch]):
     """DataLoader with a state: its position in the epoch, so that training resumes at the next batch.
 
     The state counts delivered batches, not those that workers have read ahead, so it is valid for any number of
-    workers. If `num_trained` is set, it returns the number of batches that were trained on, which is one less if
-    training was interrupted within a step.
+    workers. `num_trained` may be set to a function that returns the number of batches that were trained on, which is
+    one less if training was interrupted within a step.
     """
 
     sampler: BucketSampler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -12,7 +11,6 @@ from random import Random
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 
 from lit_spu.data import sources, text
@@ -45,14 +43,14 @@ class GLUE(LightningDataModule):
         source: Source of the examples. Allowed: sample (synthetic), hub (a download from the Hugging Face hub), or a
             folder with the official files. Example: --data.source=glue reads glue/SST-2/train.tsv for sst2.
         batch_size: Number of examples of a batch on each device.
-        max_length: Largest number of tokens of an example. Longer texts lose their end.
+        max_length: Largest number of tokens of an example. Longer texts are cut at their end.
         shots: Number of training examples of each label, for few-shot training. The validation examples are the
             same number of other examples of the train split. The test examples are the original validation split.
         split_seed: Random seed of the few-shot examples, of the limited subsets and of the synthetic sample data.
         template: Form of the input text. Allowed: auto (the form that the backbone expects), pair, named, cloze,
             prefix, or a text with {field} for each field of the task and {mask} for the mask token.
             Example: --data.template='{sentence} All in all, it was {mask}.'
-        same_batches: Whether every epoch has the same batches in a new order. The last bits of a text's hidden states
+        same_batches: Use the same batches in every epoch, in a new order. The last bits of a text's hidden states
             depend on the other texts of its batch. With the same batches, an activation cache returns exactly what
             the backbone would compute.
         num_workers: Number of processes that prepare batches. 0 is enough, because examples are tokenised in advance.
@@ -98,6 +96,8 @@ class GLUE(LightningDataModule):
         for name, value in at_least_one.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{name}={value}: a whole number of at least 1 is needed.")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers}: a whole number of at least 0 is needed.")
         self.task = load_task(task)
         self.source = source
         self.batch_size = batch_size
@@ -131,14 +131,14 @@ class GLUE(LightningDataModule):
         return self._parts(portion)[part]
 
     def texts(self) -> Iterator[Batch]:
-        """Yield every example of the current stage once, in batches, for a caller that precomputes something."""
+        """Yield every example of the current stage once, in batches, for example to fill an activation cache."""
         for parts in self._examples.values():
             for examples in parts:
                 for start in range(0, len(examples), 256):
                     yield examples[range(start, min(start + 256, len(examples)))]
 
     def draw(self, count: int) -> Iterator[Batch]:
-        """Yield `count` training examples (or all if there are fewer), drawn with `split_seed`, one in each batch."""
+        """Yield at most `count` training examples, drawn with `split_seed`, as batches of one example."""
         (examples,) = self._examples["train"]
         for index in Random(self.split_seed).sample(range(len(examples)), min(count, len(examples))):
             yield examples[[index]]
@@ -179,8 +179,6 @@ class GLUE(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the tokens from the cache."""
-        # No workers are needed: the rows are already tokenised, and a batch takes a tenth of a millisecond.
-        warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
         for portion in _PORTIONS[stage]:
             self._examples[portion] = self._tokenise(portion)
 
@@ -244,7 +242,7 @@ class GLUE(LightningDataModule):
             )
         if encoding.max_tokens is not None and self.max_length > encoding.max_tokens:
             raise UserError(
-                f"data.max_length={self.max_length}: this backbone reads at most {encoding.max_tokens} tokens:"
+                f"data.max_length={self.max_length}, but this backbone reads at most {encoding.max_tokens} tokens:"
                 f" set --data.max_length={encoding.max_tokens} or less."
             )
         return encoding

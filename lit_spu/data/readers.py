@@ -26,7 +26,7 @@ Lines = list[tuple[int, Sequence[Any]]]
 """Line numbers and the cells of each line."""
 
 LabelReader = Callable[[str], int | float | None]
-"""Function that returns the label that a cell spells, or None if it is not a label."""
+"""Function that returns the label for the text of a cell, or None if the text is not a label."""
 
 _NO_LABEL = ("-1", "-", "")
 
@@ -40,7 +40,7 @@ class Table(NamedTuple):
 
 
 class _Gap(Exception):
-    """Lack of a text, a column or an agreed label in a row, which an incomplete dataset may have."""
+    """Error for a row without a text, a column or an agreed label, which an incomplete dataset may have."""
 
 
 def unknown_label(task: Task) -> int | float:

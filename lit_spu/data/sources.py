@@ -188,11 +188,7 @@ def _load_from_hub(task: Task, split: Split) -> Parts:
 
 
 def _download(path: str, config: str | None) -> Mapping[str, datasets.Dataset]:
-    """Return all splits of a dataset, from the cache of an earlier download if the hub is unreachable.
-
-    Raises:
-        UserError: if neither the hub nor the cache has it.
-    """
+    """Return all splits of a dataset, from the cache of an earlier download if the hub is unreachable."""
     import datasets
     from huggingface_hub import HfApi
 

@@ -1,7 +1,7 @@
 """Generator of the synthetic sample data: examples of every task from small grammars, with its fields and labels.
 
-Synthetic examples make every command run without a download. Results on them are not results on English. Single words
-do not reveal the label: it depends on negation, contrast, agreement and synonyms. So the sample data can separate
+With synthetic examples every command runs without a download. Results on them are not results on English. Single
+words do not reveal the label: it depends on negation, contrast, agreement and synonyms. So the sample data can separate
 methods, as real tasks do.
 """
 
@@ -90,11 +90,11 @@ def _write_opinion(rng: Random, level: int) -> str:
     """Write a clause of a level from -2 (very negative) to 2 (very positive). A mild one may negate its opposite."""
     if level == 0:
         return _fill_slots(rng, rng.choice(("the {part} {is} {fair}", "the {part} {is} neither {good} nor {bad}")))
-    for_, against = ("good", "bad") if level > 0 else ("bad", "good")
+    meant, opposite = ("good", "bad") if level > 0 else ("bad", "good")
     degree = "{very} " if abs(level) == 2 else ""
     if not degree and rng.random() < 0.3:
-        return _fill_slots(rng, f"the {{part}} {{is}} {{not}} {{{against}}}")
-    return _fill_slots(rng, f"the {{part}} {{is}} {degree}{{{for_}}}")
+        return _fill_slots(rng, f"the {{part}} {{is}} {{not}} {{{opposite}}}")
+    return _fill_slots(rng, f"the {{part}} {{is}} {degree}{{{meant}}}")
 
 
 def _write_review(rng: Random, level: int) -> Texts:
@@ -135,10 +135,11 @@ def _write_cola(rng: Random, label: int) -> Texts:
 
     Other nouns between the subject and its verb do not count.
     """
-    plural, other = rng.random() < 0.5, rng.random() < 0.5
+    plural, between_plural = rng.random() < 0.5, rng.random() < 0.5
     verb = _fill_slots(rng, "{does}")
     agrees = plural if label or rng.random() < 0.5 else not plural
-    subject, between, thing = (_fill_slots(rng, "{one}") + "s" * p for p in (plural, other, rng.random() < 0.5))
+    plurals = (plural, between_plural, rng.random() < 0.5)
+    subject, between, thing = (_fill_slots(rng, "{one}") + "s" * p for p in plurals)
     words = _fill_slots(rng, f"the {subject} {{near}} the {between}").split()
     if rng.random() < 0.3:
         words = words[:2]
@@ -168,22 +169,22 @@ _QUESTIONS = (
 
 
 def _write_trec(rng: Random, label: int) -> Texts:
-    asked = rng.choice(("", "", "please tell me, ", "in your view, ", "{name} asks: "))
-    return (_to_sentence(_fill_slots(rng, asked + rng.choice(_QUESTIONS[label])), "?"),)
+    opening = rng.choice(("", "", "please tell me, ", "in your view, ", "{name} asks: "))
+    return (_to_sentence(_fill_slots(rng, opening + rng.choice(_QUESTIONS[label])), "?"),)
 
 
 # --- Two sentences about events --------------------------------------------------------------------------------------
 
 
-def _draw_event(rng: Random, without: int = 0) -> Event:
-    """Draw a group for each fact, except for `without` of the optional facts."""
-    skipped = rng.sample(_OPTIONAL, without)
+def _draw_event(rng: Random, num_skipped: int = 0) -> Event:
+    """Draw a group for each fact, except for `num_skipped` of the optional facts."""
+    skipped = rng.sample(_OPTIONAL, num_skipped)
     return {fact: rng.randrange(len(groups)) for fact, groups in _EVENTS.items() if fact not in skipped}
 
 
-def _change_event(rng: Random, event: Event, times: int = 1) -> Event:
-    """Return a copy of the event in which `times` of its facts have another group."""
-    changed = rng.sample(sorted(event), times)
+def _change_event(rng: Random, event: Event, num_changes: int = 1) -> Event:
+    """Return a copy of the event in which `num_changes` of its facts have another group."""
+    changed = rng.sample(sorted(event), num_changes)
     return {
         f: (g + rng.randrange(1, len(_EVENTS[f]))) % len(_EVENTS[f]) if f in changed else g for f, g in event.items()
     }
@@ -204,7 +205,7 @@ def _describe_event(rng: Random, event: Event, will: str = "will", general: bool
 
 
 def _write_paraphrase(rng: Random, label: int) -> Texts:
-    event = _draw_event(rng, without=1)
+    event = _draw_event(rng, num_skipped=1)
     other = event if label else _change_event(rng, event, rng.choice((1, 2)))
     return _to_sentence(_describe_event(rng, event)), _to_sentence(_describe_event(rng, other))
 
@@ -218,7 +219,7 @@ def _write_similarity(rng: Random, score: int) -> Texts:
 
 def _write_duplicate(rng: Random, label: int) -> Texts:
     """Write two questions that are the same, or that differ in the kind of question or in the event."""
-    event = _draw_event(rng, without=1)
+    event = _draw_event(rng, num_skipped=1)
     kinds = (("why is it that", "for what reason is it that"), ("is it true that", "can it be that"))
     kind = rng.randrange(len(kinds))
     change = None if label else rng.choice(("kind", "event", "event"))
@@ -383,8 +384,8 @@ def _write_prompt(rng: Random, task: Task, label: int, texts: Texts) -> str:
 
     For a score, it is the word of the nearer end of the range.
     """
-    answered = label if rng.random() < _CORRECT_RATE else _draw_label(rng, task)
+    answer = label if rng.random() < _CORRECT_RATE else _draw_label(rng, task)
     high = int(task.score_range[1]) if task.score_range else len(task.labels) - 1
-    word = task.label_words[answered * len(task.label_words) // (high + 1)]
+    word = task.label_words[answer * len(task.label_words) // (high + 1)]
     text = render(task.cloze, dict(zip(task.fields, texts, strict=True)), f" {word}")
     return " ".join(text.split())

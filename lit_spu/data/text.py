@@ -11,9 +11,10 @@ import os
 import string
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 from zipfile import BadZipFile
@@ -27,7 +28,7 @@ from lit_spu.tasks import Encoding, Format, Task
 Row = dict[str, Any]
 """An example: the text of each field and `label`, which is a label's position or a score; -1 if unknown."""
 
-_CHUNK = 10_000  # rows tokenised at a time; limits the memory of Python's lists of numbers
+_CHUNK = 10_000  # rows tokenised at a time, which limits the memory of the tokenizer's lists
 
 
 # --- Templates -------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def template_of(task: Task, encoding: Encoding, template: str = "auto") -> str |
         template: `auto` for that format, the name of another `Format`, or a template as text.
 
     Returns:
-        A template, or None for the fields as they are.
+        A template, or None if the fields are tokenised as they are.
 
     Raises:
         UserError: if the template lacks a field of the task, or the `{mask}` that the backbone needs.
@@ -142,7 +143,7 @@ def encode(rows: Sequence[Row], task: Task, encoding: Encoding, template: str | 
         rows: The examples.
         task: Their task, which has the names of the fields.
         encoding: The tokenizer and its mask token.
-        template: Result of `template_of`. With None the fields are tokenised as they are, all after the first as one.
+        template: Result of `template_of`. With None the first field and the other fields, joined, are a pair of texts.
         max_length: Largest number of tokens of an example. A longer pair loses the end of its longer text, a longer
             prompt the ends of its longest fields.
 
@@ -204,7 +205,7 @@ def _check_texts(rows: Sequence[Row], task: Task, mask: str) -> None:
 def _render_shortened(fields: dict[str, str], encoding: Encoding, template: str, max_length: int) -> str:
     """Fill in `template` after cutting its longest fields to one common length, the largest at which the text fits."""
     text = render(template, fields, encoding.mask)
-    # A cut can change the tokens beside it, so measure again after each round. A round cuts at least one token.
+    # A cut can change the neighbouring tokens, so measure again after each round. A round cuts at least one token.
     while (excess := len(_tokenise(encoding, text)["input_ids"]) - max_length) > 0:
         ends = {name: _token_ends(field, encoding) for name, field in fields.items()}
         available = sum(map(len, ends.values())) - excess
@@ -258,19 +259,13 @@ def encode_cached(
 
 
 def _cache_key(rows: Sequence[Row], task: Task, encoding: Encoding, template: str | None, max_length: int) -> str:
-    """Return a digest of all that the tokens depend on, this module included."""
+    """Return a digest of everything that the tokens depend on: settings, texts, and the code of this module."""
     digest = sha256(Path(__file__).read_bytes())
     settings = (template, max_length, task.fields, encoding.mask, _tokenizer_fingerprint(encoding.tokenizer))
-    for part in _key_parts(settings, rows, task):
-        digest.update(f"{len(part)}:{part}".encode(errors="surrogatepass"))
+    texts = (row[name] for row in rows for name in task.fields)
+    for part in chain([repr(settings)], texts):
+        digest.update(f"{len(part)}:{part}".encode(errors="surrogatepass"))  # lengths, so that parts cannot shift
     return digest.hexdigest()[:32]
-
-
-def _key_parts(settings: tuple[Any, ...], rows: Sequence[Row], task: Task) -> Iterator[str]:
-    yield repr(settings)
-    for row in rows:
-        for name in task.fields:
-            yield row[name]
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -66,10 +66,10 @@ def replay(path: str | Path, step: int | None = None) -> Method:
 def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
     """Load several trained methods that share one backbone in memory: equal frozen weights are one tensor.
 
-    Each method answers as if it had been loaded alone, so that no weights are loaded to change from one to another.
+    Each method returns the same logits as if it had been loaded alone. Switching between them loads no weights.
 
     Args:
-        paths: By name, a path as for `load`. Tasks and methods may differ, the backbone may not.
+        paths: Paths as for `load`, by names of your choice. Tasks and methods may differ, the backbone may not.
 
     Raises:
         UserError: if one cannot be loaded, or has another backbone than the first.
@@ -81,7 +81,7 @@ def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
             if method.backbone.fingerprint != other.backbone.fingerprint:
                 raise UserError(
                     f"{name!r} ({path}) was trained on {method.backbone.name!r}, and {other_name!r} on"
-                    f" {other.backbone.name!r}, which is not the same backbone."
+                    f" {other.backbone.name!r}, which is not the same backbone. Load them one by one."
                 )
             method.backbone.share_frozen_weights(other.backbone)
         loaded[name] = method
@@ -89,11 +89,7 @@ def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
 
 
 def _find_method_class(config: Mapping[str, Any], file: Path) -> type[Method]:
-    """Return the class that the config of a checkpoint file names.
-
-    Raises:
-        UserError: if there is no such method.
-    """
+    """Return the class that the config of a checkpoint file names."""
     name = config["model"]["class_path"].rpartition(".")[2]
     methods = {cls.__name__: cls for cls in registry.classes("lit_spu.methods")}
     if name not in methods:

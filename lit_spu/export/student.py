@@ -30,8 +30,8 @@ NUM_ROUNDS = 5
 def separate(ckpt_path: str, output: str, data: dict[str, Any] | None = None) -> None:
     """Write the student of LST distillation as a Hugging Face model, and compare it with its teacher.
 
-    The folder does not need this package. Both models are scored on the validation split, the student as loaded from
-    the folder. Times are medians of processor time on the first batch, the one with the longest texts.
+    The written model does not need this package. Both models are scored on the validation split, the student as loaded
+    from the folder. Times are medians of processor time on the first batch, which has the longest texts.
 
     Args:
         ckpt_path: A run directory (its best checkpoint) or a checkpoint of LSTDistillation.
@@ -65,7 +65,7 @@ def _validation_batches(method: Method, settings: dict[str, Any]) -> list[dict[s
 
 
 def _comparison_table(title: str, models: dict[str, Backbone], batches: Sequence[dict[str, torch.Tensor]]) -> Table:
-    """Return a table of size, score and time per model."""
+    """Return a table with the size, score and time of each model."""
     task = models["student"].task
     seconds = interleave({name: partial(model, batches[0]) for name, model in models.items()}, NUM_ROUNDS)
     table = Table(title=title, title_justify="left", box=SIMPLE)
@@ -81,7 +81,7 @@ def _comparison_table(title: str, models: dict[str, Backbone], batches: Sequence
 
 @torch.no_grad()
 def score(backbone: Backbone, batches: Sequence[dict[str, torch.Tensor]]) -> float:
-    """Return the first metric of the task for a model without any method."""
+    """Return the first metric of the task, for the backbone's own logits."""
     metric = task_metrics(backbone.task)[backbone.task.metrics[0]]
     for batch in batches:
         metric.update(backbone.predict(backbone(batch))[0], batch["labels"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -27,9 +27,9 @@ def export(ckpt_path: str, output: str, format: Format = "safetensors") -> None:
     Args:
         ckpt_path: A run directory (its best checkpoint) or a checkpoint.
         output: The folder to write; it must be new or empty.
-        format: `peft`: an adapter folder of the peft library (LoRA, SiVA and (IA)3). `merged`: a Hugging Face model of
-            the backbone's class, with the trained weights merged into it. `safetensors`: the trained weights alone,
-            for every method; `lit_spu.load` reads them.
+        format: `peft`: an adapter folder of the peft library, for LoRA and (IA)3. `merged`: a Hugging Face model of the
+            backbone's class, with the trained weights merged into it. `safetensors`: the trained weights alone, for
+            every method; `lit_spu.load` reads them.
 
     Raises:
         UserError: if there is no checkpoint, the folder is not empty, or the method does not support the format.
@@ -42,7 +42,6 @@ def export(ckpt_path: str, output: str, format: Format = "safetensors") -> None:
         "merged": write_merged,
         "safetensors": write_trained_weights,
     }
-    assert set(writers) == set(get_args(Format))
     usage = writers[format](method, folder)
     (folder / "README.md").write_text(model_card(method, file, usage, format))
     _print_size(folder, method, format)
@@ -91,15 +90,15 @@ def write_peft(method: Method, folder: Path) -> str:
     """
     if type(method).forward is not Method.forward or not method.adapters:
         raise UserError(
-            f"--format peft: the peft library has no form of {type(method).__name__}, only of LoRA and (IA)3. Use"
-            " safetensors."
+            f"--format peft: the peft library cannot represent {type(method).__name__}, only LoRA and (IA)3. Use"
+            " --format safetensors."
         )
     exported = {id(p) for adapter in method.adapters for p in adapter.parameters()}
     exported |= {id(p) for p in method.backbone.model.parameters()}
     if any(p.requires_grad and id(p) not in exported for p in method.parameters()):
         raise UserError(
             "--format peft: the label words' rows of the head were trained apart from the vocabulary, which peft cannot"
-            " store. Use safetensors."
+            " store. Use --format safetensors."
         )
     peft_format.write_peft_folder(method.backbone, method.adapters, folder)
     return f"""from peft import PeftModel
@@ -122,7 +121,7 @@ def write_merged(method: Method, folder: Path) -> str:
     if method.backbone.label_weight is not None or set(model.state_dict()) - plain_names:
         raise UserError(
             f"--format merged: {type(method).__name__} trained weights that {type(model).__name__} does not have. Use"
-            " safetensors."
+            " --format safetensors."
         )
     return write_model(method, method.backbone, folder)
 
@@ -208,7 +207,7 @@ tags: [lit_spu, {type(method).__name__}]
 
 
 def _best_score(method: Method, file: Path | None) -> str:
-    """Return a line with the best score of the run that holds the checkpoint `file`; empty if there is none."""
+    """Return a line with the best score of the checkpoint's run; empty if there is none."""
     summary = file.absolute().parents[1] / "summary.json" if file else None
     results: dict[str, Any] = json.loads(summary.read_text()) if summary and summary.exists() else {}
     if not results.get("best_score"):

@@ -9,6 +9,7 @@ from typing import TypeAlias, cast
 import torch
 
 Instant: TypeAlias = "float | torch.cuda.Event"
+"""Instant of a `Clock`: seconds, or an event in the queue of a CUDA device."""
 
 
 class Clock:
@@ -40,7 +41,7 @@ class Clock:
 
 
 class Durations:
-    """List of durations without the first ones.
+    """Durations of repeated calls, without the warm-up.
 
     Args:
         warmup: Number of durations to drop: the first calls pay for allocation, compilation and caches.
@@ -73,8 +74,8 @@ def interleave(
     Compare two calls by the median of their ratios in each round. The default clock counts the processor time of this
     process, without other programs. It adds up threads, so measure with one thread.
 
-    The system takes back the memory of a large call during the calls after it, which slows them. So a call that is
-    much shorter than the longest one first runs untimed, for a fifth of the longest call's time.
+    The system reclaims the memory of a large call during the calls after it, which slows them. So a call that is much
+    shorter than the longest one first runs untimed, for a fifth of the longest call's time.
 
     Args:
         calls: Functions by name.

@@ -51,12 +51,12 @@ class LiveBytes(TorchDispatchMode):
     """Context manager that counts the bytes of live tensors. Read the results after it has exited.
 
     It counts the tensors of `module` and `optimizers`, every tensor that operators make inside the context, and every
-    tensor from outside that they read (such as a batch). Outside tensors count from the start. A storage counts once,
-    however many tensors view it.
+    tensor from outside that they read (such as a batch). Outside tensors count from the entry on. A storage counts
+    once, however many tensors view it.
 
-    A storage's kind is only known later, but counts for its whole life. Activations are what autograd saves for the
-    backward pass. Gradients are what arrives in a parameter's `.grad`. Optimizer state is what lies in an optimizer's
-    `state`.
+    A storage's kind may be found only after it was made, and then counts for its whole life. Activations are the tensors that
+    autograd saves for the backward pass. Gradients are the tensors in a parameter's `.grad`. Optimizer state is the
+    tensors in an optimizer's `state`.
 
     Args:
         module: Module with the weights: its parameters and buffers.
@@ -85,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def above_bytes(self) -> int:
-        """Return the peak of the bytes held beyond those on entry."""
+        """Peak of the bytes held beyond those on entry."""
         return self.peak_bytes - self.entry_bytes
 
     def __enter__(self) -> Self:
@@ -111,7 +111,7 @@ class LiveBytes(TorchDispatchMode):
 
     @cached_property
     def timeline(self) -> dict[Kind, list[int]]:
-        """Return the bytes of each kind after every operator."""
+        """Bytes of each kind after every operator."""
         return {kind: self._count_timeline(kind) for kind in Kind}
 
     def mark(self, name: str) -> None:

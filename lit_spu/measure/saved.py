@@ -14,8 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 class SavedForBackward:
     """Context manager that counts the storages saved for the backward pass, each once.
 
-    It holds references to these storages as long as it exists, so do not measure memory in the same run. Of a region
-    under gradient checkpointing, it counts only what the checkpoint itself saves.
+    It holds references to these storages as long as it exists, so do not measure memory in the same run. In a region
+    under gradient checkpointing, it counts only the inputs that the checkpoint saves.
 
     Args:
         exclude: Tensors that do not count, such as the parameters.
@@ -28,7 +28,7 @@ class SavedForBackward:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all saved storages."""
+        """Bytes of all saved storages."""
         return sum(storage.nbytes() for storage in self._saved)
 
     def __contains__(self, tensor: Tensor) -> bool:

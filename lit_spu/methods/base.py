@@ -62,6 +62,8 @@ class Method(LightningModule, ABC):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if lr < 0:
+            raise UserError(f"model.lr={lr} must be at least 0.")
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.warmup, self.optimizer = lr, weight_decay, warmup, optimizer
         self.task = load_task(task)

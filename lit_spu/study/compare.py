@@ -27,7 +27,7 @@ TEST = "test"
 """Subdirectory of a run directory: the run that scores the checkpoint on the test split."""
 
 STOP_SECONDS = 20
-"""Seconds that stopped processes get to end by themselves before they are killed."""
+"""Seconds after which a process that was asked to terminate is killed."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,19 @@ class Outcome:
     """Exit status and duration of a cell's process."""
 
     cell: Cell
-    run: Path  # run directory; the log file lies next to it
+    run: Path
+    """Run directory. The log file is next to it."""
     returncode: int
     seconds: float
 
     @property
     def done(self) -> bool:
-        """Return whether the process succeeded."""
+        """True if the process succeeded."""
         return self.returncode == 0
 
     @property
     def problem(self) -> str:
-        """Return the reason of the failure in one line."""
+        """Reason of the failure, in one line."""
         if self.returncode < 0:
             return f"killed by {signal.Signals(-self.returncode).name}"
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -55,16 +56,12 @@ class Outcome:
 
     @property
     def log(self) -> Path:
-        """Return the file with the output of the process."""
+        """File with the output of the process."""
         return self.run.with_suffix(".log")
 
 
-def known(cell: Cell, out: Path) -> Outcome | None:
-    """Read the outcome of a cell that ran before.
-
-    Returns:
-        The outcome, or None if the cell never ran or was interrupted.
-    """
+def read_outcome(cell: Cell, out: Path) -> Outcome | None:
+    """Read the outcome of a cell that ran before; return None if it never ran or was interrupted."""
     folder = out / "cells" / cell.folder
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())

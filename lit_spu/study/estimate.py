@@ -14,8 +14,9 @@ from typing import Any
 
 from torch._subclasses import FakeTensorMode
 
+from lit_spu import registry
 from lit_spu.backbones.load import only_shapes
-from lit_spu.errors import UserError
+from lit_spu.errors import UserError, did_you_mean
 from lit_spu.measure import Kind
 from lit_spu.methods.base import Method
 from lit_spu.study.grid import build
@@ -64,7 +65,14 @@ def estimates(
 
     Returns:
         The estimates, smallest peak first, and the errors of the methods that have none, by name.
+
+    Raises:
+        UserError: If no method has one of the settings.
     """
+    known = {name for cls in registry.classes("lit_spu.methods") for name in registry.settings(cls)}
+    for name in settings or ():
+        if name not in known:
+            raise UserError(f"--settings: no method has a setting {name!r}. {did_you_mean(name, known)}")
     found, refused = [], {}
     for name, config in configs.items():
         with FakeTensorMode(allow_non_fake_inputs=True), AssumedValues(batch_size * length), only_shapes():
@@ -73,7 +81,7 @@ def estimates(
                 max_tokens = method.encoding.max_tokens
                 if max_tokens is not None and length > max_tokens:
                     raise UserError(
-                        f"length={length}: {backbone} reads at most {max_tokens} tokens. Give {max_tokens} or less."
+                        f"--length={length}: {backbone} reads at most {max_tokens} tokens. Give {max_tokens} or less."
                     )
             except UserError as error:
                 refused[name] = error

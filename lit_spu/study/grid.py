@@ -26,13 +26,13 @@ class Study:
     """Grid of runs: every row on every task and backbone, with every seed.
 
     Args:
-        configs: Config files of methods, or patterns of them (`configs/*.yaml`). Each file is a row with its name.
+        configs: Config files of methods, or glob patterns (`configs/*.yaml`). Each file is a row, named after the file.
         variants: Additional rows by name: a list of flags that starts with `--config=…`.
-        reference: Row that ratios of costs are relative to. Its untrained backbone is the zero-shot row.
+        reference: Row that ratios of costs are relative to. The zero-shot row evaluates its config without training.
         tasks: Names of tasks, or YAML files of custom tasks.
         backbones: Embedded models, Hugging Face names or folders.
         seeds: Random seeds of the runs.
-        rates: Factors of each row's own learning rate. Every row reports its best factor on validation.
+        rates: Factors that multiply each row's own learning rate. A row reports the factor with the best score.
         flags: Flags of `lit-spu fit` for all runs. `{seed}` and `{task}` are replaced by those of the run.
         flags_for: Additional flags for the runs of one row, task or backbone, by its name.
         score: Reported score: the best on validation, or the score of the same checkpoint on test.
@@ -58,15 +58,15 @@ class Study:
         rows = {name: [f"--config={path}"] for name, path in method_configs(self.configs).items()}
         for name, flags in self.variants.items():
             if not flags or not flags[0].startswith("--config="):
-                raise UserError(f"variants: the flags of {name!r} must start with --config=…, got {flags}.")
+                raise UserError(f"--variants: the flags of {name!r} must start with --config=…, got {flags}.")
             method_configs([flags[0].removeprefix("--config=")])
         rows |= self.variants
         if self.reference not in rows:
-            raise UserError(f"reference: no row is named {self.reference!r}. {did_you_mean(self.reference, rows)}")
+            raise UserError(f"--reference: no row is named {self.reference!r}. {did_you_mean(self.reference, rows)}")
         known = {*rows, *map(short_name, self.tasks), *map(short_name, self.backbones)}
         for name in self.flags_for:
             if name not in known:
-                raise UserError(f"flags_for: no row, task or backbone is named {name!r}. {did_you_mean(name, known)}")
+                raise UserError(f"--flags_for: no row, task or backbone is named {name!r}. {did_you_mean(name, known)}")
         return rows
 
     def cells(self) -> list[Cell]:
@@ -115,18 +115,18 @@ class Cell:
 
     @property
     def optional(self) -> bool:
-        """Return whether the run may fail: not every backbone can be evaluated without training."""
+        """True if the run may fail: not every backbone can be evaluated without training."""
         return self.row == ZERO_SHOT
 
     @property
     def command(self) -> str:
-        """Return the command line as a user would write it."""
+        """Command line as a user would write it."""
         test = " && lit-spu test" if self.tested and self.args[0] == "fit" else ""
         return " ".join(("lit-spu", *self.args)) + test
 
     @property
     def folder(self) -> str:
-        """Return the name of the cell's directory: readable words and a hash of all flags."""
+        """Name of the cell's directory: readable words and a hash of all flags."""
         digest = hashlib.sha256("\0".join((*self.args, *("test",) * self.tested)).encode()).hexdigest()[:8]
         words = "-".join((self.row, self.task, self.backbone, f"seed{self.seed}"))
         return f"{re.sub('[^A-Za-z0-9]+', '-', words).strip('-')}-{digest}"
@@ -164,7 +164,7 @@ def method_configs(patterns: Sequence[str]) -> dict[str, Path]:
         methods = {file.stem: file for file in files if "class_path" in _read_model_section(file)}
         if not methods:
             problem = f"matches {len(files)} files, but none of them sets a method" if files else "matches no file"
-            raise UserError(f"configs: {pattern!r} {problem}. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
+            raise UserError(f"--configs: {pattern!r} {problem}. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
         found |= methods
     return found
 

@@ -26,6 +26,8 @@ from lit_spu.tasks import Task, load_task
 from lit_spu.tasks.metrics import task_metrics
 
 Record = dict[str, Any]
+"""Results and settings of one finished run, by name."""
+
 T = TypeVar("T")
 K = TypeVar("K")
 
@@ -93,7 +95,7 @@ def make_record(outcome: Outcome) -> Record:
 def read_records(out: Path) -> dict[str, Record]:
     """Read the records in `results.json`, by their command lines.
 
-    Records of runs that do not belong to the present study are included. Older names become the present ones.
+    They include runs that do not belong to the present study. Names of older versions are replaced.
 
     Raises:
         UserError: If the file does not contain results of a study.
@@ -139,12 +141,12 @@ def read_curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
 
 
-def constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
+def score_constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
     """Score every constant answer on the data of each task and backbone.
 
     Returns:
-        The scores by task and backbone, best first. The first one is the majority baseline. A run with one of these
-        scores has collapsed.
+        The scores by task and backbone, best first. The first one is the majority baseline. A run whose score equals
+        one of them has collapsed.
     """
     scores = {}
     for place, group in group_by(records, _task_and_backbone).items():
@@ -189,12 +191,12 @@ class Row:
 
     @property
     def score(self) -> float:
-        """Return the mean over the seeds."""
+        """Mean over the seeds."""
         return statistics.mean(self.scores)
 
     @property
     def deviation(self) -> float | None:
-        """Return the sample standard deviation over the seeds, or None for a single seed."""
+        """Sample standard deviation over the seeds, or None for a single seed."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
@@ -203,7 +205,7 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
 
     Args:
         records: Records of finished runs.
-        constant_scores: Scores of the constant answers by task and backbone, from `constants`.
+        constant_scores: Scores of the constant answers by task and backbone, from `score_constants`.
     """
     table = []
     scored = [record for record in records if record["score"] is not None]

@@ -16,7 +16,11 @@ _NLI_LABELS = ("entailment", "neutral", "contradiction")
 _NLI_WORDS = ("Yes", "Maybe", "No")
 _NLI_CLOZE = "{premise:cut}? {mask}, {hypothesis:uncap}"
 _NLI_PREFIX = '{premise}\nDoes this mean that "{hypothesis}" is true? Yes, No, or Maybe?\n{mask}'
-_PAIR_CLOZE = "{sentence1:cut}{mask}, {sentence2:uncap}"
+_NLI_COLUMNS = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
+_RTE_CLOZE = "{sentence1:cut}? {mask}, {sentence2:uncap}"
+_RTE_PREFIX = '{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n{mask}'
+_PARAPHRASE_CLOZE = "{sentence1:cut}{mask}, {sentence2:uncap}"
+_PARAPHRASE_PREFIX = "{sentence1}\n{sentence2}\nDo these sentences mean the same? Yes or No?\n{mask}"
 
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -28,7 +32,6 @@ TASKS: Mapping[str, Task] = {
             label_words=("terrible", "great"),
             cloze=_SST_CLOZE,
             prefix=_SST_PREFIX,
-            metrics=("accuracy",),
             files=Files("SST-2", ("nyu-mll/glue", "sst2"), spelling=("0", "1")),
         ),
         Task(
@@ -47,8 +50,8 @@ TASKS: Mapping[str, Task] = {
             fields=("sentence1", "sentence2"),
             labels=("not_equivalent", "equivalent"),
             label_words=("No", "Yes"),
-            cloze=_PAIR_CLOZE,
-            prefix="{sentence1}\n{sentence2}\nDo these sentences mean the same? Yes or No?\n{mask}",
+            cloze=_PARAPHRASE_CLOZE,
+            prefix=_PARAPHRASE_PREFIX,
             metrics=("accuracy", "f1"),
             columns={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
             files=Files("MRPC", ("nyu-mll/glue", "mrpc"), spelling=("0", "1")),
@@ -58,8 +61,8 @@ TASKS: Mapping[str, Task] = {
             fields=("sentence1", "sentence2"),
             labels=(),
             label_words=("No", "Yes"),
-            cloze=_PAIR_CLOZE,
-            prefix="{sentence1}\n{sentence2}\nDo these sentences mean the same? Yes or No?\n{mask}",
+            cloze=_PARAPHRASE_CLOZE,
+            prefix=_PARAPHRASE_PREFIX,
             metrics=("pearson", "spearman"),
             columns={"label": "score"},
             files=Files("STS-B", ("nyu-mll/glue", "stsb")),
@@ -83,8 +86,7 @@ TASKS: Mapping[str, Task] = {
             label_words=_NLI_WORDS,
             cloze=_NLI_CLOZE,
             prefix=_NLI_PREFIX,
-            metrics=("accuracy",),
-            columns={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
+            columns=_NLI_COLUMNS,
             files=Files("MNLI", ("nyu-mll/glue", "mnli"), parts=("matched", "mismatched")),
         ),
         Task(
@@ -94,7 +96,6 @@ TASKS: Mapping[str, Task] = {
             label_words=("Yes", "No"),
             cloze="{question:cut}? {mask}, {sentence:uncap}",
             prefix='{sentence}\nDoes this answer the question "{question}"? Yes or No?\n{mask}',
-            metrics=("accuracy",),
             files=Files("QNLI", ("nyu-mll/glue", "qnli")),
         ),
         Task(
@@ -102,9 +103,8 @@ TASKS: Mapping[str, Task] = {
             fields=("sentence1", "sentence2"),
             labels=("entailment", "not_entailment"),
             label_words=("Yes", "No"),
-            cloze="{sentence1:cut}? {mask}, {sentence2:uncap}",
-            prefix='{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n{mask}',
-            metrics=("accuracy",),
+            cloze=_RTE_CLOZE,
+            prefix=_RTE_PREFIX,
             files=Files("RTE", ("nyu-mll/glue", "rte")),
         ),
         Task(
@@ -112,9 +112,8 @@ TASKS: Mapping[str, Task] = {
             fields=("sentence1", "sentence2"),
             labels=("not_entailment", "entailment"),
             label_words=("No", "Yes"),
-            cloze="{sentence1:cut}? {mask}, {sentence2:uncap}",
-            prefix='{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n{mask}',
-            metrics=("accuracy",),
+            cloze=_RTE_CLOZE,
+            prefix=_RTE_PREFIX,
             files=Files("WNLI", ("nyu-mll/glue", "wnli"), spelling=("0", "1")),
         ),
         Task(
@@ -124,8 +123,7 @@ TASKS: Mapping[str, Task] = {
             label_words=_NLI_WORDS,
             cloze=_NLI_CLOZE,
             prefix=_NLI_PREFIX,
-            metrics=("accuracy",),
-            columns={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
+            columns=_NLI_COLUMNS,
             files=Files("SNLI", ("stanfordnlp/snli", None), incomplete=True),
         ),
         Task(
@@ -135,7 +133,6 @@ TASKS: Mapping[str, Task] = {
             label_words=("Description", "Entity", "Expression", "Human", "Location", "Number"),
             cloze="{mask}: {sentence}",
             prefix="{sentence}\nIs this about a Description, Entity, Expression, Human, Location or Number?\n{mask}",
-            metrics=("accuracy",),
             columns={"sentence": 1, "label": 0},
             files=Files(
                 "TREC",
@@ -153,7 +150,6 @@ TASKS: Mapping[str, Task] = {
             label_words=("terrible", "bad", "okay", "good", "great"),
             cloze=_SST_CLOZE,
             prefix=_SST_PREFIX,
-            metrics=("accuracy",),
             columns={"sentence": 1, "label": 0},
             files=Files("SST-5", ("SetFit/sst5", None), hub_columns={"sentence": "text"}),
         ),

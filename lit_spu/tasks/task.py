@@ -22,7 +22,7 @@ Format = Literal["pair", "named", "cloze", "prefix"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """Settings by which a backbone reads text.
+    """Tokenizer and input format of a backbone.
 
     Attributes:
         tokenizer: The backbone's tokenizer.
@@ -51,8 +51,8 @@ class Files:
             is the main set.
         spelling: The labels as the files spell them, in the order of `Task.labels`.
         hub_columns: Column name on the hub of each field that has another name there.
-        incomplete: The official files contain rows without a text, a column or an agreed label. Such rows are skipped
-            and counted.
+        incomplete: The official files contain rows without a text, without a column, or without a label that the
+            annotators agreed on. Such rows are skipped and counted.
     """
 
     folder: str
@@ -94,14 +94,14 @@ class Task:
     label_words: tuple[str, ...]
     cloze: str
     prefix: str
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Metric, ...] = ("accuracy",)
     columns: Mapping[str, str | int] = field(default_factory=dict)
     files: Files | None = None
     score_range: tuple[float, float] | None = None
 
     @property
     def regression(self) -> bool:
-        """Return whether the task predicts a score rather than one of `labels`."""
+        """True if the task predicts a score rather than one of `labels`."""
         return self.score_range is not None
 
     @property

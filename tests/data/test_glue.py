@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,14 @@ def test_batches_hold_the_rows_of_their_index(source: str, tmp_path: Path, encod
             oracle: Any = encoding.tokenizer(rows[i]["sentence"])
             assert ids[mask.bool()].tolist() == oracle["input_ids"]
             assert label == rows[i]["label"]
+
+
+def test_setup_does_not_change_the_warning_filters(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    glue = data(source, tmp_path)
+    glue.encoding = encoding
+    before = list(warnings.filters)
+    glue.setup("fit")
+    assert list(warnings.filters) == before
 
 
 def test_the_order_depends_on_the_global_seed(

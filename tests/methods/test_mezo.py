@@ -192,7 +192,8 @@ def test_one_at_chance_is_warned_of(data: Callable[..., GLUE], fit: Run) -> None
     method = MeZO()
     torch.nn.init.zeros_(method.backbone.model.get_submodule("cls").predictions.transform.dense.weight)
     with pytest.warns(
-        UserWarning, match=r"Before training, accuracy is .* a constant answer has .* this one it cannot"
+        UserWarning,
+        match=r"Before training, accuracy is .* a constant answer has .* Check that the language-model head",
     ):
         fit(method, data(limit_validation=100), num_sanity_val_steps=-1, max_steps=1)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_spu.study.compare import Forecast, Outcome, Runner, known
+from lit_spu.study.compare import Forecast, Outcome, Runner, read_outcome
 from lit_spu.study.grid import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_every_outcome_is_recorded_and_described(tmp_path: Path) -> None:
     assert "error: model.k=-1 is no radius" in outcomes["refused"].problem
     assert outcomes["killed"].problem == "killed by SIGKILL"
     for one in cells:
-        assert known(one, tmp_path) == outcomes[one.row]
+        assert read_outcome(one, tmp_path) == outcomes[one.row]
 
 
 def test_cells_share_the_cores_and_have_their_own_directories(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_a_checkpoint_is_tested_after_a_successful_fit_only(tmp_path: Path) -> N
 def test_other_flags_are_another_cell(tmp_path: Path) -> None:
     list(runner(tmp_path).run([cell("done")]))
     other = Cell("done", "sst2", "mini-bert", 1, 1.0, ("done", "--seed_everything=1", "--model.k=2"))
-    assert known(cell("done"), tmp_path)
-    assert known(other, tmp_path) is None
+    assert read_outcome(cell("done"), tmp_path)
+    assert read_outcome(other, tmp_path) is None
 
 
 def test_an_interrupted_study_has_finished_cells_only(tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_an_interrupted_study_has_finished_cells_only(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         next(outcomes)
     assert time.monotonic() - started < 30  # the waiting process was terminated
-    assert known(cells[0], tmp_path)
-    assert known(cells[1], tmp_path) is None
-    assert known(cells[2], tmp_path) is None
+    assert read_outcome(cells[0], tmp_path)
+    assert read_outcome(cells[1], tmp_path) is None
+    assert read_outcome(cells[2], tmp_path) is None
 
 
 def test_time_left_is_the_mean_of_the_row_or_of_all_rows() -> None:
