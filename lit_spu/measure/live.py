@@ -54,8 +54,8 @@ class LiveBytes(TorchDispatchMode):
     tensor from outside that they read (such as a batch). Outside tensors count from the entry on. A storage counts
     once, however many tensors view it.
 
-    A storage's kind may be found only after it was made, and then counts for its whole life. Activations are the tensors that
-    autograd saves for the backward pass. Gradients are the tensors in a parameter's `.grad`. Optimizer state is the
+    A storage's kind may be found only after it was made, and then counts for its whole life. Activations are the
+    tensors that autograd saves for the backward pass. Gradients are the tensors in a parameter's `.grad`. Optimizer state is the
     tensors in an optimizer's `state`.
 
     Args:
