@@ -18,7 +18,6 @@ _BERT = Family(
     classifier=("bert.pooler", "dropout", "classifier"),
     vocabulary=("cls.predictions.transform", "cls.predictions.decoder"),
     unused=("pooler",),
-    feed_forward="intermediate",
     self_attention="attention.self",
     target_linears={
         "query": ("attention.self.query",),
@@ -37,7 +36,6 @@ _LLAMA = Family(
     head_dim="head_dim",
     final_modules=("norm",),
     vocabulary=("lm_head",),
-    feed_forward="mlp",
     target_linears={
         "query": ("self_attn.q_proj",),
         "key": ("self_attn.k_proj",),
@@ -58,7 +56,6 @@ FAMILIES: Mapping[str, Family] = {
         depths=("n_layers",),
         classifier=("first", "pre_classifier", "relu", "dropout", "classifier"),
         vocabulary=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
-        feed_forward="ffn",
         self_attention="attention",
         target_linears={
             "query": ("attention.q_lin",),
@@ -123,7 +120,6 @@ FAMILIES: Mapping[str, Family] = {
         depths=("n_layer",),
         final_modules=("ln_f",),
         vocabulary=("lm_head",),
-        feed_forward="mlp",
         target_linears={
             "query": ("attn.c_attn:0/3",),
             "key": ("attn.c_attn:1/3",),

@@ -38,9 +38,6 @@ class Family:
     final_modules: tuple[str, ...] = ()  # modules after the last block of the last stack
     unused: tuple[str, ...] = ()  # modules of the base model that a side model does not need
     position_offset: int = 0  # position embeddings that no token uses
-    # Name of a block's module that widens its state. Side models recompute it in the backward pass. It is unset where
-    # that saves no memory: a ReLU saves only its output, which the next linear layer saves as well.
-    feed_forward: str = ""
     # Path of a block's self-attention module. If set, the last block can run at one position (see `last_position`).
     # The module must compute queries, keys and values by separate linear layers, without rotary embeddings.
     self_attention: str = ""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lit_spu.backbones.hooks import override_forward, position_wise
 from lit_spu.backbones.stacks import Batch, TransformerStacks, has_module
 from lit_spu.errors import UserError
 
@@ -87,17 +85,3 @@ def blank_inputs(side: TransformerStacks, inputs: Batch) -> dict[str, Tensor]:
         if name.endswith("input_ids")
     }
     return blank | {name: tensor for name, tensor in inputs.items() if name.endswith("mask")}
-
-
-def checkpoint_feed_forwards(stacks: TransformerStacks) -> None:
-    """Recompute the feed-forwards of all blocks in the backward pass instead of saving their wide activations."""
-    name = stacks.family.feed_forward
-    for block in stacks.blocks:
-        for path, part in block.named_modules():
-            if path and path.rpartition(".")[2] == name:
-                override_forward(part, _checkpoint)
-
-
-@position_wise
-def _checkpoint(forward: Callable[..., Any], *args: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False)

@@ -55,8 +55,8 @@ class LiveBytes(TorchDispatchMode):
     once, however many tensors view it.
 
     A storage's kind may be found only after it was made, and then counts for its whole life. Activations are the
-    tensors that autograd saves for the backward pass. Gradients are the tensors in a parameter's `.grad`. Optimizer state is the
-    tensors in an optimizer's `state`.
+    tensors that autograd saves for the backward pass. Gradients are the tensors in a parameter's `.grad`. Optimizer
+    state is the tensors in an optimizer's `state`.
 
     Args:
         module: Module with the weights: its parameters and buffers.

@@ -41,7 +41,7 @@ def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_the_feed_forwards_changes_memory_alone(tiny: Callable[[str], str], family: str) -> None:
+def test_gradient_checkpointing_changes_memory_alone(tiny: Callable[[str], str], family: str) -> None:
     losses, gradients, saved = [], [], []
     folder = tiny(family)
     for recompute in (False, True):
@@ -56,10 +56,7 @@ def test_recomputing_the_feed_forwards_changes_memory_alone(tiny: Callable[[str]
         gradients.append([p.grad for p in method.side.parameters()])
     assert torch.equal(*losses)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
-    # what a block's state is widened to, kept once less at least by each of 4 blocks; an encoder's last has one token
-    inner = 64 // 2
-    least = 3 * batch["input_ids"].numel() * inner * 4 if method.side.side_model.family.feed_forward else 0
-    assert saved[0] - saved[1] >= least
+    assert saved[1] < 0.6 * saved[0]
 
 
 def test_it_stores_a_fraction_of_full_fine_tuning(tiny: Callable[[str], str]) -> None:
