@@ -1,4 +1,4 @@
-"""What every test may ask for."""
+"""Fixtures and helpers of all tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Gives the folder of a tiny random model of a family, with a word-level tokenizer; made once a session."""
+    """Return the folder of a tiny random model of a family, with a word-level tokenizer; made once a session."""
     made: dict[str, str] = {}
 
     def folder(family: str) -> str:

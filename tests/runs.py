@@ -49,5 +49,5 @@ def weights(module: torch.nn.Module) -> list[Tensor]:
 
 
 def same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """Whether they are equal to the bit."""
+    """Return whether they are equal to the bit."""
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

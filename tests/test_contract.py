@@ -1,4 +1,4 @@
-"""What every method keeps, found by discovery: a new method is held to it without a line here."""
+"""The contract of all methods, which are found by discovery: a new method is tested without a line here."""
 
 from __future__ import annotations
 

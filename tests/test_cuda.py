@@ -1,4 +1,4 @@
-"""What a GPU does is what a CPU does: gradients, looks along directions, trajectories, and what is said of memory."""
+"""A GPU computes what a CPU computes: gradients, slopes along directions, trajectories, and counts of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a frozen backbone is what it computed, is found again, and is never another's."""
+"""The activation cache: it returns the backbone's own hidden states, and never those of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the base promises every method: optimizer, schedule, modes, metrics, checkpoints."""
+"""The base class of the methods: optimizer, schedule, modes, metrics, checkpoints."""
 
 from __future__ import annotations
 

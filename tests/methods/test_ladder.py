@@ -21,7 +21,7 @@ from tests.conftest import FAMILIES, encode
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], str], family: str) -> None:
-    """Of the backbone only its taps are kept, as inputs of the down-projections: none has a history."""
+    """The only saved tensors of the backbone are its hidden states, the down-projections' inputs, without a graph."""
     method = LadderSideTuning(backbone=tiny(family), reduction=2, gradient_checkpointing=False).train()
     batch = encode(method.backbone)
     with SavedForBackward(method.parameters()) as whole:

@@ -21,7 +21,7 @@ Run = Callable[..., Trainer]
 
 
 def runs_of(method: MeZOSide, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often a step runs the backbone."""
+    """Return the number of times that a step runs the backbone."""
     runs, hidden_states = [], method.backbone.hidden_states
     monkeypatch.setattr(method.backbone, "hidden_states", lambda given: runs.append(1) or hidden_states(given))  # type: ignore[func-returns-value]
     method.take_step(batch, MeZOOptimizer(method.perturbed_parameters(), directions=16, lr=1e-3))

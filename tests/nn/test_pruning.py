@@ -184,7 +184,7 @@ def test_heads_that_share_keys_and_turned_pairs_stay_together(tiny: Tiny) -> Non
     )
 
     def places(narrow: Tensor, wide: Tensor) -> list[int]:
-        """Which rows were kept, by the columns that all kept rows share."""
+        """Return the rows that were kept, from the columns that all of them share."""
         rows = []
         for row in narrow:
             (found,) = [i for i, other in enumerate(wide) if bool(torch.isin(row, other).all())]
