@@ -15,7 +15,7 @@ test: stub  ## The fast tests, on every core.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 test-all: $(INSTALLED)  ## All tests that need no GPU, the slow ones too.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu" $(ARGS)
 
 install: $(INSTALLED)  ## A virtual environment with the exact versions that are tested.
 

@@ -597,17 +597,18 @@ def test_a_second_test_set_gets_its_own_files(tmp_path: Path) -> None:
     assert (tmp_path / "out.mismatched.tsv").read_text() == "index\tprediction\n0\tneutral\n"
 
 
+@pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
 @pytest.mark.slow
 def test_two_devices_share_a_directory_and_predict_each_row_once(run: Path, small: list[str], work: Path) -> None:
     command = [sys.executable, str(CHECKOUT / "cli.py")]
     devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     fit = ["fit", "--model=LadderSideTuning", "--model.reduction=2", "--trainer.max_epochs=1", *small]
-    subprocess.run([*command, *fit, *devices], check=True)
+    subprocess.run([*command, *fit, *devices], check=True, timeout=300)
     (directory,) = work.glob("runs/*/*/*/*")
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert len((directory / "launches.jsonl").read_text().splitlines()) == 1
 
-    subprocess.run([*command, "predict", f"--ckpt_path={run}", "--run_dir=two", *devices], check=True)
+    subprocess.run([*command, "predict", f"--ckpt_path={run}", "--run_dir=two", *devices], check=True, timeout=300)
     main(["predict", f"--ckpt_path={run}", "--run_dir=one"])
     one, two = (
         [json.loads(line) for line in (work / name / "predictions.jsonl").read_text().splitlines()]

@@ -87,6 +87,7 @@ def test_a_seed_decides_a_run(tiny: Tiny, tmp_path: Path, config: str) -> None:
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
 
 
+@pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
 @pytest.mark.slow
 @pytest.mark.parametrize("config", METHODS)
 def test_two_processes_equal_one(tiny: Tiny, tmp_path: Path, config: str) -> None:

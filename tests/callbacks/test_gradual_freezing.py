@@ -221,6 +221,7 @@ def test_memory_and_trainable_parameters_fall_in_the_log(tmp_path: Path) -> None
     assert activations[-1] < activations[-2] < max(activations)
 
 
+@pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
 @pytest.mark.slow
 def test_two_processes_train_the_weights_of_one(tiny: Tiny, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"callbacks": ["GradualFreezing"], "strategy": "ddp_find_unused_parameters_true"}

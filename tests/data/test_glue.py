@@ -307,6 +307,7 @@ def test_lightning_does_not_replace_the_sampler(
     assert not run._data_connector._requires_distributed_sampler(loader)
 
 
+@pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
 @pytest.mark.slow
 def test_two_processes_train_on_the_batches_of_one(source: str, tmp_path: Path, encoding: Encoding) -> None:
     one = Recorder(encoding)

@@ -120,6 +120,7 @@ def test_the_size_is_told_before(
         assert f"60 texts, {new} of them new" in caplog.text
 
 
+@pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
 @pytest.mark.slow
 def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
     """Each trains in later epochs on what the other kept, and all comes out as without a cache."""

@@ -339,6 +339,7 @@ def test_replay_is_a_command(
 # -- several devices ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"rows": "seen"}, {"objective": "accuracy", "epsilon": 0.1}, {"normalize": True, "lr": 1e-6}]
@@ -351,6 +352,7 @@ def test_two_ranks_equal_one(tiny: Tiny, tmp_path: Path, settings: dict[str, Any
         torch.testing.assert_close(two["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
 @pytest.mark.slow
 def test_ranks_that_look_along_directions_of_their_own_stay_equal(tiny: Tiny, tmp_path: Path) -> None:
     """They check it at every step; and what they do is not what one pair of directions for both would be."""
