@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,13 @@ def test_a_killed_study_loses_running_cells_only(tmp_path: Path) -> None:
 def test_ctrl_c_writes_the_report_of_finished_cells(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     study = subprocess.Popen(
-        compare(tmp_path, "--seeds=1,2"), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        compare(tmp_path, "--seeds=1,2"),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        # tests that run in the background of a shell inherit that Ctrl-C is ignored
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     out = tmp_path / "runs" / "compare" / "study"
     deadline = time.monotonic() + 120
