@@ -51,8 +51,8 @@ class Predictions(Callback):
         parts = ("", *task.files.parts[1:]) if task.files else ("",)
         for number in sorted({number for number, _ in predictions}):
             rows = data.examples("predict", parts[number])
-            of_part = {row: predictions[number, row] for row in range(len(rows)) if (number, row) in predictions}
-            self._write(parts[number], rows, of_part, task)
+            predicted = {row: predictions[number, row] for row in range(len(rows)) if (number, row) in predictions}
+            self._write(parts[number], rows, predicted, task)
 
     def _gather(self, trainer: Trainer) -> dict[tuple[int, int], Prediction]:
         """Return the predictions of all ranks; a row that two ranks predicted occurs once."""

@@ -113,18 +113,18 @@ def largest_batch_size(peak: Callable[[int], int], budget: int) -> int:
         peak: Function that returns the peak of a batch size, in bytes.
         budget: Bytes available.
     """
-    fits, peak_of_fitting = 1, peak(1)
-    if peak_of_fitting > budget:
+    fits, fitting_peak = 1, peak(1)
+    if fitting_peak > budget:
         return 0
-    growth: float = peak(2) - peak_of_fitting
+    growth: float = peak(2) - fitting_peak
     too_large: int | None = None
     while too_large is None or too_large - fits > 1:
-        guess = fits + max(1, int((budget - peak_of_fitting) / max(growth, 1)))
+        guess = fits + max(1, int((budget - fitting_peak) / max(growth, 1)))
         guess = guess if too_large is None else min(guess, too_large - 1)
-        peak_of_guess = peak(guess)
-        growth = (peak_of_guess - peak_of_fitting) / (guess - fits)
-        if peak_of_guess <= budget:
-            fits, peak_of_fitting = guess, peak_of_guess
+        guess_peak = peak(guess)
+        growth = (guess_peak - fitting_peak) / (guess - fits)
+        if guess_peak <= budget:
+            fits, fitting_peak = guess, guess_peak
         else:
             too_large = guess
     return fits
