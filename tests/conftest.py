@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ _TEXT = """[PAD] [UNK] [CLS] [SEP] [MASK] </s> <extra_id_0> great terrible Yes N
 neutral contradiction It was . ? , : the film a dull bright story sst2 stsb mnli sentence sentence1 sentence2 not good
 bad"""
 WORDS = tuple(_TEXT.split())
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Restore the environment variables after each test.
+
+    Lightning sets LOCAL_RANK when it starts with a distributed strategy. A later test that starts two processes would
+    inherit it, and its first process would wait for a second one that nobody starts.
+    """
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,8 @@ def test_two_processes_train_on_the_batches_of_one(source: str, tmp_path: Path, 
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), source, str(tmp_path)], check=True, env=environment, cwd=tmp_path)
+    command = [sys.executable, str(script), source, str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert len(ranks[0]["train"]) == len(one.seen["train"])
     for whole, *shares in zip(one.seen["train"], *(rank["train"] for rank in ranks), strict=True):
