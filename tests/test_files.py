@@ -12,6 +12,12 @@ from lit_spu.errors import UserError
 from lit_spu.files import replace_path, write_text
 
 
+def write_half(file: Path, error: BaseException) -> None:
+    with replace_path(file) as partial:
+        partial.write_text("half")
+        raise error
+
+
 def test_a_file_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     for text in ("one", "two"):
@@ -24,17 +30,16 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     file = tmp_path / "a.txt"
     file.write_text("old")
-    with pytest.raises(type(error)), replace_path(file) as partial:
-        partial.write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        write_half(file, error)
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot write .*a\.txt: No space left on device"):
-        with replace_path(tmp_path / "a.txt"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_half(tmp_path / "a.txt", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert not os.listdir(tmp_path)
 
 
 def test_a_place_that_is_not_there_is_a_users_error(tmp_path: Path) -> None:
