@@ -201,7 +201,7 @@ class Row:
 
 
 def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Sequence[float]]) -> list[Row]:
-    """Return a row for each method, task and backbone, at the best learning rate.
+    """Return a row for each method, task and backbone, at the learning rate that is best on validation.
 
     Args:
         records: Records of finished runs.
@@ -213,7 +213,7 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
         constant, metric = constant_scores.get((task, backbone), []), group[0]["metric"]
         for name, of_row in group_by(group, lambda record: str(record["row"])).items():
             by_rate = group_by(of_row, lambda record: float(record["rate"]))
-            rate, best = max(by_rate.items(), key=lambda item: statistics.mean(run["score"] for run in item[1]))
+            rate, best = max(by_rate.items(), key=lambda item: statistics.mean(map(_validation_score, item[1])))
             collapsed = sum(any(math.isclose(run["score"], c, abs_tol=1e-6) for c in constant) for run in best)
             table.append(
                 Row(
@@ -232,6 +232,12 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
         if constant:
             table.append(Row(MAJORITY, task, backbone, 1.0, metric, constant[:1]))
     return table
+
+
+def _validation_score(record: Record) -> float:
+    """Return the best score on validation: a rate that was chosen on test would make the test score too high."""
+    score: float = max((score for _, score in record["curve"]), default=record["score"])
+    return score
 
 
 def _average_costs(records: Sequence[Record]) -> dict[str, float]:

@@ -40,6 +40,15 @@ def test_a_row_is_the_mean_over_the_seeds_at_the_best_rate() -> None:
     assert row.curve == [(5, 0.5), (10, 0.75)]
 
 
+def test_a_rate_is_chosen_on_validation_and_never_on_test() -> None:
+    records = [
+        record("lst", 1, 0.6, portion="test", curve=[(5, 0.9)]),
+        record("lst", 1, 0.8, rate=3, portion="test", curve=[(5, 0.7)]),
+    ]
+    (row,) = rows(records, {})
+    assert (row.rate, row.score) == (1.0, 0.6)
+
+
 def test_constant_answers_are_the_majority_row_and_mark_collapsed_runs() -> None:
     labels = Counter(row["label"] for row in GLUE(task="sst2", limit_validation=60).examples("validation"))
     shares = sorted((count / 60 for count in labels.values()), reverse=True)
