@@ -341,6 +341,14 @@ def test_a_run_directory_records_settings_versions_and_command(run: Path) -> Non
     assert (launch["git"] or "").removesuffix("-dirty") == head.stdout.strip()
 
 
+def test_the_name_of_a_run_directory_is_printed_as_it_is(
+    small: list[str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", "--model=HeadOnly", "--trainer.max_steps=2", "--run_dir=a[/b]c :smile:", *small])
+    assert "Run directory: a[/b]c :smile:\n" in capsys.readouterr().out
+    assert (work / "a[/b]c :smile:" / "summary.json").is_file()
+
+
 def test_best_and_last_checkpoint(small: list[str], work: Path) -> None:
     peak = "--trainer.callbacks+=tests.test_cli.Peak"
     main(["fit", "--model=HeadOnly", "--trainer.max_epochs=3", "--run_dir=run", *small, peak])

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from torch import nn
 
 from lit_spu.callbacks.output import log_now
+from lit_spu.console import make_console
 from lit_spu.errors import UserError
 
 
@@ -75,7 +76,6 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _print(parts: dict[str, list[nn.Parameter]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("part")
@@ -85,4 +85,4 @@ def _print(parts: dict[str, list[nn.Parameter]]) -> None:
         total = _count(parameters)
         trainable = _count(parameter for parameter in parameters if parameter.requires_grad)
         table.add_row(name, f"{trainable:,}", f"{total:,}", f"{100 * trainable / total:.2f}")
-    Console().print(table)
+    make_console().print(table)

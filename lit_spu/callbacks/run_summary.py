@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_spu.callbacks.output import run_directory
+from lit_spu.console import make_console
 from lit_spu.version import __version__
 
 PACKAGES = ("torch", "lightning", "transformers")
@@ -130,7 +131,6 @@ def _finite(value: float) -> float | None:
 
 
 def _print(title: str, record: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_header=False)
@@ -143,9 +143,9 @@ def _print(title: str, record: dict[str, Any], folder: Path) -> None:
     rows["wall_seconds"] = record["wall_seconds"]
     for name, value in rows.items():
         table.add_row(name, _format(value))
-    console = Console()
+    console = make_console()
     console.print(table)
-    console.print(f"Run directory: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"Run directory: {folder}", soft_wrap=True)
 
 
 def _format(value: float | None) -> str:

@@ -20,6 +20,7 @@ from lit_spu.cli.doctor import doctor
 from lit_spu.cli.parser import Parser
 from lit_spu.cli.subcommands import COMMANDS
 from lit_spu.cli.user_errors import exit_on_user_error
+from lit_spu.console import make_console
 from lit_spu.errors import UserError
 from lit_spu.export.student import separate
 from lit_spu.export.writers import export, replay
@@ -72,9 +73,9 @@ def estimate(
     found, refused = estimates(method_configs(configs), backbone, task, batch_size, length, budget_bytes, settings)
     title = f"MiB of live tensors at the peak of a training step: {backbone}, {batch_size} texts of {length} tokens"
     if found:
-        console = Console()
+        console = make_console()
         console.print(_estimate_table(title, found, with_budget=budget is not None))
-        console.print("The process takes more: Python, torch, and memory that its allocator holds.", highlight=False)
+        console.print("The process takes more: Python, torch, and memory that its allocator holds.")
     for name, error in refused.items():
         print(f"{name}: {error}", file=sys.stderr)
     if not found:
@@ -130,13 +131,13 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
         return
     if find_spec("matplotlib") is None:
         raise UserError("The report needs matplotlib: pip install 'lit-spu[report]'.")
-    folder, console = Path(out), Console()
+    folder, console = Path(out), make_console()
     earlier = [outcome for cell in cells if (outcome := read_outcome(cell, folder))]
     outcomes = {outcome.cell: outcome for outcome in earlier if outcome.done or not retry}
     saved = read_records(folder)  # their directories may be gone
     records = {cell: saved[cell.command] for cell in cells if cell.command in saved and cell not in outcomes}
     remaining = [cell for cell in cells if cell not in outcomes and cell not in records]
-    console.print(f"{len(remaining)} of {len(cells)} runs to do. Results: {folder}", highlight=False)
+    console.print(f"{len(remaining)} of {len(cells)} runs to do. Results: {folder}")
     complete = _run(remaining, Runner(folder, jobs), Forecast(earlier, jobs), outcomes, console)
     records |= {cell: make_record(outcome) for cell, outcome in outcomes.items() if outcome.done}
     failures = [outcome for outcome in outcomes.values() if not outcome.done]
@@ -145,7 +146,7 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
         console.print("Interrupted. The same command continues the study.")
         raise SystemExit(128 + signal.SIGINT)
     if failed := [outcome for outcome in failures if not outcome.cell.optional]:
-        console.print(f"{len(failed)} runs failed. --retry repeats them.", highlight=False)
+        console.print(f"{len(failed)} runs failed. --retry repeats them.")
         raise SystemExit(1)
 
 
@@ -155,7 +156,7 @@ def _run(
     """Run the remaining cells, add their outcomes, and show the progress; return False if interrupted."""
     waiting = list(remaining)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(forecast.describe(waiting), total=None)
         try:
@@ -166,7 +167,7 @@ def _run(
                 # short, because the report explains why a backbone without a pretrained head has no zero-shot score
                 problem = shorten(outcome.problem, 100) if outcome.cell.optional else outcome.problem
                 result = f"{outcome.seconds:.0f} s" if outcome.done else f"no result: {problem}"
-                progress.console.print(f"{outcome.cell}: {result}", highlight=False, soft_wrap=True)
+                progress.console.print(f"{outcome.cell}: {result}", soft_wrap=True)
                 progress.update(bar, description=forecast.describe(waiting))
         except KeyboardInterrupt:
             return False
@@ -194,8 +195,8 @@ def _report(
             table.add_row(name, report.score(row), *(report.number(row.costs.get(column)) for column in shown))
         console.print(table)
     for line in differences:
-        console.print(f"Not a fair comparison, because settings differ: {line}", highlight=False, soft_wrap=True)
-    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+        console.print(f"Not a fair comparison, because settings differ: {line}", soft_wrap=True)
+    console.print(f"Report: {page}", soft_wrap=True)
 
 
 def _normalize(args: Sequence[str], command: Callable[..., None]) -> list[str]:

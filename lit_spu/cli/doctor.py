@@ -16,6 +16,7 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
+from lit_spu.console import make_console
 from lit_spu.measure import cores
 
 KNOWN_BAD = {
@@ -160,14 +161,13 @@ def doctor() -> None:
 
 def _print_findings(findings: Iterator[Finding]) -> Sequence[Finding]:
     """Print each finding as soon as its check is done, and return all."""
-    from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
-    console = Console()
+    console = make_console()
     colours: dict[State, str] = {"ok": "green", "note": "yellow", "bad": "red"}
     printed = []
     for finding in findings:
-        mark = f"[{colours[finding.state]}]{finding.state:<4}[/]"
-        console.print(f"{mark}  {escape(finding.subject):<22} {escape(finding.text)}", highlight=False, soft_wrap=True)
+        mark = Text(f"{finding.state:<4}", colours[finding.state])
+        console.print(mark, f" {finding.subject:<22} {finding.text}", soft_wrap=True)
         printed.append(finding)
     return printed

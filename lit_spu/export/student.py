@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from lit_spu.backbones import Backbone, load_backbone
 from lit_spu.checkpoints import run_dir
+from lit_spu.console import make_console
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.export import writers
@@ -54,7 +54,7 @@ def separate(ckpt_path: str, output: str, data: dict[str, Any] | None = None) ->
     student = load_backbone(str(folder), method.task, method.student.head_type).eval()
     batches = _validation_batches(method, run_dir.saved_config(file)["data"] | (data or {}))
     title = f"{folder}: {method.task.name}, validation"
-    Console().print(_comparison_table(title, {"teacher": method.backbone, "student": student}, batches))
+    make_console().print(_comparison_table(title, {"teacher": method.backbone, "student": student}, batches))
 
 
 def _validation_batches(method: Method, settings: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
