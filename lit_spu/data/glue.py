@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -34,9 +35,10 @@ class GLUE(LightningDataModule):
     """Data module of the GLUE tasks, SNLI, TREC, SST-5 and custom tasks, tokenised for the backbone that is trained.
 
     A batch is a dict of tensors. `input_ids` and `attention_mask` (and `token_type_ids` if the tokenizer has them) are
-    int64 [batch, tokens], padded on the right. `labels` is int64 [batch], or float32 [batch] for a regression, and -1
-    if unknown. `index`, int64 [batch], is the row's number in `examples(...)`. The texts of a batch have similar
-    lengths. The order of the batches depends on the epoch and the random seed of `seed_everything` (0 if not set).
+    int64 [batch, tokens], padded on the right. `labels` is int64 [batch], or float32 [batch] for a regression. An
+    unknown label, which only a batch to predict can have, is -1, or NaN for a regression. `index`, int64 [batch], is
+    the row's number in `examples(...)`. The texts of a batch have similar lengths. The order of the batches depends on
+    the epoch and the random seed of `seed_everything` (0 if not set).
 
     Args:
         task: Name of a task, such as sst2, or a custom task's YAML file, such as examples/own_task/task.yaml.
@@ -121,13 +123,15 @@ class GLUE(LightningDataModule):
 
     # -- Examples ---------------------------------------------------------------------------------------------------
 
-    @property
-    def validation_names(self) -> list[str]:
-        """Names of the validation sets, one for each loader. The first is empty; MNLI's second is `mismatched`."""
-        return list(self._parts("validation"))
+    def part_names(self, portion: Portion) -> list[str]:
+        """Return the names of a split's parts, one for each loader. The first is empty; MNLI's second `mismatched`."""
+        return list(self._parts(portion))
 
     def examples(self, portion: Portion, part: str = "") -> list[Row]:
-        """Return the rows of a split or of the texts to predict: each field's text, and `label`, -1 if unknown."""
+        """Return the rows of a split or of the texts to predict: each field's text, and `label`.
+
+        The examples without a label are not among those of the test split. To predict, their label is None.
+        """
         return self._parts(portion)[part]
 
     def texts(self) -> Iterator[Batch]:
@@ -157,9 +161,13 @@ class GLUE(LightningDataModule):
 
     def _load_parts(self, portion: Portion) -> Parts:
         if portion == "predict":
-            return self._parts("test") if self.text is None else {"": self._parse_text()}
-        parts = sources.load_split(self.task, self.source, portion, self.shots, self.split_seed)
-        limit = getattr(self, f"limit_{portion}")
+            return self._load_split("test") if self.text is None else {"": self._parse_text()}
+        parts = self._load_split(portion)
+        return sources.select_labelled(self.task, parts) if portion == "test" else parts
+
+    def _load_split(self, split: Split) -> Parts:
+        parts = sources.load_split(self.task, self.source, split, self.shots, self.split_seed)
+        limit = getattr(self, f"limit_{split}")
         return {part: _draw_rows(rows, limit, self.split_seed) for part, rows in parts.items()}
 
     def _parse_text(self) -> list[Row]:
@@ -203,7 +211,7 @@ class GLUE(LightningDataModule):
         self._resume_state = state_dict
 
     def val_dataloader(self) -> list[Loader]:
-        """Return one loader for each of `validation_names`."""
+        """Return one loader for each validation set."""
         return self._make_loaders("validation")
 
     def test_dataloader(self) -> list[Loader]:
@@ -220,11 +228,12 @@ class GLUE(LightningDataModule):
         """Return the portion's parts, tokenised or from the cache."""
         encoding = self._find_encoding()
         template = text.template_of(self.task, encoding, self.template)
+        unknown = math.nan if self.task.regression else -1
         pad_id = encoding.tokenizer.pad_token_id or 0  # without a pad token, any id will do: the mask hides it
         return [
             Examples(
                 text.encode_cached(rows, self.task, encoding, template, self.max_length, self.cache),
-                [row["label"] for row in rows],
+                [unknown if row["label"] is None else row["label"] for row in rows],
                 pad_id,
             )
             for rows in self._parts(portion).values()

@@ -28,7 +28,7 @@ Lines = list[tuple[int, Sequence[Any]]]
 LabelReader = Callable[[str], int | float | None]
 """Function that returns the label for the text of a cell, or None if the text is not a label."""
 
-_NO_LABEL = ("-1", "-", "")
+_NO_LABEL = ("-1", "-1.0", "-", "")
 
 
 class Table(NamedTuple):
@@ -41,11 +41,6 @@ class Table(NamedTuple):
 
 class _Gap(Exception):
     """Error for a row without a text, a column or an agreed label, which an incomplete dataset may have."""
-
-
-def unknown_label(task: Task) -> int | float:
-    """Return the label of an example without one."""
-    return -1.0 if task.regression else -1
 
 
 # --- From a table to rows --------------------------------------------------------------------------------------------
@@ -90,7 +85,7 @@ def _make_row(
         raise _Gap(f"the label {given!r} means unknown, only allowed in a test split; {_allowed_labels(task)}")
     if empty := [field for field in task.fields if not row[field]]:
         raise _Gap(f"the {empty[0]} is empty; a text was expected")
-    row["label"] = unknown_label(task) if label is None else label
+    row["label"] = label
     return row
 
 

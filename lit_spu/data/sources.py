@@ -11,7 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from lit_spu.data.readers import READERS, read_dataset, read_rows, read_table, unknown_label
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_spu.data.readers import READERS, read_dataset, read_rows, read_table
 from lit_spu.data.synthetic import generate
 from lit_spu.data.text import Row
 from lit_spu.errors import UserError, did_you_mean
@@ -89,10 +91,26 @@ def parse_lines(task: Task, lines: Iterable[str], where: str) -> list[Row]:
                 f"{where}, line {number}: {line.rstrip()!r} has {sum(map(bool, texts))} text(s), but {task.name} needs"
                 f" {len(task.fields)}: {' <tab> '.join(task.fields)}."
             )
-        rows.append({**dict(zip(task.fields, texts, strict=True)), "label": unknown_label(task)})
+        rows.append({**dict(zip(task.fields, texts, strict=True)), "label": None})
     if not rows:
         raise UserError(f"{where}: no text was given; at least one line of {' <tab> '.join(task.fields)} is needed.")
     return rows
+
+
+def select_labelled(task: Task, parts: Parts) -> Parts:
+    """Return the test examples that can be scored, and warn of the number of the others.
+
+    Raises:
+        UserError: if a test set has none.
+    """
+    for part, rows in parts.items():
+        name = f"the {part} test split" if part else "the test split"
+        unknown = sum(row["label"] is None for row in rows)
+        if unknown == len(rows):
+            raise UserError(f"None of the {unknown} examples of {name} of {task.name} has a label: use predict.")
+        if unknown:
+            rank_zero_warn(f"{unknown} of {len(rows)} examples of {name} of {task.name} have no label: not scored.")
+    return {part: [row for row in rows if row["label"] is not None] for part, rows in parts.items()}
 
 
 def _load_full_split(task: Task, source: str, split: Split, seed: int) -> Parts:

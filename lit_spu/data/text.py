@@ -26,7 +26,7 @@ from lit_spu.errors import UserError, did_you_mean
 from lit_spu.tasks import Encoding, Format, Task
 
 Row = dict[str, Any]
-"""An example: the text of each field and `label`, which is a label's position or a score; -1 if unknown."""
+"""An example: the text of each field and `label`, which is a label's position or a score; None if unknown."""
 
 _CHUNK = 10_000  # rows tokenised at a time, which limits the memory of the tokenizer's lists
 

@@ -206,7 +206,8 @@ class Method(LightningModule, ABC):
 
     def _metric_prefix(self, stage: str, dataloader_idx: int) -> str:
         """Return a prefix such as `val/`, or for a validation set with a name `val/mismatched_`."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [""])
+        part_names = getattr(getattr(self.trainer, "datamodule", None), "part_names", None)
+        names = part_names("validation" if stage == "val" else stage) if part_names else [""]
         name = names[dataloader_idx] if dataloader_idx < len(names) else str(dataloader_idx)
         return f"{stage}/{name}_" if name else f"{stage}/"
 
@@ -215,14 +216,8 @@ class Method(LightningModule, ABC):
         self.update_metrics(self(batch), batch, prefix)
 
     def update_metrics(self, logits: Tensor, batch: Batch, prefix: str) -> None:
-        """Add the logits [batch, labels] of a batch to the metrics of this prefix.
-
-        Raises:
-            UserError: If no example of the batch has a label.
-        """
-        labels, (low, _) = batch["labels"], self.task.score_range or (0.0, 0.0)
-        if low > -1 and bool((labels == -1).all()):
-            raise UserError("This split has no labels, so nothing can be scored: use predict.")
+        """Add the logits [batch, labels] of a batch to the metrics of this prefix."""
+        labels = batch["labels"]
         if prefix not in self.metrics:
             self.metrics[prefix] = task_metrics(self.task).to(self.device)
         # the loss is a metric because Lightning's own mean over ranks rounds the number of examples

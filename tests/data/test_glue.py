@@ -96,9 +96,7 @@ def test_a_trainer_gets_all_batches(source: str, tmp_path: Path, encoding: Encod
     assert sorted(i for batch in model.seen["val"][:3] for i in batch[1:]) == list(range(21))
     predictions: Any = run.predict(model, glue)
     assert sorted(i for batch in predictions for i in batch.tolist()) == list(range(9))
-    run.test(model, glue)
-    assert sorted(i for batch in model.seen["test"] for i in batch[1:]) == list(range(9))
-    assert [row["label"] for row in glue.examples("test")] == [-1] * 9
+    assert [row["label"] for row in glue.examples("predict")] == [None] * 9
 
 
 def test_batches_hold_the_rows_of_their_index(source: str, tmp_path: Path, encoding: Encoding) -> None:
@@ -162,7 +160,7 @@ def test_mnli_has_two_validation_sets(tmp_path: Path) -> None:
         (folder / f"{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tgold_label", *lines]))
     model, glue = Recorder(word_encoding(), TASKS["mnli"]), data(str(tmp_path), tmp_path, task="mnli")
     trainer(tmp_path).validate(model, glue)
-    assert glue.validation_names == ["", "mismatched"]
+    assert glue.part_names("validation") == ["", "mismatched"]
     assert Counter(batch[0] for batch in model.seen["val"] for _ in batch[1:]) == {0: 3, 1: 5}
     assert {row["hypothesis"] for row in glue.examples("validation", "mismatched")} == {"w5"}
 
@@ -178,7 +176,7 @@ def test_a_larger_limit_contains_a_smaller_one_in_order(source: str, tmp_path: P
     assert chosen[20] == sorted(chosen[20]) != list(range(20))
     assert len(data(source, tmp_path, limit_train=999).examples("train")) == 50
     glue = data(source, tmp_path, limit_validation=4, limit_test=3)
-    assert (len(glue.examples("train")), len(glue.examples("validation")), len(glue.examples("test"))) == (50, 4, 3)
+    assert (len(glue.examples("train")), len(glue.examples("validation")), len(glue.examples("predict"))) == (50, 4, 3)
     other = data(source, tmp_path, limit_train=5, split_seed=1).examples("train")
     assert [whole.index(row["sentence"]) for row in other] != chosen[5]
 
@@ -221,7 +219,7 @@ def test_a_sentence_is_predicted(source: str, tmp_path: Path, encoding: Encoding
     glue = data(source, tmp_path, text="w1 w2 w3")
     predictions: Any = trainer(tmp_path).predict(Recorder(encoding), glue)
     assert [batch.tolist() for batch in predictions] == [[0]]
-    assert glue.examples("predict") == [{"sentence": "w1 w2 w3", "label": -1}]
+    assert glue.examples("predict") == [{"sentence": "w1 w2 w3", "label": None}]
 
 
 def test_standard_input_is_predicted(

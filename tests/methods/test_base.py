@@ -16,6 +16,7 @@ from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.head import HeadOnly
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.last_layers import LastLayers
+from tests.ddp import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
@@ -101,7 +102,7 @@ def test_metrics_of_classes_equal_scikit_learn(tiny: Tiny, data: Data, fit: Run,
     module = data(task)
     trainer = fit(method, module, max_steps=1)
     logged = trainer.validate(method, module, verbose=False)
-    for loader, name in zip(module.val_dataloader(), module.validation_names, strict=True):
+    for loader, name in zip(module.val_dataloader(), module.part_names("validation"), strict=True):
         batches = list(loader)
         labels = torch.cat([batch["labels"] for batch in batches])
         with torch.no_grad():
@@ -132,6 +133,42 @@ def test_metrics_of_regressions_equal_scipy(tiny: Tiny, data: Data, fit: Run) ->
     assert logged["val/pearson"] == pytest.approx(stats.pearsonr(values, labels).statistic, abs=1e-4)
     assert logged["val/spearman"] == pytest.approx(stats.spearmanr(values, labels).statistic, abs=1e-4)
     assert logged["val/loss"] == pytest.approx(float((values - labels).square().mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("low", [0, -5])
+def test_examples_without_a_score_are_not_scored(tiny: Tiny, tmp_path: Path, batch_size: int, low: int) -> None:
+    from scipy import stats
+
+    scores = ["1.5", "", "4", "2.5", "", "3"]
+    lines = [f"{'good film ' * (i + 1)}\t{score}" for i, score in enumerate(scores)]
+    (tmp_path / "test.tsv").write_text("\n".join(["text\tlabel", *lines]))
+    task = {"name": "stars", "fields": ["text"], "score_range": [low, 5]}
+    method = HeadOnly(backbone=tiny("bert"), task=task).eval()
+    module = GLUE(task, str(tmp_path), batch_size=batch_size, cache=str(tmp_path))
+    trainer = quiet_trainer()
+    with pytest.warns(UserWarning, match=r"2 of 6 examples of the test split of stars have no label: not scored"):
+        (logged,) = trainer.test(method, module, verbose=False)
+    assert len(module.examples("test")) == 4
+    batches = list(module.test_dataloader()[0])
+    with torch.no_grad():
+        values = torch.cat([method(batch) for batch in batches]).squeeze(1)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert logged["test/pearson"] == pytest.approx(stats.pearsonr(values, labels).statistic, abs=1e-4)
+    predicted: Any = trainer.predict(method, module)
+    assert sorted(row for batch in predicted for row in batch["index"].tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("column", ["", "\tlabel"])
+@pytest.mark.parametrize("answers", [{"labels": ["bad", "good"]}, {"score_range": [-5, 5]}])
+def test_a_test_split_without_labels_is_refused(
+    tiny: Tiny, tmp_path: Path, column: str, answers: dict[str, Any]
+) -> None:
+    (tmp_path / "test.tsv").write_text(f"text{column}\na film\n".replace("film", "film\t" if column else "film"))
+    task = {"name": "stars", "fields": ["text"], **answers}
+    method = HeadOnly(backbone=tiny("bert"), task=task)
+    with pytest.raises(UserError, match="None of the 1 examples of the test split of stars has a label: use predict"):
+        quiet_trainer().test(method, GLUE(task, str(tmp_path), cache=str(tmp_path)), verbose=False)
 
 
 @pytest.mark.filterwarnings("ignore:The variance of predictions or target is close to zero")
