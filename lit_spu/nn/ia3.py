@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_spu.backbones.hooks import position_wise
 from lit_spu.backbones.target_linears import TargetLinear
+from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
 
 
@@ -18,10 +19,18 @@ class Scale(Adapter):
     Args:
         target: The linear layer.
         inputs: Scale the layer's inputs instead of its outputs.
+
+    Raises:
+        UserError: If the inputs are those of a part of a fused layer, whose parts all read the same.
     """
 
     def __init__(self, target: TargetLinear, inputs: bool = False) -> None:
         super().__init__(target)
+        if inputs and target.num_parts > 1:
+            raise UserError(
+                f"model.inputs: {target} is a part of a fused layer, and all of its parts have the same input. Put the"
+                f" role {target.role} into --model.outputs."
+            )
         self.inputs = inputs
         self.scale = nn.Parameter(torch.ones(target.weight.shape[1 if inputs else 0]))
 

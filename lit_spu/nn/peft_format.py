@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from lit_spu.backbones.backbone import Backbone
 from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
-from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
+from lit_spu.nn.peft_config import CONFIG, PeftConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 ADAPTER_WEIGHT = re.compile(r"\.(lora_[AB]\.weight|ia3_l)$")
 PREFIX = "base_model.model."
 TASKS = {"SequenceClassification": "SEQ_CLS", "Seq2SeqLM": "SEQ_2_SEQ_LM", "CausalLM": "CAUSAL_LM"}
@@ -111,27 +112,134 @@ def _vectors_to_peft(by_path: Mapping[str, Sequence[Any]]) -> tuple[dict[str, An
 def init_from_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folder: Path) -> None:
     """Initialise adapters, and the weights that are trained with them, from a folder of the peft library.
 
+    The model then computes what the library computes with this folder.
+
     Raises:
-        UserError: If there is no such folder, or it does not fit these adapters.
+        UserError: If there is no such folder, it does not fit these adapters, or it computes what they cannot.
     """
+    config = PeftConfig(folder)
+    kind = "LORA" if isinstance(adapters[0], LowRank) else "IA3"
+    if config.kind != kind:
+        raise UserError(f"model.adapter: {folder} holds {config.kind}, but this method needs {kind}.")
+    tensors = _read_tensors(folder)
+    by_path: dict[str, list[Adapter]] = defaultdict(list)
+    for adapter in adapters:
+        by_path[backbone.full_path(adapter.target)].append(adapter)
+    _check_targets(backbone, by_path, config, folder, tensors)
+    for path, on_path in by_path.items():
+        if kind == "LORA":
+            pair = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
+            _init_pairs(on_path, path, config, *pair)
+        else:
+            _init_vectors(on_path, path, config, tensors[f"{path}.ia3_l"])
+    _copy_saved_weights(backbone, config, folder, tensors)
+    _warn_of_another_base(config.base_model, backbone.name, folder)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder by their names in the whole model."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickled = file.with_suffix(".bin").is_file()
+        advice = " Load the adapter_model.bin there with peft and save it again, as safetensors." if pickled else ""
+        raise UserError(f"model.adapter: {file} is missing.{advice}")
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = {name.removeprefix(PREFIX): t for name, t in load_file(folder / WEIGHTS).items()}
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.adapter: {folder} is no adapter folder of the peft library: {error}") from error
-    kind = "LORA" if isinstance(adapters[0], LowRank) else "IA3"
-    if config.get("peft_type") != kind:
-        raise UserError(f"model.adapter: {folder} holds {config.get('peft_type')}, but this method needs {kind}.")
-    _check_targets(backbone, adapters, folder, {ADAPTER_WEIGHT.sub("", n) for n in tensors if ADAPTER_WEIGHT.search(n)})
-    for adapter in adapters:
-        path = backbone.full_path(adapter.target)
-        if isinstance(adapter, LowRank):
-            _init_pair(adapter, path, config, tensors)
-        elif isinstance(adapter, Scale):
-            vector = tensors[f"{path}.ia3_l"].flatten()
-            adapter.scale.copy_(vector if adapter.inputs else adapter.target.select_outputs(vector))
+        return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.adapter: {file} cannot be read as safetensors: {error}") from error
+
+
+def _check_targets(
+    backbone: Backbone,
+    by_path: Mapping[str, Sequence[Adapter]],
+    config: PeftConfig,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Check that the folder's config, its weights and the adapters name the same linear layers."""
+    found = {ADAPTER_WEIGHT.sub("", name) for name in tensors if ADAPTER_WEIGHT.search(name)}
+    modules = (path for path, module in backbone.model.named_modules() if not isinstance(module, nn.ModuleList))
+    chosen = {path for path in modules if config.targets(path)}
+    if found != chosen:
+        path = min(found ^ chosen)
+        has, lacks = (config.file, WEIGHTS) if path in chosen else (folder / WEIGHTS, CONFIG)
+        raise UserError(
+            f"model.adapter: {has} has an adapter for {path}, and {lacks} has none: the adapter was made for another"
+            " model, or one of its files was changed."
+        )
+    if found == set(by_path):
+        return
+    roles = {backbone.full_path(target): target.role for target in backbone.base_model.all_target_linears}
+    names = ", ".join(dict.fromkeys(role for path, role in roles.items() if path in found))
+    raise UserError(
+        f"model.adapter: {folder} is for other linear layers than these settings: for"
+        f" {f'those of the roles {names}' if names else 'none of this backbone'} ({min(found, default='none')}…)."
+        f" {min(found ^ set(by_path))} is only in one of both."
+    )
+
+
+def _init_pairs(pairs: Sequence[Any], path: str, config: PeftConfig, a: Tensor, b: Tensor) -> None:
+    """Initialise the pairs on one linear layer, one for each of its parts that has any, from its A and B."""
+    num_parts, own, scale = pairs[0].target.num_parts, len(pairs[0].a), config.scale(path)
+    outputs = len(pairs[0].b) * num_parts
+    rank = config.rank(path)
+    if a.shape != (rank, pairs[0].a.shape[1]) or b.shape != (outputs, rank):
+        raise UserError(
+            f"model.adapter: {path} has a pair of the shapes {list(a.shape)} and {list(b.shape)}; {config.file} and the"
+            f" backbone need {[rank, pairs[0].a.shape[1]]} and {[outputs, rank]}."
+        )
+    in_blocks = rank == own * len(pairs) > own  # as `_pairs_to_peft` writes the pairs of several parts
+    if (rank != own and not in_blocks) or not math.isclose(scale, pairs[0].scale):
+        rank = rank // len(pairs) if in_blocks else rank
+        raise UserError(
+            f"model.adapter: at {path} the folder has rank {rank} and scale {scale:g}, these settings have"
+            f" {own} and {pairs[0].scale:g}. Use --model.rank={rank} --model.alpha={scale * rank:g}, if all"
+            " layers of the folder have the same."
+        )
+    unread = b.clone()
+    for number, pair in enumerate(pairs):
+        block = slice(number * own, (number + 1) * own) if in_blocks else slice(None)
+        part = slice(pair.target.part * len(pair.b), (pair.target.part + 1) * len(pair.b))
+        pair.a.copy_(a[block])
+        pair.b.copy_(b[part, block])
+        unread[part, block] = 0
+    if unread.any():
+        raise _whole_layer_error(path, config)
+
+
+def _init_vectors(scales: Sequence[Any], path: str, config: PeftConfig, vector: Tensor) -> None:
+    """Initialise the vectors on one linear layer, one for each of its parts that has any."""
+    inputs, target = scales[0].inputs, scales[0].target
+    shape = (1, -1) if inputs else (-1, 1)
+    length = len(scales[0].scale) * (1 if inputs else target.num_parts)
+    if config.scales_inputs(path) != inputs or vector.numel() != length or vector.shape != vector.view(shape).shape:
+        side = "inputs" if config.scales_inputs(path) else "outputs"
+        raise UserError(
+            f"model.adapter: at {path} the folder scales the {side} by a vector {list(vector.shape)}, and these"
+            f" settings scale the {'inputs' if inputs else 'outputs'}, of width {length}."
+            f" Put the role {target.role} into --model.{side}."
+        )
+    unread = vector.flatten().clone()
+    for scale in scales:
+        part = unread if inputs else scale.target.select_outputs(unread)
+        scale.scale.copy_(part)
+        part.fill_(1)
+    if (unread != 1).any():
+        raise _whole_layer_error(path, config)
+
+
+def _whole_layer_error(path: str, config: PeftConfig) -> UserError:
+    return UserError(
+        f"model.adapter: {config.file.parent} changes more of {path}, a fused layer, than the part that these settings"
+        " adapt: use all of its roles."
+    )
+
+
+def _copy_saved_weights(backbone: Backbone, config: PeftConfig, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the weights of whole modules, such as a head, to the trained weights of the model."""
     own = dict(backbone.model.named_parameters())
     for name, tensor in tensors.items():
         if ADAPTER_WEIGHT.search(name):
@@ -141,33 +249,18 @@ def init_from_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folde
                 f"model.adapter: {folder} also holds {name} {list(tensor.shape)}, which these settings do not train."
                 " Use the task and the settings of that run, such as model.norms=true."
             )
+        if not config.saves(name):
+            raise UserError(f"model.adapter: {folder} also holds {name}, which modules_to_save in {CONFIG} lacks.")
         own[name].copy_(tensor)
 
 
-def _check_targets(backbone: Backbone, adapters: Sequence[Adapter], folder: Path, found: set[str]) -> None:
-    if found == {backbone.full_path(adapter.target) for adapter in adapters}:
+def _warn_of_another_base(trained_on: str | None, name: str, folder: Path) -> None:
+    """Warn if an adapter was trained on another model. A hub's name is that of a local copy of the same last name."""
+    if not trained_on or trained_on == name or Path(trained_on).resolve() == Path(name).resolve():
         return
-    roles = {backbone.full_path(target): target.role for target in backbone.base_model.all_target_linears}
-    names = ", ".join(dict.fromkeys(role for path, role in roles.items() if path in found))
-    raise UserError(
-        f"model.adapter: {folder} is for other linear layers than these settings: for"
-        f" {f'those of the roles {names}' if names else 'none of this backbone'} ({min(found, default='none')}…)."
-    )
-
-
-def _init_pair(pair: LowRank, path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    a, whole = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
-    b = whole.chunk(pair.target.num_parts)[pair.target.part]
-    rank = len(a)
-    alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if rank == len(pair.a) * pair.target.num_parts and rank != len(pair.a):  # the parts of a fused layer, in blocks
-        block = slice(pair.target.part * len(pair.a), (pair.target.part + 1) * len(pair.a))
-        a, b = a[block], b[:, block]
-    if a.shape != pair.a.shape or not math.isclose(scale, pair.scale):
-        raise UserError(
-            f"model.adapter: at {path} the folder has rank {len(a)} and scale {scale:g}, these settings have"
-            f" {len(pair.a)} and {pair.scale:g}. Use --model.rank={len(a)} --model.alpha={scale * len(a):g}."
+    are_folders = Path(trained_on).is_absolute() and Path(name).is_absolute()
+    if are_folders or Path(trained_on).name.casefold() != Path(name).name.casefold():
+        rank_zero_warn(
+            f"model.adapter: {folder} was trained on {trained_on!r}, and model.backbone is {name!r}: unless they are"
+            " the same model, its function is another one here."
         )
-    pair.a.copy_(a)
-    pair.b.copy_(b)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_spu.backbones.target_linears import TargetLinear
+from lit_spu.errors import UserError
 from lit_spu.nn.ia3 import Scale
 
 
@@ -45,3 +46,9 @@ def test_merged_it_puts_out_the_same_and_unmerged_it_is_what_it_was(kind: str, i
     torch.testing.assert_close(linear(x), before, atol=1e-12, rtol=0)
     scale.unmerge()
     assert all(torch.equal(t, state[name]) for name, t in linear.state_dict().items())
+
+
+def test_the_input_of_a_part_of_a_fused_layer_is_refused() -> None:
+    """It is the input of the other parts, too."""
+    with pytest.raises(UserError, match="part of a fused layer, and all of its parts have the same input"):
+        scaled("fused", inputs=True)
