@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 from lit_spu.__main__ import main
-from lit_spu.study.grid import method_configs
+from lit_spu.cli.commands import FUNCTIONS
+from lit_spu.study.grid import PACKAGED_CONFIGS, method_configs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -30,7 +32,8 @@ def run_refused(args: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        ("estimate", ["configs", "'configs/*.yaml'", "matches no file"]),
+        ("estimate --configs none/*.yaml", ["configs", "'none/*.yaml'", "matches no file"]),
+        ("estimate --configs=[]", ["--configs", "no file is given", "configs/lst.yaml"]),
         ("estimate --batch 3", ["--batch", "Did you mean --batch_size?"]),
         ("estimate --batch_size 0 --configs {configs}/lst.yaml", ["--batch_size=0", "1 or more"]),
         ("estimate --batch_size many", ["--batch_size", "'many'", "int"]),
@@ -57,14 +60,31 @@ def test_errors_are_explained_in_two_lines(args: str, parts: list[str], capsys: 
         assert part in message
 
 
-def test_estimates_are_printed_smallest_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_estimates_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
     main(f"estimate --configs {CONFIGS}/full.yaml,{CONFIGS}/head.yaml --length 16 --budget 0.05".split())
-    table = capsys.readouterr().out
-    assert table.index("head") < table.index("full")
-    assert "1.10M" in table
-    rows = [line.split() for line in table.splitlines() if "M " in line]
+    printed = capsys.readouterr()
+    assert "1.10M" in printed.out
+    assert printed.err.splitlines() == ["estimating full (1 of 2)", "estimating head (2 of 2)"]
+    rows = [line.split() for line in printed.out.splitlines() if "M " in line]
     largest = {row[0]: int(row[-1].replace(",", "")) for row in rows}
     assert largest["head"] > largest["full"] > 1
+    assert all(len(line) <= 80 for line in printed.out.splitlines()[1:])
+
+
+def test_a_method_without_an_estimate_has_a_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_spu.methods.full.FullFineTuning.loss", lambda self, batch: 1 / 0)
+    main(f"estimate --configs {CONFIGS}/full.yaml,{CONFIGS}/head.yaml --length 16".split())
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2] == "full  no estimate: ZeroDivisionError: division by zero"
+    assert rows[3].startswith("head")
+
+
+def test_the_packaged_configs_are_those_of_the_checkout() -> None:
+    """They are found from any directory: this test runs in an empty one."""
+    assert method_configs(PACKAGED_CONFIGS).keys() == method_configs([f"{CONFIGS}/*.yaml"]).keys()
+    assert signature(FUNCTIONS["estimate"]).parameters["configs"].default == PACKAGED_CONFIGS
 
 
 def test_dry_run_lists_the_runs_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,9 @@ from lit_spu.tasks import Encoding, Task
 
 ASSETS = Path(__file__).parent / "assets"
 
+LOADED_DTYPE = torch.float32
+"""Data type of all loaded weights, whatever config.json says: the model's `backbone_precision` is set after loading."""
+
 _only_shapes = ContextVar("only_shapes", default=False)
 
 
@@ -111,10 +114,10 @@ def load_model(source: Source, name: str, family: Family, task: Task, head: Head
     if _only_shapes.get():
         config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=source.is_local, **options)
         config.use_cache = False
-        return auto.from_config(config).eval(), not classifies
+        return auto.from_config(config, dtype=LOADED_DTYPE).eval(), not classifies
     with quiet_loading():
         model, info = auto.from_pretrained(
-            source.path, dtype=torch.float32, output_loading_info=True, local_files_only=source.is_local, **options
+            source.path, dtype=LOADED_DTYPE, output_loading_info=True, local_files_only=source.is_local, **options
         )
     model.config.use_cache = False
     new = [path for path in family.classifier if "." in path or hasattr(model, path)] if classifies else []

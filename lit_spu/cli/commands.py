@@ -28,8 +28,8 @@ from lit_spu.measure import MIB, Kind
 from lit_spu.study import report
 from lit_spu.study.columns import BRIEF, COLUMNS
 from lit_spu.study.compare import Forecast, Outcome, Runner, read_outcome
-from lit_spu.study.estimate import Estimate, estimates
-from lit_spu.study.grid import Cell, Study, method_configs
+from lit_spu.study.estimate import Estimate, Failure, estimates
+from lit_spu.study.grid import PACKAGED_CONFIGS, Cell, Study, method_configs
 from lit_spu.study.results import (
     Record,
     find_unfair_differences,
@@ -42,7 +42,7 @@ from lit_spu.study.results import (
 
 
 def estimate(
-    configs: Sequence[str] = ("configs/*.yaml",),
+    configs: Sequence[str] = PACKAGED_CONFIGS,
     backbone: str = "mini-bert",
     task: str = "sst2",
     batch_size: int = 32,
@@ -53,7 +53,7 @@ def estimate(
     """Estimate the peak memory of training for every method, without training and without loading weights.
 
     Args:
-        configs: Config files of methods, or glob patterns.
+        configs: Config files of methods, or glob patterns (default: the packaged config of every method).
         backbone: An embedded mini model (mini-bert, mini-t5), or a Hugging Face name or folder.
         task: The name of a task, or the YAML file of a custom task.
         batch_size: Texts per batch, on one device.
@@ -70,36 +70,54 @@ def estimate(
     if budget is not None and budget <= 0:
         raise UserError(f"--budget={budget}: give a number of GiB above 0.")
     budget_bytes = None if budget is None else int(budget * 2**30)
-    found, refused = estimates(method_configs(configs), backbone, task, batch_size, length, budget_bytes, settings)
-    title = f"MiB of live tensors at the peak of a training step: {backbone}, {batch_size} texts of {length} tokens"
-    if found:
-        console = make_console()
-        console.print(_estimate_table(title, found, with_budget=budget is not None))
-        console.print("The process takes more: Python, torch, and memory that its allocator holds.")
-    for name, error in refused.items():
-        print(f"{name}: {error}", file=sys.stderr)
-    if not found:
-        raise SystemExit(2)
+    files = method_configs(configs)
+    results = estimates(files, backbone, task, batch_size, length, budget_bytes, settings)
+    print(f"MiB of live tensors at the peak of a training step: {backbone}, {batch_size} texts of {length} tokens")
+    width = max(map(len, files))
+    headings = _estimate_row(("trained", "peak", *ESTIMATE_PARTS.values()), "batch" if budget else "")
+    print(f"{'method':{width}}{headings}", flush=True)
+    failures: list[Failure] = []
+    for number, name in enumerate(files, 1):
+        _print_progress(f"estimating {name} ({number} of {len(files)})")
+        result = next(results)
+        print(f"{name:{width}}{_describe_estimate(result)}", flush=True)
+        if isinstance(result, Failure):
+            failures.append(result)
+    if len(failures) == len(files):
+        raise UserError(f"No method could be estimated. {failures[-1].name}: {failures[-1].reason}")
+    if budget:
+        print(f"batch: the largest batch size within {budget:g} GiB")
+    print("The process takes more: Python, torch, and memory that its allocator holds.")
 
 
-def _estimate_table(title: str, found: Sequence[Estimate], with_budget: bool) -> Table:
-    """Return a table with a row per method: trained parameters, peak, and the parts of the peak in MiB."""
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    kinds = {
-        Kind.WEIGHTS: "weights",
-        Kind.GRADIENTS: "grads",
-        Kind.OPTIMIZER: "optim",
-        Kind.ACTIVATIONS: "activa-\ntions",
-        Kind.REST: "rest",
-    }
-    table.add_column("method", no_wrap=True)
-    for header in ("trained", "peak", *kinds.values(), *(["largest\nbatch"] if with_budget else [])):
-        table.add_column(header, justify="right", no_wrap=True)
-    for one in found:
-        parts = (_mib(one.by_kind[kind]) for kind in kinds)
-        largest = [] if one.largest is None else [f"{one.largest:,}"]
-        table.add_row(one.name, f"{one.trainable / 1e6:.2f}M", _mib(one.peak), *parts, *largest)
-    return table
+ESTIMATE_PARTS = {
+    Kind.WEIGHTS: "weights",
+    Kind.GRADIENTS: "grads",
+    Kind.OPTIMIZER: "optim",
+    Kind.ACTIVATIONS: "activ.",
+    Kind.REST: "rest",
+}
+"""Headings of the parts of the peak."""
+
+
+def _describe_estimate(result: Estimate | Failure) -> str:
+    """Return the cells of a method: trained parameters, peak, its parts in MiB, and the largest batch size."""
+    if isinstance(result, Failure):
+        return f"  no estimate: {result.reason}"
+    parts = (_mib(result.by_kind[kind]) for kind in ESTIMATE_PARTS)
+    largest = "" if result.largest is None else f"{result.largest:,}"
+    return _estimate_row((f"{result.trainable / 1e6:.2f}M", _mib(result.peak), *parts), largest)
+
+
+def _estimate_row(cells: Sequence[str], largest: str) -> str:
+    """Return cells in columns that fit into a terminal beside the method's name."""
+    return "".join(f"{cell:>8}" for cell in cells) + (f"{largest:>8}" if largest else "")
+
+
+def _print_progress(text: str) -> None:
+    """Print what is being measured on stderr. On a terminal, the row that follows replaces it."""
+    replaced = sys.stdout.isatty() and sys.stderr.isatty()
+    print(text, end="\r" if replaced else "\n", file=sys.stderr, flush=True)
 
 
 def _mib(count: int) -> str:

@@ -7,7 +7,8 @@ a batch without padding needs no attention mask, which an estimate counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 from torch._subclasses import FakeTensorMode
 
 from lit_spu import registry
-from lit_spu.backbones.load import only_shapes
+from lit_spu.backbones.load import load_backbone, only_shapes
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.measure import Kind
 from lit_spu.methods.base import Method
 from lit_spu.study.grid import build
 from lit_spu.study.shapes import AssumedValues
 from lit_spu.study.steps import batch_of, live_bytes, training_step
+from lit_spu.tasks import load_task
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Estimate:
     largest: int | None
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Reason, in one line, why one method has no estimate."""
+
+    name: str
+    reason: str
+
+
 def estimates(
     configs: Mapping[str, Path],
     backbone: str,
@@ -51,8 +61,10 @@ def estimates(
     length: int,
     budget: int | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> tuple[list[Estimate], dict[str, UserError]]:
-    """Estimate the memory of methods.
+) -> Iterator[Estimate | Failure]:
+    """Check the settings, and return an iterator that estimates one method after another.
+
+    A method that fails does not end the others.
 
     Args:
         configs: Config files of methods, by name.
@@ -64,30 +76,40 @@ def estimates(
         settings: Settings of the methods. They override the configs of all methods that have them.
 
     Returns:
-        The estimates, smallest peak first, and the errors of the methods that have none, by name.
+        The estimate of each method, or why it has none, in the order of the configs.
 
     Raises:
-        UserError: If no method has one of the settings.
+        UserError: If no method has one of the settings, or no method can be estimated with this backbone, task or
+            length.
     """
     known = {name for cls in registry.classes("lit_spu.methods") for name in registry.settings(cls)}
     for name in settings or ():
         if name not in known:
             raise UserError(f"--settings: no method has a setting {name!r}. {did_you_mean(name, known)}")
-    found, refused = [], {}
-    for name, config in configs.items():
-        with FakeTensorMode(allow_non_fake_inputs=True), AssumedValues(batch_size * length), only_shapes():
-            try:
-                method = build(config, **{**(settings or {}), "backbone": backbone, "task": task})
-                max_tokens = method.encoding.max_tokens
-                if max_tokens is not None and length > max_tokens:
-                    raise UserError(
-                        f"--length={length}: {backbone} reads at most {max_tokens} tokens. Give {max_tokens} or less."
-                    )
-            except UserError as error:
-                refused[name] = error
-                continue
-            found.append(_estimate(name, method, batch_size, length, budget))
-    return sorted(found, key=lambda estimate: estimate.peak), refused
+    with _shapes(1):
+        max_tokens = load_backbone(backbone, load_task(task)).encoding.max_tokens
+    if max_tokens is not None and length > max_tokens:
+        raise UserError(f"--length={length}: {backbone} reads at most {max_tokens} tokens. Give {max_tokens} or less.")
+    values = {**(settings or {}), "backbone": backbone, "task": task}
+    return (_estimate_or_failure(name, config, values, batch_size, length, budget) for name, config in configs.items())
+
+
+def _estimate_or_failure(
+    name: str, config: Path, settings: Mapping[str, Any], batch_size: int, length: int, budget: int | None
+) -> Estimate | Failure:
+    try:
+        with _shapes(batch_size * length):
+            return _estimate(name, build(config, **settings), batch_size, length, budget)
+    except Exception as error:  # of any kind: the other methods have their estimates
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Failure(name, " ".join(text.split()))
+
+
+@contextmanager
+def _shapes(num_tokens: int) -> Iterator[None]:
+    """Context manager in which tensors have shapes alone, and a batch has this many tokens."""
+    with FakeTensorMode(allow_non_fake_inputs=True), AssumedValues(num_tokens), only_shapes():
+        yield
 
 
 def _estimate(name: str, method: Method, batch_size: int, length: int, budget: int | None) -> Estimate:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from glob import glob
+from glob import escape, glob
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,9 @@ import yaml
 from lit_spu import registry
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
+
+PACKAGED_CONFIGS = (f"{escape(str(Path(__file__).parents[1] / 'configs'))}/*.yaml",)
+"""Pattern of the config files that the package contains, one a method."""
 
 ZERO_SHOT = "zero-shot"
 """Name of the row that evaluates the untrained backbone by its prompt."""
@@ -156,8 +159,10 @@ def method_configs(patterns: Sequence[str]) -> dict[str, Path]:
     """Return the config files that match the patterns, by name. Files without a method are skipped.
 
     Raises:
-        UserError: If a pattern matches no file, or if none of its files sets a method.
+        UserError: If there is no pattern, a pattern matches no file, or if none of its files sets a method.
     """
+    if not patterns:
+        raise UserError("--configs: no file is given. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
     found: dict[str, Path] = {}
     for pattern in patterns:
         files = [Path(file) for file in sorted(glob(pattern))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from lit_spu.backbones.load import ASSETS
+from lit_spu.errors import UserError
 from lit_spu.measure import Kind
 from lit_spu.optim.mezo import NOISES
-from lit_spu.study.estimate import estimates, largest_batch_size
+from lit_spu.study.estimate import Estimate, Failure, estimates, largest_batch_size
 from lit_spu.study.grid import build, method_configs
 from lit_spu.study.steps import batch_of, live_bytes, training_step
 from lit_spu.tasks import TASKS
@@ -29,14 +33,19 @@ def measured(config: Path, backbone: str, batch_size: int, length: int, **settin
     return live.peak_bytes, live.by_kind
 
 
+def estimate(config: str, backbone: str, batch_size: int, length: int, **more: Any) -> Estimate:
+    (found,) = estimates({config: CONFIGS[config]}, backbone, "sst2", batch_size, length, **more)
+    assert isinstance(found, Estimate), found.reason
+    return found
+
+
 @pytest.mark.parametrize("backbone", ["mini-bert", pytest.param("mini-t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_estimate_equals_a_real_step(config: str, backbone: str) -> None:
     """With dropout, where torch saves the masks."""
     settings = {"directions": 1}  # more of MeZO's take time, and no memory
     peak, by_kind = measured(CONFIGS[config], backbone, 8, 48, **settings)
-    (found,), refused = estimates({config: CONFIGS[config]}, backbone, "sst2", 8, 48, settings=settings)
-    assert not refused
+    found = estimate(config, backbone, 8, 48, settings=settings)
     assert found.peak == pytest.approx(peak, rel=0.01)
     assert found.by_kind[Kind.ACTIVATIONS] == pytest.approx(by_kind[Kind.ACTIVATIONS], rel=0.03, abs=0.02 * peak)
     assert found.by_kind[Kind.WEIGHTS] == by_kind[Kind.WEIGHTS]
@@ -47,7 +56,7 @@ def test_an_estimate_equals_a_real_step(config: str, backbone: str) -> None:
 def test_estimates_of_mezo_settings(settings: dict[str, Any]) -> None:
     """MeZO reads values in its step: rows of the embedding and slopes."""
     settings = {"directions": 1, **settings}
-    (found,), _ = estimates({"mezo": CONFIGS["mezo"]}, "mini-bert", "sst2", 8, 48, settings=settings)
+    found = estimate("mezo", "mini-bert", 8, 48, settings=settings)
     peak, _ = measured(CONFIGS["mezo"], "mini-bert", 8, 48, **settings)
     assert found.peak == pytest.approx(peak, rel=0.01)
 
@@ -56,7 +65,7 @@ def test_estimates_of_mezo_settings(settings: dict[str, Any]) -> None:
 def test_every_family_is_estimated(tiny: Callable[[str], str], family: str) -> None:
     for config in ("full", "lst"):
         peak, _ = measured(CONFIGS[config], tiny(family), 16, 24)
-        (found,), _ = estimates({config: CONFIGS[config]}, tiny(family), "sst2", 16, 24)
+        found = estimate(config, tiny(family), 16, 24)
         assert found.peak == pytest.approx(peak, rel=0.03), config
 
 
@@ -66,31 +75,50 @@ def test_no_weights_are_loaded(tiny: Callable[[str], str], monkeypatch: pytest.M
     weights = folder / "model.safetensors"
     hidden = weights.rename(folder / "elsewhere")
     try:
-        (found,), _ = estimates({"full": CONFIGS["full"]}, str(folder), "sst2", 4, 16)
+        found = estimate("full", str(folder), 4, 16)
     finally:
         hidden.rename(weights)
     assert found.trainable == sum(p.numel() for p in build(CONFIGS["full"], backbone=str(folder)).parameters())
 
 
-def test_impossible_settings_are_reported_and_the_rest_estimated() -> None:
-    found, refused = estimates(
-        {name: CONFIGS[name] for name in ("head", "lst")}, "mini-bert", "sst2", 4, 16, settings={"reduction": 5}
-    )
-    assert [one.name for one in found] == ["head"]
-    assert "reduction" in str(refused["lst"])
-    _, refused = estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 1000)
-    assert "length=1000" in str(refused["head"])
-    assert "160" in str(refused["head"])
+def test_a_method_that_fails_is_a_row_and_the_rest_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's error and a crash."""
+    monkeypatch.setattr("lit_spu.methods.full.FullFineTuning.loss", lambda self, batch: 1 / 0)
+    configs = {name: CONFIGS[name] for name in ("lst", "full", "head")}
+    lst, full, head = estimates(configs, "mini-bert", "sst2", 4, 16, settings={"reduction": 5})
+    assert isinstance(lst, Failure)
+    assert "reduction" in lst.reason
+    assert full == Failure("full", "ZeroDivisionError: division by zero")
+    assert isinstance(head, Estimate)
+
+
+def test_what_no_method_can_do_is_refused_once() -> None:
+    with pytest.raises(UserError, match=r"length=1000.*160"):
+        estimates(CONFIGS, "mini-bert", "sst2", 4, 1000)
+    with pytest.raises(UserError, match="mini-brt"):
+        estimates(CONFIGS, "mini-brt", "sst2", 4, 16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "config", [c if c in ("full", "lst") else pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS]
+)
+def test_a_config_in_half_precision_is_estimated_as_it_is_loaded(config: str, dtype: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(ASSETS / "mini-bert", tmp_path / dtype)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "dtype": dtype}))
+    peak, by_kind = measured(CONFIGS[config], str(folder), 8, 48, directions=1)
+    found = estimate(config, str(folder), 8, 48, settings={"directions": 1})
+    assert found.peak == pytest.approx(peak, rel=0.01)
+    assert found.by_kind[Kind.WEIGHTS] == by_kind[Kind.WEIGHTS]
 
 
 @pytest.mark.parametrize("budget", [0.02, 0.05, 0.3])
 def test_the_largest_batch_fits_and_one_more_does_not(budget: float) -> None:
     num_bytes = int(budget * 2**30)
-    (found,), _ = estimates({"lst": CONFIGS["lst"]}, "mini-bert", "sst2", 4, 32, budget=num_bytes)
+    found = estimate("lst", "mini-bert", 4, 32, budget=num_bytes)
     assert found.largest is not None
-    peaks = [
-        estimates({"lst": CONFIGS["lst"]}, "mini-bert", "sst2", found.largest + more, 32)[0][0].peak for more in (0, 1)
-    ]
+    peaks = [estimate("lst", "mini-bert", found.largest + more, 32).peak for more in (0, 1)]
     assert peaks[0] <= num_bytes < peaks[1]
 
 
@@ -105,7 +133,8 @@ def test_the_search_is_right_for_any_curve(peak: Callable[[int], int], budget: i
 
 
 def test_estimating_leaves_no_fake_tensors_behind() -> None:
-    estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 16)
+    for _ in estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 16):
+        assert type(torch.ones(2)) is torch.Tensor
     assert torch.ones(2).sum().item() == 2
 
 
@@ -113,7 +142,7 @@ def test_estimating_leaves_no_fake_tensors_behind() -> None:
 def test_real_steps_after_an_estimate_have_real_tables(noise: Any) -> None:
     weight = torch.zeros(8, 8)
     before = NOISES[noise]().sample(1, weight)
-    estimates({"mezo": CONFIGS["mezo"]}, "mini-bert", "sst2", 4, 16, settings={"noise": noise, "directions": 1})
+    estimate("mezo", "mini-bert", 4, 16, settings={"noise": noise, "directions": 1})
     after = NOISES[noise]().sample(1, weight)
     assert type(after) is torch.Tensor
     assert torch.equal(after, before)
