@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningDataModule
 from lit_spu.data import sources, text
 from lit_spu.data.batching import Batch, BucketSampler, Examples, Loader
 from lit_spu.data.sources import Parts
+from lit_spu.data.tables import decode
 from lit_spu.data.text import Row
 from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Split, Task, load_task
@@ -175,7 +177,9 @@ class GLUE(LightningDataModule):
             return sources.parse_lines(self.task, [self.text or ""], "data.text")
         if self.trainer is not None and self.trainer.world_size > 1:
             raise UserError("data.text=-: only one process can read the standard input: set --trainer.devices=1.")
-        return sources.parse_lines(self.task, sys.stdin, "standard input")
+        content: bytes | str = getattr(sys.stdin, "buffer", sys.stdin).read()
+        given = content if isinstance(content, str) else decode(content, "standard input")
+        return sources.parse_lines(self.task, io.StringIO(given, newline=None), "standard input")
 
     # -- Lightning hooks --------------------------------------------------------------------------------------------
 

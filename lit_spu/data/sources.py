@@ -6,18 +6,21 @@ hub's parquet files, or the files of a custom task (`<source>/train.csv`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_spu.data.readers import READERS, read_dataset, read_rows, read_table
+from lit_spu.data.readers import cell_text, list_names, read_rows, read_table, wanted_columns
 from lit_spu.data.synthetic import generate
+from lit_spu.data.tables import READERS, read_dataset
 from lit_spu.data.text import Row
 from lit_spu.errors import UserError, did_you_mean
-from lit_spu.tasks import Files, Split, Task
+from lit_spu.tasks import Files, Split, Task, is_built_in
 
 if TYPE_CHECKING:
     import datasets
@@ -85,7 +88,7 @@ def parse_lines(task: Task, lines: Iterable[str], where: str) -> list[Row]:
     """
     rows = []
     for number, line in enumerate(lines, 1):
-        texts = [text.strip() for text in line.split("\t")]
+        texts = [cell_text(text, f"{where}, line {number}") for text in line.split("\t")]
         if len(texts) != len(task.fields) or not all(texts):
             raise UserError(
                 f"{where}, line {number}: {line.rstrip()!r} has {sum(map(bool, texts))} text(s), but {task.name} needs"
@@ -127,7 +130,8 @@ def _load_full_split(task: Task, source: str, split: Split, seed: int) -> Parts:
 def _find_folder(task: Task, source: str) -> Path:
     """Return the folder of the task's files; for a custom task, this is the source itself."""
     root = Path(source)
-    names = (task.files.folder, task.files.folder.lower(), task.name) if task.files else ("",)
+    official = task.files.folder if task.files else ""
+    names = (official, official.lower(), task.name) if is_built_in(task) else (official,)
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -139,21 +143,23 @@ def _describe_missing(folder: Path, names: Sequence[str]) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}."
     wanted = " or ".join(dict.fromkeys(names))
-    found = ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())) or "nothing"
+    found = list_names(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())) or "nothing"
     return f"no {wanted} in {folder}, which contains {found}."
 
 
 def _load_from_folders(task: Task, split: Split, folders: Sequence[Path]) -> Parts:
     """Read each part of `split` from the first of `folders` that has it."""
-    layout = task.files or Files("", ("", None))
+    layout = task.files or Files()
     stems = getattr(layout, split)
     parts = ("",) if split == "train" else layout.parts
     found: dict[str, list[Path]] = {}
-    for folder in folders:
-        for part in parts:
-            for stem in stems:
-                if part not in found and (paths := _find_files(folder, f"{stem}_{part}" if part else stem)):
-                    found[part] = paths
+    for folder, part in product(folders, parts):
+        candidates = [files for stem in stems for files in _find_files(folder, f"{stem}_{part}" if part else stem)]
+        if candidates and part not in found:
+            found[part] = candidates[0]
+            if others := list_names(files[0].name for files in candidates[1:]):
+                name = candidates[0][0].name
+                rank_zero_warn(f"The {split} split of {task.name} is read from {name}, not {others}, in {folder}.")
     if parts[0] not in found:
         names = [f"{stem}_{part}" if part else stem for stem in stems for part in parts]
         raise UserError(f"The {split} split of {task.name}: {_describe_missing_split(folders[0], names)}")
@@ -172,13 +178,32 @@ def _describe_missing_split(folder: Path, names: Sequence[str]) -> str:
     return description
 
 
-def _find_files(folder: Path, name: str) -> list[Path]:
-    """Return the file of that name, a part of it (`<name>_subset`), or its shards as the hub names them."""
+def _find_files(folder: Path, name: str) -> Iterator[list[Path]]:
+    """Yield the file of that name, a part of it (`<name>_subset`), and its shards as the hub names them."""
     for extension in READERS:
         for stem in (name, f"{name}_subset"):
             if (folder / f"{stem}{extension}").is_file():
-                return [folder / f"{stem}{extension}"]
-    return sorted(folder.glob(f"{name}-*-of-*.parquet"))
+                yield [folder / f"{stem}{extension}"]
+        if shards := _find_shards(folder, name, extension):
+            yield shards
+
+
+def _find_shards(folder: Path, name: str, extension: str) -> list[Path]:
+    """Return the files `<name>-00000-of-00002<extension>` and so on, in their order.
+
+    Raises:
+        UserError: if one is missing, or if there are two of a number.
+    """
+    shard = re.compile(rf"{re.escape(Path(name).name)}-(\d+)-of-(\d+)(-[0-9a-f]+)?{re.escape(extension)}")
+    place = (folder / name).parent
+    found = [(int(match[1]), int(match[2]), path) for path in place.glob("*") if (match := shard.fullmatch(path.name))]
+    found.sort()
+    if any(total != len(found) or number != i for i, (number, total, _) in enumerate(found)):
+        raise UserError(
+            f"{place / name}-*-of-*{extension}: the parts are not complete, or some are given twice:"
+            f" {list_names(path.name for *_, path in found)}. A split needs each part once, from 0 to the total less 1."
+        )
+    return [path for *_, path in found]
 
 
 # --- The hub ---------------------------------------------------------------------------------------------------------
@@ -186,7 +211,7 @@ def _find_files(folder: Path, name: str) -> list[Path]:
 
 def _load_from_hub(task: Task, split: Split) -> Parts:
     """Return the split from the hub. A dataset without a validation split, such as TREC's, uses its test split."""
-    if task.files is None:
+    if task.files is None or not task.files.hub[0]:
         raise UserError(
             f"data.source=hub: {task.name} is a custom task, which the hub does not have. Set --data.source to the"
             " folder of its files."
@@ -199,8 +224,9 @@ def _load_from_hub(task: Task, split: Split) -> Parts:
     dataset = " ".join(filter(None, task.files.hub))
     if missing := [name for name in names.values() if name not in hub]:
         raise UserError(f"data.source=hub: {dataset} has no split {missing[0]!r}, only {', '.join(hub)}.")
+    wanted = wanted_columns(task)
     return {
-        "" if part == parts[0] else part: read_rows(task, read_dataset(f"{dataset} {name}", hub[name]), split)
+        "" if part == parts[0] else part: read_rows(task, read_dataset(f"{dataset} {name}", hub[name], wanted), split)
         for part, name in names.items()
     }
 

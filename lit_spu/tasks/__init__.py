@@ -1,7 +1,7 @@
 """Tasks: the fields of an example, its prompts, its label words and its metrics."""
 
-from lit_spu.tasks.glue import TASKS
+from lit_spu.tasks.glue import TASKS, is_built_in
 from lit_spu.tasks.own_task import load_task
 from lit_spu.tasks.task import Encoding, Files, Format, Metric, Split, Task
 
-__all__ = ["TASKS", "Encoding", "Files", "Format", "Metric", "Split", "Task", "load_task"]
+__all__ = ["TASKS", "Encoding", "Files", "Format", "Metric", "Split", "Task", "is_built_in", "load_task"]

@@ -155,3 +155,8 @@ TASKS: Mapping[str, Task] = {
         ),
     )
 }
+
+
+def is_built_in(task: Task) -> bool:
+    """Return whether the task is one of these, with their settings."""
+    return TASKS.get(task.name) == task

@@ -43,7 +43,7 @@ class Files:
 
     Attributes:
         folder: Name of the task's folder; the files are `<source>/<folder>/<split>.tsv`.
-        hub: Name of the dataset on the hub, and its configuration.
+        hub: Name of the dataset on the hub, and its configuration; an empty name if it is not there.
         train: File names of the train split without extension, the preferred one first.
         validation: The same for the validation split.
         test: The same for the test split.
@@ -55,8 +55,8 @@ class Files:
             annotators agreed on. Such rows are skipped and counted.
     """
 
-    folder: str
-    hub: tuple[str, str | None]
+    folder: str = ""
+    hub: tuple[str, str | None] = ("", None)
     train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ("dev", "validation")
     test: tuple[str, ...] = ("test",)

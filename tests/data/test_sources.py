@@ -142,7 +142,7 @@ SST2 = "SST-2/train.tsv"
             "sst2",
             SST2,
             "sentence\tlabel\na\t2\n",
-            r"line 2: '2' is not a label of sst2; expected one of: negative, positive, 0, 1\.",
+            r"line 2: '2' is not a label of sst2; expected one of: negative, positive; or .* file one of: 0, 1\.",
         ),
         ("sst2", SST2, "sentence\tlabel\na\t-1\n", r"line 2: the label '-1' means unknown"),
         ("sst2", SST2, "sentence\tlabel\na\t\n", r"line 2: the label '' means unknown"),
@@ -197,7 +197,8 @@ def test_known_gaps_are_skipped_counted_and_logged(tmp_path: Path, caplog: pytes
 
 def test_a_whole_split_is_preferred_to_a_part(tmp_path: Path) -> None:
     part = rows_of(TASKS["sst2"], tmp_path, "SST-2/train_subset.tsv", "sentence\tlabel\na\t1\n")
-    whole = rows_of(TASKS["sst2"], tmp_path, "SST-2/train.tsv", "sentence\tlabel\na\t1\nb\t0\n")
+    with pytest.warns(UserWarning, match=r"is read from train\.tsv, not train_subset\.tsv"):
+        whole = rows_of(TASKS["sst2"], tmp_path, "SST-2/train.tsv", "sentence\tlabel\na\t1\nb\t0\n")
     assert (len(part), len(whole)) == (1, 2)
 
 
@@ -264,17 +265,94 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_format_is_read_the_same(tmp_path: Path, kind: str) -> None:
-    rows = [{"id": 7, "text": 'say "no",\nor\tso', "label": "bad"}, {"id": 8, "text": "null", "label": "1"}]
+    rows = [{"id": 7, "text": 'say "no",\nor\tso', "label": "bad"}, {"id": 8, "text": "null", "label": "good"}]
     WRITERS[kind](tmp_path / f"train.{kind}", rows)
     assert load_split(OWN, str(tmp_path), "train") == {
         "": [{"text": 'say "no",\nor\tso', "label": 0}, {"text": "null", "label": 1}]
     }
 
 
-def test_a_label_name_takes_precedence_over_a_position(tmp_path: Path) -> None:
-    stars = load_task({"name": "stars", "fields": ["text"], "labels": ["1", "2", "3"]})
-    rows = rows_of(stars, tmp_path, "train.csv", "text,label\na,1\nb,3\nc,0\n")
-    assert [row["label"] for row in rows] == [0, 2, 0]
+@pytest.mark.parametrize(
+    ("labels", "given", "expected"),
+    [
+        (["1", "2", "3"], "1 3 2", [0, 2, 1]),
+        (["1", "2", "3"], "0 1 2", r"line 2: '0' is not a label of mine; expected one of: 1, 2, 3\.$"),
+        (["1", "2", "3"], "1 3 0", r"line 4: '0' is not a label"),
+        (["bad", "good"], "bad good", [0, 1]),
+        (["bad", "good"], "1 0", [1, 0]),
+        (["bad", "good"], "bad 1", r"line 3: '1' is not .* one of: bad, good; or in the whole file one of: 0, 1\.$"),
+        (["bad", "good"], "1 good 0", r"line 3: 'good' is not a label"),
+        (["2", "1", "0"], "0 2", [2, 0]),
+        (["0", "1", "neutral"], "0 1 2", [0, 1, 2]),
+        (["0", "1", "neutral"], "2 neutral", r"line 3: 'neutral' is not a label"),
+        (["-", "+"], "- +", [0, 1]),
+    ],
+)
+def test_labels_of_a_file_are_names_or_positions(
+    tmp_path: Path, labels: list[str], given: str, expected: list[int] | str
+) -> None:
+    task = load_task({"name": "mine", "fields": ["text"], "labels": labels})
+    content = "text,label\n" + "".join(f"a,{label}\n" for label in given.split())
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            rows_of(task, tmp_path, "train.csv", content)
+    else:
+        assert [row["label"] for row in rows_of(task, tmp_path, "train.csv", content)] == expected
+
+
+def test_a_column_that_a_task_names_must_be_there(tmp_path: Path) -> None:
+    named = load_task({"name": "mine", "fields": ["text"], "labels": ["bad", "good"], "columns": {"label": "Gold"}})
+    with pytest.raises(UserError, match=r"columns text, label, gold, but the label of mine .* in column 'Gold'\."):
+        rows_of(named, tmp_path, "train.csv", "text,label,gold\na,bad,good\n")
+    assert rows_of(named, tmp_path, "train.csv", "text,label,Gold\na,bad,good\n") == [{"text": "a", "label": 1}]
+    hub = load_task({**named.to_dict(), "columns": {}, "files": {"folder": "x", "hub_columns": {"text": "Body"}}})
+    with pytest.raises(UserError, match=r"but the text of mine was expected in column 'Body'"):
+        rows_of(hub, tmp_path, "x/train.csv", "text,label\na,bad\n")
+    with pytest.raises(UserError, match=r"no X in .*, which contains .*x/"):
+        load_split(load_task({**hub.to_dict(), "files": {"folder": "X"}}), str(tmp_path), "train")
+
+
+def test_a_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: 2 columns are called 'label'"):
+        rows_of(OWN, tmp_path, "train.csv", "text,label,label\na,bad,good\n")
+    with pytest.raises(UserError, match=r"line 1: a key is given twice"):
+        rows_of(OWN, tmp_path, "dev.jsonl", '{"text": "a", "label": "bad", "label": "good"}', "validation")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("names", "whole"),
+    [
+        (["00000-of-00002", "00001-of-00002"], True),
+        (["00000-of-00001-a09b74b3ef9c3b56"], True),
+        (["00000-of-00003", "00002-of-00003"], False),
+        (["00001-of-00002"], False),
+        (["00000-of-00001", "00000-of-00002", "00001-of-00002"], False),
+        (["00000-of-00001-a0", "00000-of-00001-b0"], False),
+        (["0-of-2", "00000-of-00002"], False),
+    ],
+)
+def test_a_split_is_read_from_each_of_its_shards_once(tmp_path: Path, kind: str, names: list[str], whole: bool) -> None:
+    for i, name in enumerate(names):
+        WRITERS[kind](tmp_path / f"train-{name}.{kind}", [{"text": str(i), "label": "bad"}])
+    if whole:
+        rows = load_split(OWN, str(tmp_path), "train")[""]
+        assert [row["text"] for row in rows] == [str(i) for i in range(len(names))]
+    else:
+        with pytest.raises(
+            UserError, match=rf"train-\*-of-\*\.{kind}: the parts are not complete, or .*twice: train-0"
+        ):
+            load_split(OWN, str(tmp_path), "train")
+
+
+def test_of_two_files_for_a_split_the_one_that_is_read_is_said(tmp_path: Path) -> None:
+    for name in ("dev.csv", "dev_subset.csv", "validation.jsonl", "validation-00000-of-00001.csv"):
+        WRITERS[name.split(".")[1]](tmp_path / name, [{"text": name, "label": "bad"}])
+    expected = (
+        r"The validation split of own is read from dev\.csv, not dev_subset\.csv, validation-.*csv, validation\.jsonl"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        assert load_split(OWN, str(tmp_path), "validation")[""][0]["text"] == "dev.csv"
 
 
 @pytest.mark.parametrize("name", ["dev.csv", "validation.csv"])
