@@ -238,7 +238,7 @@ def test_the_same_task_given_twice_is_accepted(capsys: pytest.CaptureFixture[str
         ("fit --model KLadder --model.head clasifier", ["--model.head", "'clasifier'", "classifier", "prompt"]),
         ("fit --modl KLadder", ["--modl", "Did you mean --model?"]),
         ("fit --model KLadder --modell.reduction 3", ["--modell.reduction", "Did you mean --model.reduction?"]),
-        ("fit --model KLadder --model.lr=-1", ["model.lr=-1", "at least 0"]),
+        ("fit --model KLadder --model.lr=-1", ["--model.lr=-1", "Give a number from"]),
         ("fit --model KLadder --data.num_workers=-1", ["data.num_workers=-1", "at least 0"]),
         ("fit --model KLadder --trainer.callbacks+=Memry", ["--trainer.callbacks:", "Did you mean Memory?"]),
         ("fit --model KLadder --trainer.max_epoch 3", ["--trainer.max_epoch ", "Did you mean --trainer.max_epochs?"]),

@@ -30,7 +30,7 @@ def explain(message: str, args: Sequence[str] = (), flags: Collection[str] = ())
     if found := re.search(r"File does not exist: (.*)", message):
         return f"--config: {found[1]} does not exist. Give a YAML file, such as configs/kladder.yaml."
     if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
-        return f"{_flag_or_files(found[1], args)}: {_explain_value(found[2])}"
+        return f"{flag_or_files(found[1], args)}: {_explain_value(found[2])}"
     if found := re.match(r"Option '(.+?)' is not accepted", message):
         return _explain_setting(found[1], args, flags)
     if found := re.match(r"unrecognized arguments: (\w[^\s=]*)", message):
@@ -39,7 +39,7 @@ def explain(message: str, args: Sequence[str] = (), flags: Collection[str] = ())
         r"(?:unrecognized arguments:|Subcommand '\w+' does not accept option) '?-*([^\s=']+)", message
     ):
         hint = _closest(f"--{found[1]}", {*flags, *_method_flags()} if "--model" in flags else flags)
-        return f"{_flag_or_files(found[1], args)} does not exist.{hint} --help lists the flags."
+        return f"{flag_or_files(found[1], args)} does not exist.{hint} --help lists the flags."
     if found := re.match(r"argument subcommand: invalid choice: '(.+?)' \(choose from (.+)\)", message):
         allowed = {*re.findall("[a-z]+", found[2]), *COMMANDS}
         return f"no subcommand {found[1]!r}. {did_you_mean(found[1], allowed)}"
@@ -62,7 +62,7 @@ def _method_flags() -> set[str]:
 
 def _explain_setting(name: str, args: Sequence[str], flags: Collection[str]) -> str:
     """Explain that a class or a subcommand has no setting of this name."""
-    flag = _flag_or_files(name, args)
+    flag = flag_or_files(name, args)
     if "--configs" in flags:
         return f"{flag} is not a setting of this subcommand. Config files of methods belong to --configs."
     classes = [*concrete_subclasses(Method), *concrete_subclasses(Callback)]
@@ -109,15 +109,15 @@ def _closest(given: str, allowed: Collection[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _flag_or_files(key: str, args: Sequence[str]) -> str:
+def flag_or_files(key: str, args: Sequence[str]) -> str:
     """Return the flag that set a key, else the key with the config files that may have set it.
 
     In errors about the settings of a class, the key lacks its first parts.
     """
     given = [word.removesuffix("+") for word in _split_flags(args) if word.startswith("--")]
-    flag = next((word for word in given if word.endswith((f".{key}", f"--{key}"))), None)
+    flags = [flag for flag in given if flag.replace(".init_args.", ".").endswith((f".{key}", f"--{key}"))]
     files = _config_files(args)
-    return flag or (f"{key} (in {files})" if files else f"--{key}")
+    return flags[-1] if flags else (f"{key} (in {files})" if files else f"--{key}")
 
 
 def _config_files(args: Sequence[str]) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_spu.cli.messages import explain
+from lit_spu import ranges
+from lit_spu.cli.messages import explain, flag_or_files
 from lit_spu.cli.user_errors import find_user_error
+from lit_spu.errors import UserError
 
 
 class Parser(LightningArgumentParser):
@@ -20,6 +25,24 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse arguments, and check the values against the ranges that the settings declare."""
+        config: Namespace = super().parse_args(*args, **kwargs)
+        if self.exit_on_error:  # otherwise this is jsonargparse's parser of one class, which knows no full names
+            for refusal in self.refusals(config):
+                key = flag_or_files(refusal.key, self.command_line)
+                self.error("", UserError(str(replace(refusal, key=key))))
+        return config
+
+    def refusals(self, config: Namespace) -> Iterator[ranges.Refusal]:
+        """Yield the settings of a parsed configuration whose values are not allowed."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                subparser: Any = action.choices[config[action.dest]]
+                yield from subparser.refusals(config[config[action.dest]])
+            elif hasattr(action, "_typehint") and action.dest in config:
+                yield from ranges.refusals(action._typehint, config[action.dest], action.dest)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error in a line or two and exit with status 2."""

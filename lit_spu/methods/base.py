@@ -18,13 +18,14 @@ from lit_spu.backbones import Batch, Head, load_backbone
 from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
 from lit_spu.optim import schedules
+from lit_spu.ranges import Checked, Positive, PositiveOrZero, Share, Text
 from lit_spu.tasks import Encoding, load_task
 from lit_spu.tasks.metrics import task_metrics
 
 StepLoss = Callable[[Batch], Tensor | None]
 
 
-class Method(LightningModule, ABC):
+class Method(Checked, LightningModule, ABC):
     """Base class of fine-tuning methods.
 
     A subclass freezes and adds weights in its constructor. If needed, it overrides `forward`, `loss` or other methods.
@@ -52,18 +53,16 @@ class Method(LightningModule, ABC):
     @abstractmethod
     def __init__(
         self,
-        backbone: str = "mini-bert",
-        task: str | dict[str, Any] = "sst2",
+        backbone: Text = "mini-bert",
+        task: Text | dict[str, Any] = "sst2",
         head: Head = "classifier",
-        lr: float = 1e-3,
+        lr: Positive = 1e-3,
         optimizer: Literal["adamw", "adafactor"] = "adamw",
-        weight_decay: float = 0.0,
-        warmup: float = 0.06,
+        weight_decay: PositiveOrZero = 0.0,
+        warmup: Share = 0.06,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if lr < 0:
-            raise UserError(f"model.lr={lr} must be at least 0.")
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.warmup, self.optimizer = lr, weight_decay, warmup, optimizer
         self.task = load_task(task)

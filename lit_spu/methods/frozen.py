@@ -16,6 +16,7 @@ from lit_spu.backbones import Batch, HiddenStates, Precision
 from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
+from lit_spu.ranges import Text
 
 
 class FrozenBackbone(Method):
@@ -53,7 +54,9 @@ class HiddenStateReader(FrozenBackbone):
     """
 
     @abstractmethod
-    def __init__(self, activation_cache: str | None = None, cache_precision: Precision = "fp32", **kwargs: Any) -> None:
+    def __init__(
+        self, activation_cache: Text | None = None, cache_precision: Precision = "fp32", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.activation_cache, self.cache_precision = activation_cache, cache_precision
         self.cache: ActivationCache | None = None

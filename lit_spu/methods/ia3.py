@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lit_spu.backbones import Role
 from lit_spu.errors import UserError
@@ -12,6 +12,7 @@ from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.peft_format import init_from_peft_folder
+from lit_spu.ranges import Length, Text
 
 
 class IA3(FrozenBackbone):
@@ -29,9 +30,9 @@ class IA3(FrozenBackbone):
 
     def __init__(
         self,
-        outputs: Sequence[Role] = ("key", "value"),
-        inputs: Sequence[Role] = ("down",),
-        adapter: str | None = None,
+        outputs: Annotated[Sequence[Role], Length()] = ("key", "value"),
+        inputs: Annotated[Sequence[Role], Length()] = ("down",),
+        adapter: Text | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

@@ -13,6 +13,7 @@ from lit_spu.errors import UserError
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.nn import fusion as fusions
 from lit_spu.nn.ladder import Ladder
+from lit_spu.ranges import CountOrZero, ShareBelowOne
 
 
 class KLadder(LadderSideTuning):
@@ -30,17 +31,18 @@ class KLadder(LadderSideTuning):
 
     def __init__(
         self,
-        k: int = 1,
+        k: CountOrZero = 1,
         fusion: Literal["gated", "additive", "dynamic", "attention", "cross_attention"] = "gated",
-        hidden_state_dropout: float = 0.0,
+        hidden_state_dropout: ShareBelowOne = 0.0,
         share_projections: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if k < 0:
-            raise UserError(f"model.k={k} is the radius of the windows: use 0 (LST) or more.")
-        if not 0 <= hidden_state_dropout < 1:
-            raise UserError(f"model.hidden_state_dropout={hidden_state_dropout}: use a share from 0 to less than 1.")
+        depth = max(stack.depth for stack in self.backbone.stacks)
+        if k >= depth:
+            raise UserError(
+                f"model.k={k}: the backbone has {depth} blocks. Use 0 to {depth - 1}, whose windows hold all blocks."
+            )
         fusion_class = getattr(fusions, fusion.title().replace("_", ""))
         make_ladder = partial(
             Ladder, fusion=fusion_class, radius=k, shared=share_projections, dropout=hidden_state_dropout

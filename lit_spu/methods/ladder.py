@@ -7,7 +7,7 @@ Gradients pass through the side network alone, so no activation of the backbone 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -17,6 +17,7 @@ from lit_spu.errors import UserError
 from lit_spu.methods.frozen import HiddenStateReader
 from lit_spu.nn import pruning
 from lit_spu.nn.ladder import SideNetwork
+from lit_spu.ranges import Count, CountOrZero, Length
 
 
 class LadderSideTuning(HiddenStateReader):
@@ -41,11 +42,11 @@ class LadderSideTuning(HiddenStateReader):
 
     def __init__(
         self,
-        reduction: int = 8,
-        drop_layers: Sequence[int] = (),
+        reduction: Count = 8,
+        drop_layers: Annotated[Sequence[CountOrZero], Length()] = (),
         init: Literal["random", "magnitude", "fisher"] = "random",
         prune_order: pruning.Order = "residual",
-        fisher_examples: int = 1024,
+        fisher_examples: Count = 1024,
         backbone_dropout: bool = False,
         gradient_checkpointing: bool | None = None,
         **kwargs: Any,

@@ -6,6 +6,7 @@ from typing import Any
 
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
+from lit_spu.ranges import Count
 
 
 class LastLayers(Method):
@@ -15,10 +16,10 @@ class LastLayers(Method):
         layers: Number of trained blocks at the end (of an encoder-decoder, the decoder's).
     """
 
-    def __init__(self, layers: int = 2, **kwargs: Any) -> None:
+    def __init__(self, layers: Count = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         depth = self.backbone.stacks[-1].depth
-        if not 1 <= layers <= depth:
+        if layers > depth:
             raise UserError(f"model.layers={layers}: the backbone's last stack has {depth} blocks; use 1 to {depth}.")
         self.backbone.freeze()
         for block in self.backbone.blocks[-layers:]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from lit_spu.backbones import Role, TargetLinear
 from lit_spu.errors import UserError
@@ -12,6 +12,7 @@ from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.lora import LowRank
 from lit_spu.nn.peft_format import init_from_peft_folder
+from lit_spu.ranges import Count, Length, Positive, ShareBelowOne, Text
 
 
 class LoRA(FrozenBackbone):
@@ -35,14 +36,14 @@ class LoRA(FrozenBackbone):
 
     def __init__(
         self,
-        rank: int = 4,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
-        roles: Sequence[Role] = get_args(Role),
+        rank: Count = 4,
+        alpha: Positive = 8.0,
+        dropout: ShareBelowOne = 0.0,
+        roles: Annotated[Sequence[Role], Length(1)] = get_args(Role),
         norms: bool = False,
         rank_stabilised: bool = False,
         init: Literal["zero", "svd"] = "zero",
-        adapter: str | None = None,
+        adapter: Text | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

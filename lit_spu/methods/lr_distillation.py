@@ -19,6 +19,7 @@ from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
 from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
+from lit_spu.ranges import Count, Positive, PositiveOrZero, Text
 
 MIN_DISTANCE = 1e-6
 """Smaller distances count as 0: they are rounding errors, which may be negative or become the divisor d_0."""
@@ -58,24 +59,20 @@ class LRDistillation(Method):
 
     def __init__(
         self,
-        teacher: str,
+        teacher: Text,
         distance: Literal["divergence", "mse", "cosine"] = "divergence",
-        temperature: float = 1.0,
-        reference_steps: int = 20,
-        min_factor: float = 0.0,
-        max_factor: float = 2.0,
-        skip_below: float = 0.0,
+        temperature: Positive = 1.0,
+        reference_steps: Count = 20,
+        min_factor: PositiveOrZero = 0.0,
+        max_factor: PositiveOrZero = 2.0,
+        skip_below: PositiveOrZero = 0.0,
         schedule: Literal["linear", "constant"] = "linear",
-        control: str | None = None,
+        control: Text | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= min_factor <= max_factor or reference_steps < 1 or temperature <= 0 or skip_below < 0:
-            raise UserError(
-                f"model.min_factor={min_factor} must be at least 0 and at most model.max_factor={max_factor},"
-                f" model.reference_steps={reference_steps} at least 1, model.temperature={temperature} above 0, and"
-                f" model.skip_below={skip_below} at least 0."
-            )
+        if min_factor > max_factor:
+            raise UserError(f"model.min_factor={min_factor} must be at most model.max_factor={max_factor}.")
         if self.task.regression and distance != "mse":
             raise UserError(
                 f"model.distance={distance}: {self.task.name} is a regression with one logit, for which only mse works."

@@ -7,7 +7,7 @@ its own and without rungs. The backbone's hidden states, which rungs would read,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from lit_spu.errors import UserError
 from lit_spu.methods.frozen import HiddenStateReader
 from lit_spu.nn import distances, pruning
 from lit_spu.nn.ladder import select_layers
+from lit_spu.ranges import Count, CountOrZero, Length, Positive, PositiveOrZero
 
 
 class LSTDistillation(HiddenStateReader):
@@ -47,12 +48,12 @@ class LSTDistillation(HiddenStateReader):
 
     def __init__(
         self,
-        reduction: int = 4,
-        drop_layers: Sequence[int] = (),
+        reduction: Count = 4,
+        drop_layers: Annotated[Sequence[CountOrZero], Length()] = (),
         init: Literal["magnitude", "random"] = "magnitude",
-        hidden_states_weight: float = 1.0,
-        logits_weight: float = 0.0,
-        temperature: float = 2.0,
+        hidden_states_weight: PositiveOrZero = 1.0,
+        logits_weight: PositiveOrZero = 0.0,
+        temperature: Positive = 2.0,
         distance: Literal["mse", "cosine", "relation"] = "mse",
         **kwargs: Any,
     ) -> None:

@@ -6,7 +6,7 @@ From the project's slides: a combination of MeZO (https://arxiv.org/abs/2305.173
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -19,6 +19,7 @@ from lit_spu.errors import UserError
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.optim import schedules
+from lit_spu.ranges import Positive, Range
 
 
 class MeZOLST(ZerothOrder, KLadder):
@@ -36,13 +37,11 @@ class MeZOLST(ZerothOrder, KLadder):
     def __init__(
         self,
         order: Literal["sequential", "joint"] = "sequential",
-        backbone_share: float = 0.5,
-        side_lr: float = 3e-3,
+        backbone_share: Annotated[float, Range(0.0, 1.0, without_low=True, without_high=True)] = 0.5,
+        side_lr: Positive = 3e-3,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 < backbone_share < 1:
-            raise UserError(f"model.backbone_share={backbone_share}: use a share between 0 and 1.")
         if self.activation_cache or self.trajectory or kwargs.get("backbone_precision") == "int8":
             raise UserError(
                 "MeZOLST changes its backbone in each step, and its ladder by gradients: leave out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lit_spu import registry
 from lit_spu.backbones import Batch, HiddenStates
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.frozen import HiddenStateReader
+from lit_spu.ranges import Length, Text
 
 OWN_SETTINGS = ("lr", "weight_decay", "gradient_checkpointing")
 """Settings common to all methods that may differ between siblings."""
@@ -42,15 +43,13 @@ class SharedTrunk(HiddenStateReader):
 
     def __init__(
         self,
-        siblings: Mapping[str, Mapping[str, Any]],
-        side: str = "LadderSideTuning",
+        siblings: Annotated[Mapping[Text, Mapping[str, Any]], Length(1, unique=False)],
+        side: Text = "LadderSideTuning",
         settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.backbone.requires_grad_(False)
-        if not siblings:
-            raise UserError("model.siblings: name at least one: {low: {lr: 1e-3}, high: {lr: 3e-3}}.")
         common = {**kwargs, "activation_cache": None, **(settings or {})}
         methods = {name: _make_sibling(side, name, common, own) for name, own in siblings.items()}
         for method in methods.values():

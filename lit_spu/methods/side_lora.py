@@ -8,7 +8,7 @@ low-rank product as well, and does not contain W.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -19,6 +19,7 @@ from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.lora import LowRank
 from lit_spu.nn.side_lora import SideStream
+from lit_spu.ranges import Count, CountOrZero, Length, Positive, ShareBelowOne
 
 
 class SideLoRA(FrozenBackbone):
@@ -40,17 +41,17 @@ class SideLoRA(FrozenBackbone):
 
     def __init__(
         self,
-        rank: int = 4,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
-        roles: Sequence[Role] = get_args(Role),
-        reentry: int = 0,
+        rank: Count = 4,
+        alpha: Positive = 8.0,
+        dropout: ShareBelowOne = 0.0,
+        roles: Annotated[Sequence[Role], Length(1)] = get_args(Role),
+        reentry: CountOrZero = 0,
         gradient_checkpointing: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         depth = self.backbone.stacks[-1].depth
-        if not 0 <= reentry <= depth:
+        if reentry > depth:
             raise UserError(f"model.reentry={reentry}: the backbone's last stack has {depth} blocks; use 0 to {depth}.")
         pairs = [LowRank(target, rank, alpha, dropout) for target in self.backbone.target_linears(*roles)]
         self.pairs = adapter_dict(pairs)

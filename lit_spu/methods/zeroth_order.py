@@ -27,6 +27,7 @@ from lit_spu.methods.base import Method
 from lit_spu.optim.mezo import MeZOOptimizer, NoiseName, Rows
 from lit_spu.optim.replay import check_replayable
 from lit_spu.optim.trajectory import Trajectory
+from lit_spu.ranges import Count, Positive, PositiveShare, Text
 from lit_spu.tasks.metrics import task_metrics
 
 
@@ -71,28 +72,23 @@ class ZerothOrder(Method):
     def __init__(
         self,
         head: Head = "prompt",
-        lr: float = 1e-5,
+        lr: Positive = 1e-5,
         schedule: Literal["constant", "linear"] = "constant",
-        objective: str = "loss",
-        epsilon: float = 1e-3,
+        objective: Text = "loss",
+        epsilon: Positive = 1e-3,
         noise: NoiseName = "gaussian",
-        directions: int = 1,
+        directions: Count = 1,
         shard_directions: bool = False,
-        share: float = 1.0,
+        share: PositiveShare = 1.0,
         rows: Rows = "all",
         normalize: bool = False,
-        weights: str | None = None,
-        trajectory: str | None = None,
+        weights: Text | None = None,
+        trajectory: Text | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(head=head, lr=lr, **kwargs)
         if self.optimizer != "adamw":
             raise UserError(f"model.optimizer={self.optimizer}: MeZO is the optimizer. Leave the setting out.")
-        if epsilon <= 0 or directions < 1 or not 0 < share <= 1:
-            raise UserError(
-                f"model.epsilon={epsilon} must be above 0, model.directions={directions} at least 1, and"
-                f" model.share={share} above 0 and at most 1."
-            )
         if objective not in (known := ("loss", *self.task.metrics)):
             raise UserError(f"model.objective={objective} of {self.task.name}: {did_you_mean(objective, known)}")
         if trajectory and rows == "seen":

@@ -26,7 +26,7 @@ class LowRank(Adapter):
         rank_stabilised: Use s = α/√r instead (https://arxiv.org/abs/2312.03732).
 
     Raises:
-        UserError: If the rank is less than 1, or greater than the linear layer allows.
+        UserError: If the rank is greater than the linear layer allows.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LowRank(Adapter):
     ) -> None:
         super().__init__(target)
         outputs, inputs = target.weight.shape
-        if not 1 <= rank <= min(outputs, inputs):
+        if rank > min(outputs, inputs):
             raise UserError(f"model.rank={rank}: {target.path} allows 1 to {min(outputs, inputs)}.")
         self.a = nn.Parameter(torch.empty(rank, inputs))
         self.b = nn.Parameter(torch.zeros(outputs, rank))

@@ -74,10 +74,10 @@ def test_every_fusion_can_be_chosen() -> None:
 
 
 def test_impossible_windows_are_refused(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"model\.k=-1"):
-        KLadder(k=-1, backbone=tiny("bert"))
-    with pytest.raises(UserError, match=r"model\.hidden_state_dropout=1"):
-        KLadder(hidden_state_dropout=1.0, backbone=tiny("bert"))
+    for k in (4, 10**6):
+        with pytest.raises(UserError, match=rf"model\.k={k}: the backbone has 4 blocks. Use 0 to 3"):
+            KLadder(k=k, backbone=tiny("bert"), reduction=2)
+    KLadder(k=3, backbone=tiny("bert"), reduction=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

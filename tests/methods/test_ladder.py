@@ -80,7 +80,7 @@ def test_it_starts_as_the_pruned_backbone_once(
     small = data(limit_train=64, limit_validation=20)
     made = LadderSideTuning(init="magnitude", reduction=4)
     assert all(torch.equal(*pair) for pair in zip(sides(made), sides(pruned(made, "magnitude")), strict=True))
-    method = LadderSideTuning(init="fisher", fisher_examples=8, reduction=4, lr=0.0)
+    method = LadderSideTuning(init="fisher", fisher_examples=8, reduction=4, lr=1e-30)
     random = sides(method)
     trainer = fit(method, small)
     started = sides(method)
@@ -89,7 +89,7 @@ def test_it_starts_as_the_pruned_backbone_once(
     head = {id(p) for p in method.backbone.head_modules.parameters()}
     assert all(p.grad is None and not p.requires_grad for p in method.backbone.parameters() if id(p) not in head)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = LadderSideTuning(init="fisher", fisher_examples=8, reduction=4, lr=0.0)
+    again = LadderSideTuning(init="fisher", fisher_examples=8, reduction=4, lr=1e-30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_spu.nn.pruning.fisher", None)  # which would fail
         fit(again, small, ckpt_path=tmp_path / "x.ckpt")

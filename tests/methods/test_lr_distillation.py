@@ -249,8 +249,6 @@ def test_a_folder_with_other_labels_is_refused(data: Data, fit: Run, tiny: Tiny,
     ("settings", "message"),
     [
         ({"min_factor": 2.0, "max_factor": 1.0}, "model.min_factor=2.0"),
-        ({"reference_steps": 0}, "model.reference_steps=0"),
-        ({"temperature": 0.0}, "model.temperature=0.0"),
         ({"task": "stsb"}, "only mse"),
     ],
 )

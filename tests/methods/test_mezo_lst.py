@@ -88,7 +88,6 @@ def test_nothing_of_the_backbone_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"backbone_share": 1.0}, r"model\.backbone_share=1.0: use a share between 0 and 1"),
         ({"activation_cache": "memory"}, r"leave out model\.activation_cache"),
         ({"trajectory": "there"}, r"leave out .* model\.trajectory"),
     ],

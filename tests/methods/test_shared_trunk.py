@@ -67,7 +67,7 @@ def test_the_backbone_runs_once_for_all_and_is_held_once(data: Callable[..., GLU
 
 
 def test_the_best_at_validation_answers_and_is_remembered(data: Callable[..., GLUE], fit: Run, tmp_path: Path) -> None:
-    shared = SharedTrunk({"still": {"lr": 0.0}, "quick": {"lr": 3e-3}}, settings={"reduction": 2})
+    shared = SharedTrunk({"still": {"lr": 1e-30}, "quick": {"lr": 3e-3}}, settings={"reduction": 2})
     trainer = fit(shared, data(limit_train=600, limit_validation=100, batch_size=32), max_epochs=4)
     scores = trainer.callback_metrics
     assert shared.best == "quick"
@@ -92,7 +92,7 @@ def test_a_seed_given_to_the_run_alone_is_that_of_all() -> None:
 @pytest.mark.parametrize(
     ("siblings", "side", "says"),
     [
-        ({}, "LadderSideTuning", "name at least one"),
+        ({}, "LadderSideTuning", "siblings={} is not allowed. Give a mapping: at least 1"),
         ({"a": {"backbone": "mini-t5"}}, "LadderSideTuning", "model.siblings.a: backbone must be equal"),
         ({"a": {"reductoin": 2}}, "LadderSideTuning", "no 'reductoin'. Did you mean reduction"),
         ({"a": {}}, "LoRA", "model.side=LoRA reads no hidden states"),

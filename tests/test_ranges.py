@@ -1,0 +1,129 @@
+"""The declared ranges of settings: every setting has one, and what they refuse is refused everywhere, in one line."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import pytest
+
+from lit_spu import KLadder, public, ranges, registry
+from lit_spu.cli.fit import SpuCLI
+from lit_spu.cli.parser import Parser
+from lit_spu.errors import UserError
+from lit_spu.methods.base import Method
+from lit_spu.ranges import Checked, Count, Length, Positive, Range, Seed, Share, Text
+
+HOSTILE = ["nan", ".nan", ".inf", "-.inf", "-1", "0", "1e400", "1.0e+400", "null", "", "''", "[]", str(10**30), "true"]
+"""Values of flags that make no sense for most settings."""
+
+
+def undeclared(hint: Any) -> Iterator[Any]:
+    """Yield the parts of a type that have no declared range: numbers, texts and lists."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if get_origin(parts[0]) in (list, Sequence, Mapping):
+            yield from undeclared(get_args(parts[0])[0])
+    elif origin in (Union, UnionType):
+        for part in parts:
+            yield from undeclared(part)
+    elif hint in (int, float, str, Any) or origin in (list, Sequence):
+        yield hint
+
+
+CLASSES = [cls for cls in public.public_classes() if issubclass(cls, Method)]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_setting_has_a_declared_range(cls: type) -> None:
+    assert issubclass(cls, Checked)
+    assert not {name: found for name, hint in ranges.declared(cls).items() if (found := [*undeclared(hint)])}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_default_is_allowed(cls: type) -> None:
+    for name, (_, parameter) in registry.settings(cls).items():
+        assert parameter.default is inspect.Parameter.empty or ranges.allows(
+            ranges.declared(cls)[name], parameter.default
+        )
+
+
+@pytest.mark.parametrize("hint", [Count, Positive, Share, Seed, Count | None, Annotated[Sequence[Count], Length(1)]])
+def test_no_range_allows_what_is_not_finite_or_not_a_number(hint: Any) -> None:
+    values: list[Any] = [math.nan, math.inf, -math.inf, -1, 10**30, 1e30, True, "1", [], [math.nan], [1, 1], {}, ""]
+    for value in values:
+        assert not ranges.allows(hint, value), value
+
+
+@pytest.mark.parametrize(
+    ("hint", "allowed", "refused"),
+    [
+        (Annotated[int, Range(1, 3)], [1, 3], [0, 4, 2.0]),
+        (Annotated[float, Range(0.0, 1.0, without_low=True, without_high=True)], [0.5], [0, 1, 0.0, 1.0]),
+        (Annotated[Sequence[Count], Length(1)], [(1,), [2, 3]], ["1", [0], None]),
+        (Annotated[Mapping[Text, Any], Length(1, unique=False)], [{"a": 1}], [{}, {" ": 1}]),
+        (Text, ["a"], ["", " ", None, 1]),
+        (Seed, [0, 2**32 - 1], [2**32]),
+    ],
+)
+def test_bounds_are_kept_exactly(hint: Any, allowed: list[Any], refused: list[Any]) -> None:
+    assert [value for value in allowed if not ranges.allows(hint, value)] == []
+    assert [value for value in refused if ranges.allows(hint, value)] == []
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1}, {"warmup": 5}, {"k": True}, {"backbone": " "}, {"drop_layers": [0, 0]}]
+)
+def test_the_constructor_names_the_argument(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(UserError, match=rf"KLadder: {name}=.* is not allowed\. Give "):
+        KLadder(**settings)
+    with pytest.raises(UserError, match=r"KLadder: k=-1 is not allowed\. Give a whole number from 0 to 1e9\."):
+        KLadder(-1)
+
+
+class ParseOnly(SpuCLI):
+    """The command line, which ends before it parses."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        raise StopIteration(parser)
+
+
+@pytest.fixture(scope="module")
+def parser() -> Parser:
+    with pytest.raises(StopIteration) as stopped:
+        ParseOnly(["fit"])
+    found: Parser = stopped.value.value
+    return found
+
+
+REQUIRED = {"SharedTrunk": ["--model.siblings={a: {}}"], "LRDistillation": ["--model.teacher=mini-bert"]}
+METHODS = {
+    f"{owner.__name__}.{name}": (cls.__name__, name)
+    for cls in public.public_classes()
+    if issubclass(cls, Method)
+    for name, (owner, _) in registry.settings(cls).items()
+}
+"""Every setting of every method once, with a method that has it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", METHODS)
+def test_the_parser_accepts_no_value_that_the_range_refuses(
+    setting: str, parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, name = METHODS[setting]
+    cls = public.find_public(method)
+    for value in HOSTILE:
+        Parser.command_line = [f"--model={method}", *REQUIRED.get(method, []), f"--model.{name}={value}"]
+        try:
+            config = parser.parse_args(["fit", *Parser.command_line])
+        except SystemExit:
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: --model.{name}"), line
+        else:
+            accepted = config.fit.model.init_args[name]
+            assert ranges.allows(ranges.declared(cls)[name], accepted), f"{value} as {accepted}"
