@@ -39,8 +39,8 @@ CLASSES = [cls for cls in public.public_classes() if issubclass(cls, Method)]
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_setting_has_a_declared_range(cls: type) -> None:
-    assert issubclass(cls, Checked)
     assert not {name: found for name, hint in ranges.declared(cls).items() if (found := [*undeclared(hint)])}
+    assert issubclass(cls, Checked)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
