@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class NonFiniteError(UserError):
+    """Error for a loss, a score or a weight that is NaN or infinite."""
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return `Did you mean x?` if a name is close to the given one, followed by all allowed names."""
     names = sorted(set(allowed))

@@ -8,6 +8,8 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_spu.errors import NonFiniteError
+
 SAVE_INTERVAL = 20
 """Least time between two saves, in multiples of the time that the last save took: at most 5 % of a run is saving."""
 
@@ -30,6 +32,10 @@ class LastCheckpoint(ModelCheckpoint):
             folder, "last", save_on_exception=True, save_on_train_epoch_end=True, enable_version_counter=False
         )
         self._saved_at = self._save_seconds = 0.0
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, NonFiniteError):  # the last checkpoint is a good one
+            super().on_exception(trainer, pl_module, exception)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = time.monotonic()

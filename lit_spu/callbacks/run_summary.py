@@ -151,5 +151,5 @@ def _print(title: str, record: dict[str, Any], folder: Path) -> None:
 def _format(value: float | None) -> str:
     """Format a number for the table: counts in full, others with four digits."""
     if value is None:
-        return "undefined"
+        return "–"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

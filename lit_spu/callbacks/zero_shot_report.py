@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_spu.tasks.metrics import task_metrics
+from lit_spu.tasks.metrics import format_score, task_metrics
 
 
 class ZeroShotReport(Callback):
@@ -47,12 +47,12 @@ class ZeroShotReport(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
             metric = pl_module.task.metrics[0]
-            self.score = float(pl_module.metrics["val/"][metric].compute().nan_to_num(0.0))
+            self.score = float(pl_module.metrics["val/"][metric].compute())
             self._report(metric, self.score)
 
     def _report(self, metric: str, score: float) -> None:
         chance = max((float(metrics[metric].compute()) for metrics in self._constant_answers), default=0.0)
-        text = f"Before training, {metric} is {score:.4f}; a constant answer has {chance:.4f}."
+        text = f"Before training, {metric} is {format_score(score)}; a constant answer has {format_score(chance)}."
         if score > chance + 1 / math.sqrt(self._num_examples):
             rank_zero_info(text)
         else:

@@ -21,7 +21,7 @@ from lit_spu.export.load import load
 from lit_spu.measure import MIB, interleave
 from lit_spu.methods.base import Method
 from lit_spu.methods.lst_distill import LSTDistillation
-from lit_spu.tasks.metrics import task_metrics
+from lit_spu.tasks.metrics import format_score, task_metrics
 
 NUM_ROUNDS = 5
 """Timed forward passes of each model."""
@@ -74,7 +74,7 @@ def _comparison_table(title: str, models: dict[str, Backbone], batches: Sequence
     for name, model in models.items():
         count = sum(p.numel() for p in model.model.parameters())
         size = sum(p.nbytes for p in model.model.parameters()) / MIB
-        result = f"{score(model, batches):.4f}" if model.head_is_pretrained else "head untrained"
+        result = format_score(score(model, batches)) if model.head_is_pretrained else "head untrained"
         table.add_row(name, f"{count:,}", f"{size:,.1f}", result, f"{1000 * median(seconds[name]):,.1f}")
     return table
 
@@ -85,4 +85,4 @@ def score(backbone: Backbone, batches: Sequence[dict[str, torch.Tensor]]) -> flo
     metric = task_metrics(backbone.task)[backbone.task.metrics[0]]
     for batch in batches:
         metric.update(backbone.predict(backbone(batch))[0], batch["labels"])
-    return float(metric.compute().nan_to_num(0.0))
+    return float(metric.compute())

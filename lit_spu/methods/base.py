@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, Head, load_backbone
-from lit_spu.errors import UserError
+from lit_spu.errors import NonFiniteError, UserError
+from lit_spu.methods.finite import FiniteLosses, check_weights
 from lit_spu.nn.adapter import Adapter
 from lit_spu.optim import schedules
 from lit_spu.ranges import Checked, Positive, PositiveOrZero, Share, Text
@@ -25,7 +25,7 @@ from lit_spu.tasks.metrics import task_metrics
 StepLoss = Callable[[Batch], Tensor | None]
 
 
-class Method(Checked, LightningModule, ABC):
+class Method(Checked, FiniteLosses, ABC):
     """Base class of fine-tuning methods.
 
     A subclass freezes and adds weights in its constructor. If needed, it overrides `forward`, `loss` or other methods.
@@ -102,7 +102,7 @@ class Method(Checked, LightningModule, ABC):
     def step_loss(self, batch: Batch) -> Tensor | None:
         """Return the loss of a training step and log it; None skips the backward pass."""
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.log_loss(loss, batch)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
@@ -163,6 +163,7 @@ class Method(Checked, LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.train()  # from_pretrained leaves models in evaluation mode, and Lightning does not change it
+        super().on_fit_start()
         self.seed = torch.initial_seed()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -200,7 +201,10 @@ class Method(Checked, LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return the examples' row numbers, their predictions [batch] and their probabilities [batch, labels]."""
-        prediction, probabilities = self.backbone.predict(self(batch))
+        logits = self(batch)
+        if not logits.isfinite().all():
+            raise NonFiniteError(f"Some logits are not finite, so there is no prediction. {self.advise(0)}")
+        prediction, probabilities = self.backbone.predict(logits)
         return {"index": batch["index"], "prediction": prediction, "scores": probabilities}
 
     def _metric_prefix(self, stage: str, dataloader_idx: int) -> str:
@@ -220,18 +224,16 @@ class Method(Checked, LightningModule, ABC):
         if prefix not in self.metrics:
             self.metrics[prefix] = task_metrics(self.task).to(self.device)
         # the loss is a metric because Lightning's own mean over ranks rounds the number of examples
-        self.metrics[prefix]["loss"].update(self.backbone.loss(logits, batch), len(labels))
+        loss = self.backbone.loss(logits, batch)  # finite even for some infinite logits
+        self.metrics[prefix]["loss"].update(loss.where(logits.isfinite().all(), torch.nan), len(labels))
         prediction, _ = self.backbone.predict(logits)
         for name in self.task.metrics:
             self.metrics[prefix][name].update(prediction, labels)
 
     def compute_metrics(self) -> dict[str, Tensor]:
-        """Return all metrics by their logged names and reset them.
-
-        A correlation is undefined if all predictions are equal, and counts as zero.
-        """
+        """Return all metrics by their logged names and reset them. A correlation that is undefined is NaN."""
         values = {
-            f"{prefix}{name}": value.nan_to_num(0.0)
+            f"{prefix}{name}": value
             for prefix, metrics in self.metrics.items()
             for name, value in metrics.compute().items()
         }
@@ -240,7 +242,7 @@ class Method(Checked, LightningModule, ABC):
 
     def log_metrics(self) -> None:
         """Log all metrics of an epoch."""
-        self.log_dict(self.compute_metrics(), prog_bar=True, sync_dist=True)
+        self.log_scores(self.compute_metrics(), prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
         self.log_metrics()
@@ -280,9 +282,15 @@ class Method(Checked, LightningModule, ABC):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reduce a checkpoint to the trained weights, and add the backbone's name and fingerprint."""
+        """Reduce a checkpoint to the trained weights, and add the backbone's name and fingerprint.
+
+        Raises:
+            NonFiniteError: If a trained weight or a training loss is not finite. Then no file is written.
+        """
+        self.check_local_losses()
         state, trained = checkpoint["state_dict"], self._trained_names or self._trainable_names()
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+        check_weights(checkpoint["state_dict"], "No checkpoint is saved")
         checkpoint["backbone"] = {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
         checkpoint["method"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["total_steps"] = self.total_steps
@@ -300,7 +308,7 @@ class Method(Checked, LightningModule, ABC):
         """Check a checkpoint, and add the frozen weights, so that Lightning's strict loading finds all weights.
 
         Raises:
-            UserError: If the checkpoint belongs to another backbone or another method.
+            UserError: If the checkpoint belongs to another backbone or another method, or a weight is not finite.
         """
         stored: Mapping[str, str] = checkpoint.get("backbone", {})
         if stored.get("fingerprint") != self.backbone.fingerprint:
@@ -315,5 +323,6 @@ class Method(Checked, LightningModule, ABC):
                 f"This checkpoint was not made by {type(self).__name__} with these settings: {len(wrong)} of the"
                 f" weights do not match ({', '.join(wrong[:3])}…)."
             )
+        check_weights(state, "This checkpoint is of a failed training. Give an earlier one")
         checkpoint["state_dict"] = {**own, **state}
         self.total_steps = checkpoint.get("total_steps")

@@ -106,7 +106,7 @@ class LRDistillation(Method):
     def step_loss(self, batch: Batch) -> Tensor | None:
         logits = self(batch)
         loss = self.backbone.loss(logits, batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.log_loss(loss, batch)
         groups = self.trainer.optimizers[0].param_groups
         if not self._step_factors:
             self._scheduled_lrs = [group["lr"] for group in groups]

@@ -6,6 +6,7 @@ serves all evaluations of a step, and many directions cost little. With an activ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -21,11 +22,6 @@ class MeZOSide(ZerothOrder, KLadder):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
+    def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
         hidden_states = self.hidden_states(batch)
-
-        def closure() -> Tensor:
-            return self.objective_from(self(batch, hidden_states), batch)
-
-        loss: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
-        return loss
+        return lambda: self.objective_from(self(batch, hidden_states), batch)

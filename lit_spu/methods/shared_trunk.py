@@ -102,10 +102,10 @@ class SharedTrunk(HiddenStateReader):
         scores = {name: sibling.compute_metrics() for name, sibling in self.siblings.items()}
         monitor = self.task.monitor
         if monitor in scores[self.best]:  # not in a test
-            self.best = max(scores, key=lambda name: float(scores[name][monitor]))
+            self.best = max(scores, key=lambda name: float(scores[name][monitor].nan_to_num(-torch.inf)))
         for name, metrics in scores.items():
-            self.log_dict({f"{metric}/{name}": value for metric, value in metrics.items()}, sync_dist=True)
-        self.log_dict(scores[self.best], prog_bar=True, sync_dist=True)
+            self.log_scores({f"{metric}/{name}": value for metric, value in metrics.items()})
+        self.log_scores(scores[self.best], prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_spu.checkpoints import trained_weights
-from lit_spu.errors import UserError
+from lit_spu.errors import NonFiniteError, UserError
 from lit_spu.tasks import Encoding, Task
 
 
@@ -46,7 +46,8 @@ class Teacher:
         """Return the logits [examples, labels] for all training examples of the GLUE data module `data`, on `device`.
 
         Raises:
-            UserError: If `data` is another data module, which cannot be tokenised for the teacher.
+            UserError: If `data` is another data module, which cannot be tokenised for the teacher, or a logit is not
+                finite.
         """
         if not hasattr(data, "as_read_by"):
             raise UserError(
@@ -57,6 +58,8 @@ class Teacher:
         for batch in data.as_read_by(self.encoding):
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
             logits[on_device["index"]] = self.model(on_device).float()
+        if not logits.isfinite().all():
+            raise NonFiniteError("model.teacher: some logits of the teacher are not finite. Give another one.")
         return logits
 
 

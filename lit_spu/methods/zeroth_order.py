@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -143,26 +143,39 @@ class ZerothOrder(Method):
         return self.objective_from(self(batch), batch)
 
     def objective_from(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the value that MeZO minimises from logits [batch, labels]: the loss, or 1 minus a metric."""
+        """Return the value that MeZO minimises from logits [batch, labels]: the loss, or 1 minus a metric.
+
+        It is infinite if a metric is the objective and a logit is not finite, and NaN if the metric is undefined on
+        this batch. MeZO skips the direction then.
+        """
         if self.objective == "loss":
             return self.backbone.loss(logits, batch)
         metric = task_metrics(self.task)[self.objective].to(self.device)
         prediction, _ = self.backbone.predict(logits)
         value: Tensor = metric(prediction, batch["labels"])
-        return 1 - value.nan_to_num(0.0)
+        return (1 - value).where(logits.isfinite().all(), torch.inf)
 
     def take_step(self, batch: Batch, *optimizers: Any) -> Tensor | None:
-        """Take a step on a batch, and return the mean objective value, or None if the step was replayed."""
-        closure = partial(self.objective_value, batch)
+        """Take a step on a batch.
+
+        Returns:
+            The mean objective value, or None if the step was replayed or its metric was undefined.
+        """
+        closure = self.make_closure(batch)
         value: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
-        return value
+        is_undefined = self.objective != "loss" and value is not None and bool(value.isnan())
+        return None if is_undefined else value
+
+    def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
+        """Return a function that computes the objective value of a batch at the present weights."""
+        return partial(self.objective_value, batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizers, schedulers = self.optimizers(), self.lr_schedulers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         loss = self.take_step(batch, *optimizers)
         if loss is not None:
-            self.log("train/loss", loss.float(), prog_bar=True, batch_size=len(batch["input_ids"]))
+            self.log_loss(loss.float(), batch)
         if num_skipped := optimizers[0].num_skipped_directions:
             self.log("train/left_out", float(num_skipped), prog_bar=True)
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:

@@ -138,15 +138,16 @@ def read_curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
     if not metrics.exists():
         return []
     with metrics.open() as file:
-        return [(int(row["step"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
+        points = [(int(row["step"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
+    return [(step, value) for step, value in points if math.isfinite(value)]
 
 
 def score_constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
     """Score every constant answer on the data of each task and backbone.
 
     Returns:
-        The scores by task and backbone, best first. The first one is the majority baseline. A run whose score equals
-        one of them has collapsed.
+        The scores by task and backbone, best first; none for a correlation, which is undefined then. The first one is
+        the majority baseline. A run whose score equals one of them, or is undefined, has collapsed.
     """
     scores = {}
     for place, group in group_by(records, _task_and_backbone).items():
@@ -156,7 +157,8 @@ def score_constants(records: Sequence[Record]) -> dict[tuple[str, str], list[flo
             examples = GLUE(**data).examples(group[0].get("portion", "validation"))
             labels = torch.tensor([example["label"] for example in examples])
             answers = [labels.mean().item()] if task.regression else range(len(task.labels))
-            scores[place] = sorted((_score_constant(task, labels, answer) for answer in answers), reverse=True)
+            found = (_score_constant(task, labels, answer) for answer in answers)
+            scores[place] = sorted((score for score in found if not math.isnan(score)), reverse=True)
     return scores
 
 
@@ -167,7 +169,7 @@ def _task_and_backbone(record: Record) -> tuple[str, str]:
 def _score_constant(task: Task, labels: Tensor, answer: float) -> float:
     metric = task_metrics(task)[task.metrics[0]]
     metric.update(torch.full_like(labels, answer), labels)
-    return float(metric.compute().nan_to_num(0.0))
+    return float(metric.compute())
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
             by_rate = group_by(of_row, lambda record: float(record["rate"]))
             rate, best = max(by_rate.items(), key=lambda item: statistics.mean(map(_validation_score, item[1])))
             collapsed = sum(any(math.isclose(run["score"], c, abs_tol=1e-6) for c in constant) for run in best)
+            collapsed += sum(_is_undefined(run) and _is_in_row(run, task, backbone, name, rate) for run in records)
             table.append(
                 Row(
                     name,
@@ -232,6 +235,15 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
         if constant:
             table.append(Row(MAJORITY, task, backbone, 1.0, metric, constant[:1]))
     return table
+
+
+def _is_undefined(record: Record) -> bool:
+    """Return whether a run was scored, but its metric was undefined: a correlation of equal predictions."""
+    return record["score"] is None and f"val/{record['metric']}" in record
+
+
+def _is_in_row(record: Record, *row: object) -> bool:
+    return tuple(record[name] for name in ("task", "backbone", "row", "rate")) == row
 
 
 def _validation_score(record: Record) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +15,12 @@ from lit_spu.tasks import Metric, Task
 def task_metrics(task: Task) -> Any:
     """Return a torchmetrics collection of the loss and the task's metrics, synchronised across processes.
 
-    The metrics follow GLUE: accuracy over all examples, F1 of the second of two labels.
+    The metrics follow GLUE: accuracy over all examples, F1 of the second of two labels. Every value is that of
+    scikit-learn or scipy, also where it is a convention: F1 and Matthews are 0 without two classes. A correlation of
+    constant values is undefined, which is NaN. A loss that is not finite makes the mean loss not finite.
     """
-    from torchmetrics import MeanMetric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+    from torchmetrics import Metric as BaseMetric
+    from torchmetrics import MetricCollection
     from torchmetrics.classification import (
         BinaryF1Score,
         MulticlassAccuracy,
@@ -25,22 +28,87 @@ def task_metrics(task: Task) -> Any:
         MulticlassMatthewsCorrCoef,
     )
 
-    class Matthews(MulticlassMatthewsCorrCoef):
-        """Matthews correlation that is 0 if all predictions are equal; torchmetrics returns up to 0.2 then."""
+    class Mean(BaseMetric):
+        """Mean of values with weights. Unlike torchmetrics' own, it drops no NaN."""
 
-        def compute(self) -> Tensor:
-            value = super().compute()
-            return value if int((self.confmat.sum(0) > 0).sum()) > 1 else torch.zeros_like(value)
+        full_state_update = False
+        total: Tensor
+        weight: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("total", "weight"):
+                self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+        def update(self, value: Tensor, weight: float) -> None:
+            self.total += value.detach() * weight
+            self.weight += weight
+
+        def compute(self) -> Any:
+            return self.total / self.weight
+
+    class Matthews(MulticlassMatthewsCorrCoef):
+        """Matthews correlation that is 0 if all predictions or all targets are equal, as scikit-learn's."""
+
+        def compute(self) -> Any:
+            counts = self.confmat.cpu().double()
+            total, targets, predictions = counts.sum(), counts.sum(1), counts.sum(0)
+            covariance = counts.trace() * total - targets @ predictions
+            variances = (total**2 - targets @ targets) * (total**2 - predictions @ predictions)
+            value = covariance / variances.sqrt() if variances else torch.zeros_like(covariance)
+            return value.float().to(self.confmat.device)
+
+    class Correlation(BaseMetric):
+        """Correlation of two lists of numbers: NaN if there are fewer than two, or if one list is constant."""
+
+        full_state_update = False
+        predictions: list[Tensor]
+        targets: list[Tensor]
+
+        def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.transform = transform
+            for name in ("predictions", "targets"):
+                self.add_state(name, [], dist_reduce_fx="cat")
+
+        def update(self, predictions: Tensor, targets: Tensor) -> None:
+            self.predictions.append(predictions.detach())
+            self.targets.append(targets)
+
+        def compute(self) -> Any:
+            lists = (torch.cat([*values]) for values in (self.predictions, self.targets))
+            x, y = (self.transform(values.cpu().double()) for values in lists)
+            value = _correlate(x, y)
+            return value.float().to(self.device)
 
     labels = len(task.labels)
     make: dict[Metric, Callable[[], Any]] = {
         "accuracy": lambda: MulticlassAccuracy(labels, average="micro"),
         "f1": lambda: BinaryF1Score() if labels == 2 else MulticlassF1Score(labels, average="macro"),
         "matthews": lambda: Matthews(labels),
-        "pearson": PearsonCorrCoef,
-        "spearman": SpearmanCorrCoef,
+        "pearson": lambda: Correlation(lambda values: values),
+        "spearman": lambda: Correlation(_rank),
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*will save all targets")  # two numbers for each example need little memory
-        metrics: dict[str, Any] = {name: make[name]() for name in task.metrics}
-    return MetricCollection({"loss": MeanMetric(), **metrics}, compute_groups=False)
+    metrics: dict[str, Any] = {name: make[name]() for name in task.metrics}
+    return MetricCollection({"loss": Mean(), **metrics}, compute_groups=False)
+
+
+def format_score(value: float) -> str:
+    """Return a score with four decimals, or – where it is undefined."""
+    return "–" if math.isnan(value) else f"{value:.4f}"
+
+
+def _correlate(x: Tensor, y: Tensor) -> Tensor:
+    """Return Pearson's correlation of two vectors, or NaN if it is undefined."""
+    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
+        return x.new_tensor(float("nan"))
+    x, y = ((values - values.mean()) for values in (x, y))
+    correlation: Tensor = (x / x.norm()) @ (y / y.norm())
+    return correlation.clamp(-1, 1)
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Return the ranks of values from 1; equal values share the mean of their ranks."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks: Tensor = counts.cumsum(0) - (counts - 1) / 2
+    return ranks[inverse]

@@ -17,7 +17,7 @@ import lit_spu
 from lit_spu.__main__ import main
 from lit_spu.checkpoints.fingerprint import checksum
 from lit_spu.data.glue import GLUE
-from lit_spu.errors import UserError
+from lit_spu.errors import NonFiniteError, UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.mezo import MeZO
 from lit_spu.optim.mezo import MeZOOptimizer
@@ -266,12 +266,24 @@ def test_a_run_along_a_trajectory_may_be_interrupted(fit: Run, data: Callable[..
     assert same(weights(method), weights(whole))
 
 
-def test_a_loss_that_is_no_number_is_told(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = MeZO(directions=2)
-    monkeypatch.setattr(method, "objective_value", lambda batch: torch.tensor(float("nan")))
-    trainer = fit(method, data())
-    assert int(trainer.callback_metrics["train/left_out"]) == 8
-    assert trainer.callback_metrics["train/loss"].isnan()
+@pytest.mark.parametrize("objective", ["loss", "accuracy"])
+def test_logits_that_are_not_finite_stop_the_run(data: Callable[..., GLUE], fit: Run, objective: str) -> None:
+    method = MeZO(objective=objective)
+    next(method.parameters()).data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"at step 1, learning rate 1e-05"):
+        fit(method, data(), num_sanity_val_steps=0)
+
+
+def test_a_direction_along_which_a_metric_is_undefined_is_skipped(
+    data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = MeZO(task="stsb", objective="pearson", lr=1.0)
+    before = weights(method)
+    monkeypatch.setattr(method.backbone, "predict", lambda logits: (torch.ones(len(logits)), logits))
+    trainer = fit(method, data("stsb"))
+    assert int(trainer.callback_metrics["train/left_out"]) == 4
+    assert "train/loss" not in trainer.callback_metrics
+    assert same(weights(method), before)
 
 
 def test_a_resumed_run_writes_all_of_its_trajectory(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:

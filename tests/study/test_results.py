@@ -61,9 +61,16 @@ def test_constant_answers_are_the_majority_row_and_mark_collapsed_runs() -> None
     assert found[MAJORITY].deviation is None
 
 
-def test_a_constant_answer_scores_zero_in_regression() -> None:
+def test_a_constant_answer_has_no_score_in_regression() -> None:
     regression = record("lst", 1, 0.5, data={"task": "stsb", "limit_validation": 20})
-    assert score_constants([regression])["sst2", "mini-bert"] == pytest.approx([0.0], abs=1e-6)
+    assert score_constants([regression])["sst2", "mini-bert"] == []
+
+
+def test_a_seed_without_a_score_counts_as_collapsed() -> None:
+    undefined = record("lst", 2, None) | {"val/accuracy": None}
+    seeds = [record("lst", 1, 0.5), undefined, record("lst", 3, None)]
+    (row,) = rows(seeds, {})
+    assert (row.scores, row.collapsed) == ([0.5], 1)
 
 
 def test_unfair_differences_are_described() -> None:

@@ -1,0 +1,98 @@
+"""Every metric equals that of scikit-learn or scipy, above all where its definition ends."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from lit_spu.tasks import load_task
+from lit_spu.tasks.metrics import format_score, task_metrics
+
+TASKS = {
+    count: load_task({"name": "t", "fields": ["x"], "labels": list("abcd"[:count]), "metrics": [*names]})
+    for count in (2, 3, 4)
+    for names in [("accuracy", "f1", "matthews")]
+}
+REGRESSION = load_task({"name": "t", "fields": ["x"], "score_range": [0, 5], "metrics": ["pearson", "spearman"]})
+
+
+def compute(task: Any, batches: list[tuple[Any, Any]], dtype: Any) -> dict[str, float]:
+    """Return the metrics of batches of predictions and targets."""
+    metrics = task_metrics(task)
+    for predictions, targets in batches:
+        for name in task.metrics:
+            metrics[name].update(torch.tensor(predictions, dtype=dtype), torch.tensor(targets, dtype=dtype))
+    return {name: float(metrics[name].compute()) for name in task.metrics}
+
+
+def oracle(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    """Return the value of scikit-learn or scipy, without its warnings; NaN where scipy refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return float(getattr(value := function(*args, **kwargs), "statistic", value))
+        except ValueError:
+            return math.nan
+
+
+@st.composite
+def answers(draw: Any, values: Callable[[], Any]) -> list[tuple[list[Any], list[Any]]]:
+    """Batches of predictions and targets, often constant."""
+    size = draw(st.integers(1, 12))
+    lists = [
+        draw(st.lists(values(), min_size=size, max_size=size) | values().map(lambda value: [value] * size))
+        for _ in range(2)
+    ]
+    cut = draw(st.integers(0, size - 1))
+    return [(lists[0][part], lists[1][part]) for part in (slice(cut), slice(cut, None)) if lists[0][part]]
+
+
+@given(data=st.data(), labels=st.sampled_from([2, 3, 4]))
+def test_metrics_of_classes_are_scikit_learns(data: st.DataObject, labels: int) -> None:
+    batches = data.draw(answers(lambda: st.integers(0, labels - 1)))
+    guess, true = (np.concatenate([batch[side] for batch in batches]) for side in (0, 1))
+    average = "binary" if labels == 2 else "macro"
+    assert compute(TASKS[labels], batches, torch.long) == pytest.approx(
+        {
+            "accuracy": oracle(sklearn_metrics.accuracy_score, true, guess),
+            "f1": oracle(sklearn_metrics.f1_score, true, guess, average=average),
+            "matthews": oracle(sklearn_metrics.matthews_corrcoef, true, guess),
+        },
+        abs=1e-6,
+    )
+
+
+@given(batches=answers(lambda: st.integers(-3, 3) | st.floats(-5, 5, width=32).map(lambda x: round(x, 3))))
+def test_metrics_of_regressions_are_scipys(batches: list[tuple[list[float], list[float]]]) -> None:
+    x, y = (np.concatenate([batch[side] for batch in batches]).astype(np.float32) for side in (0, 1))
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    expected = {"pearson": oracle(stats.pearsonr, x, y), "spearman": oracle(stats.spearmanr, x, y)}
+    assert compute(REGRESSION, batches, torch.float32) == pytest.approx(expected, abs=1e-5, nan_ok=True)
+
+
+def test_matthews_of_one_true_class_is_0() -> None:
+    guess = [0] * 23 + [1]
+    assert compute(TASKS[2], [(guess, [0] * 24)], torch.long)["matthews"] == 0.0
+
+
+def test_the_mean_loss_keeps_nan_and_weighs_by_examples() -> None:
+    loss = task_metrics(REGRESSION)["loss"]
+    loss.update(torch.tensor(1.0), 3)
+    loss.update(torch.tensor(3.0), 1)
+    assert float(loss.compute()) == 1.5
+    loss.update(torch.tensor(torch.nan), 1)
+    assert math.isnan(loss.compute())
+
+
+def test_an_undefined_score_is_shown_as_a_dash() -> None:
+    assert [format_score(value) for value in (0.5, math.nan)] == ["0.5000", "–"]
