@@ -24,6 +24,7 @@ from lit_spu.backbones.side_model import LayerIndices, scaled_config
 from lit_spu.backbones.stacks import Batch, HiddenStates, Stack, TransformerStacks, find_norms
 from lit_spu.backbones.target_linears import Role, TargetLinear
 from lit_spu.checkpoints.fingerprint import fingerprint
+from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Format, Task
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Backbone(nn.Module, Architecture, ABC):
         name: The name or folder that it was loaded from.
         head_type: `classifier` or `prompt`, as chosen by the user.
         has_classifier: Whether it has a classification head. Otherwise the language-model head predicts a label word.
-        head_is_pretrained: Whether its head was trained before, rather than created for the task.
+        new_head_reason: Why its head was created for the task; None if it was trained before.
         fingerprint: A digest of its pretrained weights.
     """
 
@@ -64,7 +65,7 @@ class Backbone(nn.Module, Architecture, ABC):
         self.encoding = encoding
         self.name = name
         self.head_type: Head = head
-        self.head_is_pretrained = False
+        self.new_head_reason: str | None = "is new."
         below_head = getattr(model, model.base_model_prefix, model)  # a model without a head is its own base model
         self.base_model = self.stacks_class(below_head, family)
         self.has_classifier = head == "classifier" and bool(family.classifier)
@@ -258,6 +259,20 @@ class Backbone(nn.Module, Architecture, ABC):
                 part.train(any(p.requires_grad for p in part.parameters()))
         self.head_modules.train(mode and self.head_is_trained)
         return self
+
+    @property
+    def head_is_pretrained(self) -> bool:
+        """True if the head was trained before for the labels of the task, in their order."""
+        return self.new_head_reason is None
+
+    def check_knows_answers(self, flag: str, advice: str) -> None:
+        """Check that the head was trained before, so that its logits are answers.
+
+        Raises:
+            UserError: If the head is new. The message starts with `flag`, and ends in `advice`.
+        """
+        if self.new_head_reason is not None:
+            raise UserError(f"{flag}: the classification head of {self.name} {self.new_head_reason} {advice}")
 
     @property
     def head_is_trained(self) -> bool:

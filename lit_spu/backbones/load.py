@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,10 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_spu.backbones.backbone import Backbone, Head
 from lit_spu.backbones.families import FAMILIES
 from lit_spu.backbones.family import Family
+from lit_spu.backbones.model_files import (
+    check_config,
+    check_model_folder,
+    check_weight_files,
+    explain_loading_errors,
+)
+from lit_spu.backbones.tokenizer_check import check_tokenizer
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.tasks import Encoding, Task
 
@@ -59,8 +68,8 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     family = FAMILIES.get(source.config.model_type)
     if family is None:
         raise UserError(
-            f"model.backbone: {name!r} is of the family {source.config.model_type!r}, which has no Family record. Add"
-            f" one to lit_spu/backbones/families.py, as for {', '.join(FAMILIES)}."
+            f"model.backbone: {name!r} is of the family {source.config.model_type!r}, which lit_spu does not support."
+            f" Supported: {', '.join(FAMILIES)}."
         )
     tokenizer = source.tokenizer
     if tokenizer.pad_token is None:
@@ -69,9 +78,12 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     format_, mask = architecture.prompt_format(head, tokenizer)
     positions = getattr(source.config, "max_position_embeddings", None)  # a T5 has relative positions, without limit
     max_tokens = positions and positions - family.position_offset
-    model, head_is_pretrained = load_model(source, name, family, task, head)
-    backbone = architecture(model, family, task, head, Encoding(tokenizer, format_, mask, max_tokens), name)
-    backbone.head_is_pretrained = head_is_pretrained
+    encoding = Encoding(tokenizer, format_, mask, max_tokens)
+    check_tokenizer(name, source.config, encoding, task)
+    with explain_loading_errors(name, source.path):
+        model, new_head_reason = load_model(source, name, family, task, head)
+        backbone = architecture(model, family, task, head, encoding, name)
+    backbone.new_head_reason = new_head_reason
     return backbone
 
 
@@ -79,56 +91,135 @@ def find_model(name: str) -> Source:
     """Find a model and read its config and its tokenizer.
 
     Raises:
-        UserError: If there is no such model.
+        UserError: If there is no such model, or its files are damaged or cannot be used.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     embedded = {folder.name: str(folder) for folder in ASSETS.iterdir() if (folder / "config.json").is_file()}
     path = embedded.get(name, name)
-    if not Path(path).is_dir() and "/" not in name and did_you_mean(name, embedded).startswith("Did"):
+    folder = Path(path)
+    if not folder.is_dir() and "/" not in name and did_you_mean(name, embedded).startswith("Did"):
         raise UserError(f"model.backbone: there is no {name!r}. {did_you_mean(name, embedded)}")
-    try:
-        is_local = Path(path).is_dir() or not is_on_hub(path)
-        config = AutoConfig.from_pretrained(path, local_files_only=is_local)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local)
-    except (OSError, ValueError) as error:
+    if folder.is_dir() and name:
+        check_model_folder(folder)
+    options = {"local_files_only": folder.is_dir() or not is_on_hub(path), "trust_remote_code": False}
+    if not (folder / "config.json").is_file() and options["local_files_only"] and not _is_cached(path):
         raise UserError(
             f"model.backbone: {name!r} is no embedded model ({', '.join(sorted(embedded))}), no folder with a Hugging"
-            f" Face model, and no model that the hub returns here: {str(error).splitlines()[0]}"
-        ) from error
-    return Source(path, is_local, config, tokenizer)
+            " Face model (with a config.json), and no model that the hub returns here (is there a network?)."
+        )
+    with explain_loading_errors(name, path):
+        config = AutoConfig.from_pretrained(path, **options)
+        check_config(config.to_dict(), name)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        check_config({"auto_map": getattr(tokenizer, "init_kwargs", {}).get("auto_map")}, name)
+    return Source(path, options["local_files_only"], config, tokenizer)
 
 
-def load_model(source: Source, name: str, family: Family, task: Task, head: Head) -> tuple[Any, bool]:
-    """Load a Hugging Face model with its head, and return it with whether the head was among the weights.
+def _is_cached(name: str) -> bool:
+    """Return whether the local cache of the hub holds a model."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # no name that the hub allows
+        return False
+
+
+def load_model(source: Source, name: str, family: Family, task: Task, head: Head) -> tuple[Any, str | None]:
+    """Load a Hugging Face model with its head.
+
+    Returns:
+        The model, and the reason why its head is new, or None if the head is pretrained.
 
     Raises:
-        UserError: If weights are missing, other than those of a new classification head.
+        UserError: If weights are missing or have other shapes, other than those of a new classification head.
     """
     import transformers
 
     classifies = head == "classifier" and bool(family.classifier)
     kind = "SequenceClassification" if classifies else family.architecture.language_model
     auto = getattr(transformers, f"AutoModelFor{kind}")
-    options: dict[str, Any] = {"num_labels": task.num_logits} if classifies else {}
+    reason = find_head_difference(source.config, task) if classifies else None
+    options: dict[str, Any] = {"local_files_only": source.is_local, "trust_remote_code": False}
+    if classifies:
+        options |= {"num_labels": task.num_logits, "ignore_mismatched_sizes": True}
     if _only_shapes.get():
-        config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=source.is_local, **options)
+        options.pop("ignore_mismatched_sizes", None)
+        config = transformers.AutoConfig.from_pretrained(source.path, **options)
         config.use_cache = False
-        return auto.from_config(config, dtype=LOADED_DTYPE).eval(), not classifies
+        return auto.from_config(config, dtype=LOADED_DTYPE).eval(), reason
+    if Path(source.path).is_dir():
+        check_weight_files(Path(source.path))
     with quiet_loading():
-        model, info = auto.from_pretrained(
-            source.path, dtype=LOADED_DTYPE, output_loading_info=True, local_files_only=source.is_local, **options
-        )
+        model, info = auto.from_pretrained(source.path, dtype=LOADED_DTYPE, output_loading_info=True, **options)
     model.config.use_cache = False
+    _check_weights(info, model, name, family, head, classifies)
+    if not classifies:
+        return model, None
+    if reason is None and not info["missing_keys"] and not info["mismatched_keys"]:
+        return model, None
+    reason = reason or ("is new." if info["missing_keys"] else "does not fit its config.json.")
+    path, linear = _find_label_layer(model, family)
+    was_loaded = f"{path}.weight" not in info["missing_keys"]
+    if was_loaded:
+        with torch.no_grad():
+            linear.weight.normal_(std=model.config.initializer_range)
+            linear.bias.zero_()
+    if was_loaded or any(key.startswith(f"{path.partition('.')[0]}.") for key in info["unexpected_keys"]):
+        rank_zero_info(f"model.backbone: the classification head of {name!r} {reason} A new one is trained.")
+    return model, reason
+
+
+def find_head_difference(config: Any, task: Task) -> str | None:
+    """Return how the labels of a model's classification head differ from a task's, or None if they are the same."""
+    made_as = config.architectures or ()
+    if made_as and not any("SequenceClassification" in name for name in made_as):
+        return f"is new: the model is a {made_as[0]}."
+    names = [str(name) for _, name in sorted(config.id2label.items())]
+    are_default_names = names == [f"LABEL_{number}" for number in range(len(names))]
+    are_same = [name.casefold() for name in names] == [label.casefold() for label in task.labels]
+    if len(names) == task.num_logits and (are_default_names or are_same or task.regression):
+        return None
+    shown = ", ".join(names[:5]) + ("…" if len(names) > 5 else "")
+    return (
+        f"has {len(names)} labels ({shown}). The labels of {task.name} are {', '.join(task.labels) or 'a number'}, in"
+        " this order. If they mean the same, set id2label in its config.json."
+    )
+
+
+def _check_weights(info: Any, model: Any, name: str, family: Family, head: Head, classifies: bool) -> None:
+    """Check the report of transformers: which weights are missing, have other shapes, or are too many."""
     new = [path for path in family.classifier if "." in path or hasattr(model, path)] if classifies else []
     missing = [key for key in info["missing_keys"] if not any(key.startswith(f"{path}.") for path in new)]
     if missing:
-        advice = "Use model.head=classifier, or a model with its language-model head." if not classifies else ""
+        advice = " Use model.head=classifier, or a model with its language-model head." if not classifies else ""
         raise UserError(
             f"model.backbone: {name!r} lacks {len(missing)} of the weights that model.head={head} needs"
-            f" ({', '.join(sorted(missing)[:3])}…): they would be random. {advice}"
+            f" ({', '.join(sorted(missing)[:3])}…): they would be random.{advice}"
         )
-    return model, not info["missing_keys"]
+    for key, found, needed in sorted(info["mismatched_keys"]):
+        if not any(key.startswith(f"{path}.") for path in new):
+            raise UserError(
+                f"model.backbone: {name!r}: {key} has the shape {list(found)}, and config.json asks for {list(needed)}."
+            )
+    stacks = "|".join(map(re.escape, family.stacks))
+    if more := sorted(key for key in info["unexpected_keys"] if re.search(rf"(^|\.)({stacks})\.\d+\..*weight$", key)):
+        raise UserError(
+            f"model.backbone: {name!r} has weights of blocks that its config.json does not have ({more[0]}…): the"
+            " files are of different models."
+        )
+
+
+def _find_label_layer(model: Any, family: Family) -> tuple[str, Any]:
+    """Return the path and the module of the layer over the labels, the last linear layer of a classification head."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(f"{name}.".startswith(f"{path}.") for path in family.classifier)
+    ]
+    return found[-1]
 
 
 def is_on_hub(name: str) -> bool:

@@ -110,8 +110,8 @@ class TransformerStacks:
         ]
         if missing := set(roles) - {target.role for target in found}:
             raise UserError(
-                f"The blocks of {self.model.config.model_type} have no linear layer for {', '.join(sorted(missing))}:"
-                " see `target_linears` of its Family in lit_spu/backbones/families.py."
+                f"The blocks of {self.model.config.model_type} have no linear layer for {', '.join(sorted(missing))}."
+                f" Allowed: {', '.join(self.family.target_linears)}."
             )
         return found
 

@@ -61,11 +61,11 @@ class LSTDistillation(HiddenStateReader):
         self.backbone.requires_grad_(False)
         if init == "magnitude" and kwargs.get("backbone_precision") == "int8":
             raise UserError("model.init=magnitude cannot prune weights in int8: use bf16 or fp32, or init=random.")
-        if logits_weight and not self.backbone.head_is_pretrained:
-            raise UserError(
-                f"model.logits_weight={logits_weight}: the classification head of {self.backbone.name} is new, and its"
-                " logits are random. Use a fine-tuned model as --model.backbone (lit-spu export --format merged writes"
-                " one), --model.head=prompt, or --model.logits_weight=0."
+        if logits_weight:
+            self.backbone.check_knows_answers(
+                f"model.logits_weight={logits_weight}",
+                "Its logits would be random: use a fine-tuned model as --model.backbone (lit-spu export --format merged"
+                " writes one), --model.head=prompt, or --model.logits_weight=0.",
             )
         self.hidden_states_weight, self.logits_weight = hidden_states_weight, logits_weight
         self.temperature, self.distance = temperature, getattr(distances, distance)

@@ -68,7 +68,7 @@ def _load_method(source: str, task: Task) -> nn.Module:
     from lit_spu.export.load import load
 
     method = load(source)
-    if (method.task.labels, method.task.num_logits) != (task.labels, task.num_logits):
+    if (method.task.labels, method.task.score_range) != (task.labels, task.score_range):
         raise UserError(
             f"model.teacher: {source} was trained for {method.task.name}, whose labels are {_list_labels(method.task)}."
             f" The labels of {task.name} are {_list_labels(task)}. Choose a teacher with the same labels."
@@ -81,19 +81,12 @@ def _load_backbone(source: str, task: Task) -> nn.Module:
     from lit_spu.backbones import load_backbone
     from lit_spu.backbones.load import find_model
 
-    config = find_model(source).config
-    is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
-    if is_classifier:
-        names = [str(name) for _, name in sorted(config.id2label.items())]
-        are_default_names = all(name.startswith("LABEL_") for name in names)
-        are_same = [name.casefold() for name in names] == [label.casefold() for label in task.labels]
-        if config.num_labels != task.num_logits or not (are_default_names or are_same or task.regression):
-            raise UserError(
-                f"model.teacher: {source} has {len(names)} labels ({', '.join(names)}). The labels of {task.name} are"
-                f" {_list_labels(task)}, in this order. If they mean the same, set id2label in its config.json."
-            )
-    return load_backbone(source, task, "classifier" if is_classifier else "prompt")
+    architectures = find_model(source).config.architectures or ()
+    is_classifier = any("SequenceClassification" in name for name in architectures)
+    backbone = load_backbone(source, task, "classifier" if is_classifier else "prompt")
+    backbone.check_knows_answers("model.teacher", "Choose a teacher that was trained for these labels.")
+    return backbone
 
 
 def _list_labels(task: Task) -> str:
-    return ", ".join(task.labels) or "a number"
+    return ", ".join(task.labels) or "a number from {:g} to {:g}".format(*task.score_range or ())
