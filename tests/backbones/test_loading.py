@@ -25,6 +25,20 @@ Tiny = Callable[[str], str]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
 
 
+def steps(*actions: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """Do several things to a folder."""
+
+    def all_of_them(folder: Path) -> None:
+        for action in actions:
+            action(folder)
+
+    return all_of_them
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
 def change(folder: Path, file: str = "config.json", **values: Any) -> None:
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -83,13 +97,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is damaged or cut short"),
     "shard": (lambda f: shards(f)[1].unlink(), "lacks model-00002-of-"),
     "shard cut": (lambda f: shards(f)[1].write_bytes(b"12345678"), "model-00002-of-.* is damaged"),
-    "index": (lambda f: [shards(f), (f / "model.safetensors.index.json").write_text("{")], "cannot be read as JSON"),
-    "no index": (lambda f: [shards(f), (f / "model.safetensors.index.json").unlink()], "no index of their parts; it"),
+    "index": (steps(shards, lambda f: (f / "model.safetensors.index.json").write_text("{")), "cannot be read as JSON"),
+    "no index": (steps(shards, remove("model.safetensors.index.json")), "no index of their parts; it"),
     "other framework": (lambda f: (f / "model.safetensors").rename(f / "tf_model.h5"), "it holds tf_model.h5"),
     "pickle": (pickled, "a pickle of other objects than tensors"),
     "gptq": (lambda f: change(f, quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
     "bitsandbytes": (lambda f: change(f, quantization_config={"load_in_4bit": True}), "its weights are quantised"),
-    "adapter": (lambda f: [adapter(f), (f / "config.json").unlink()], r"Give it as --model.adapter .*\(a/base\)"),
+    "adapter": (steps(adapter, remove("config.json")), r"Give it as --model.adapter .*\(a/base\)"),
     "model and adapter": (adapter, "holds a model and also an adapter of peft"),
     "config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "config list": (lambda f: (f / "config.json").write_text("[1]"), "config.json holds no mapping"),
@@ -109,7 +123,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (without_tokenizer, "it has 5 tokens, and knows 0 of 12"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read as JSON"),
     "added token": (add_token, "the token '<new>' has the id 38, and the model has embeddings for the ids 0 to 37"),
-    "other tokenizer": (lambda f: [without_tokenizer(f), tiny_byte_tokenizer().save_pretrained(f)], "has the id 209"),
+    "other tokenizer": (steps(without_tokenizer, lambda f: tiny_byte_tokenizer().save_pretrained(f)), "has the id 209"),
     "template": (template_ids, "has the id 99"),
     "vocabulary": (lambda f: change(f, vocab_size=20), "the token 'bad' has the id 37"),
 }
