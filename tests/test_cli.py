@@ -249,6 +249,15 @@ def test_the_same_task_given_twice_is_accepted(capsys: pytest.CaptureFixture[str
         ("fit --model KLadder --model.backbone mini-brt", ["mini-brt"]),
         ("fit --model KLadder surplus", ["'surplus'"]),
         ("fit --model.help Kladdr", ["--model.help", "Did you mean KLadder?"]),
+        ("fit --config empty.yaml", ["--config: empty.yaml", "no settings", "nothing"]),
+        ("fit --config list.yaml", ["--config: list.yaml", "no settings", "- a"]),
+        ("fit --model KLadder --trainer.logger CSVLogger", ["--trainer.logger.save_dir", "CSVLogger"]),
+        ("fit --model KLadder --trainer.callbacks+=EarlyStopping", ["--trainer.callbacks.monitor", "EarlyStopping"]),
+        (
+            "fit --model KLadder --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=a"
+            " --trainer.callbacks.mode=up",
+            ["--trainer: EarlyStopping", "min, max, got up"],
+        ),
         ("test --ckpt_path absent", ["--ckpt_path", "absent"]),
         ("test --ckpt_path broken.yaml", ["--ckpt_path", "broken.yaml"]),
     ],
@@ -260,6 +269,8 @@ def test_errors_are_explained_in_two_lines(
     (work / "setting.yaml").write_text("model: {class_path: LadderSideTuning, init_args: {redution: 4}}\n")
     (work / "trainer.yaml").write_text("trainer: {max_epoch: 4}\n")
     (work / "broken.yaml").write_text("model: [\n")
+    (work / "empty.yaml").touch()
+    (work / "list.yaml").write_text("- a\n")
     before = set(work.iterdir())
     message = refusal(args.split(), capsys)
     for text in parts:

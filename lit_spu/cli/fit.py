@@ -16,9 +16,12 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_spu import registry
@@ -131,7 +134,8 @@ class SpuCLI(LightningCLI):
             subcommand = next((arg for arg in given if arg in RUNS), "fit")
             self.checkpoint = open_checkpoint(self.flags.ckpt_path, subcommand)
             position = given.index(subcommand) + 1
-            given[position:position] = ["--config", yaml.safe_dump(dict(self.checkpoint.config))]
+            # as JSON, which quotes its strings: the parser would read a name like 1e-3 in YAML as a number
+            given[position:position] = ["--config", json.dumps(self.checkpoint.config)]
         self.config = parser.parse_args(given)
 
     def _parse_ckpt_path(self) -> None:
@@ -158,6 +162,28 @@ class SpuCLI(LightningCLI):
             method = resolve_name(self._get(self.config, "model").class_path)
             method.check_trainer(vars(self._get(self.config, "trainer")))
 
+    def instantiate_classes(self) -> None:
+        """Create the trainer's parts, the data and the model. The error of a part's constructor becomes a UserError."""
+        failed: list[UserError] = []
+
+        def create(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+            try:
+                return cls(*args, **kwargs)
+            except (
+                Exception
+            ) as error:  # any class of Lightning or of a user may raise it, such as for want of a library
+                failed.append(UserError(f"--trainer: {cls.__name__} cannot be created: {' '.join(str(error).split())}"))
+                raise failed[-1] from error
+
+        for part in (Accelerator, Callback, Logger, Profiler, Strategy):
+            self.parser.add_instantiator(create, part)
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, which does not always name the constructor's
+            if failed:
+                raise failed[0] from error
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that writes into the run directory alone; with `--data.text`, one that writes nothing."""
         if self._get(self.config, "data").text is None:
@@ -180,12 +206,18 @@ class SpuCLI(LightningCLI):
         }
         if self.subcommand != "fit":
             settings["enable_checkpointing"] = False  # otherwise Lightning adds a ModelCheckpoint even to evaluate
-        if self._get(self.config, "trainer").logger in (None, True):
-            settings["logger"] = [  # the first one's directory is trainer.log_dir
-                CSVLogger(self.run_dir, name="", version=""),
-                TensorBoardLogger(self.run_dir, "", "", sub_dir="tensorboard", default_hp_metric=False),
-            ]
+        settings["logger"] = self._loggers(self.run_dir)
         return settings
+
+    def _loggers(self, folder: Path) -> list[Logger]:
+        """Return a logger of metrics.csv, and the loggers of the settings or, if there are none, TensorBoard's."""
+        given = self._get(self.config_init, "trainer")["logger"]
+        if given is False:
+            return []
+        if given in (None, True):
+            given = TensorBoardLogger(folder, "", "", sub_dir="tensorboard", default_hp_metric=False)
+        # the first one's directory is trainer.log_dir, into which the callbacks write
+        return [CSVLogger(folder, name="", version=""), *(given if isinstance(given, list) else [given])]
 
     def _choose_run_dir(self) -> Path:
         """Return the run directory: that of a resumed run, unless another is given."""

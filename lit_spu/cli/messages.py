@@ -7,8 +7,11 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
+from textwrap import shorten
 
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
 
 from lit_spu.cli.subcommands import COMMANDS
 from lit_spu.errors import did_you_mean
@@ -50,9 +53,29 @@ def explain(message: str, args: Sequence[str] = (), flags: Collection[str] = ())
         advice = "name a method, give a config file of one with --config, or a trained one with --ckpt_path"
         return f"--model is missing: {advice}.\nAllowed: {methods}."
     if found := re.match(r"the following arguments are required: (\w+)", message):
-        return f"--{found[1]} is missing. --help describes it."
+        return _explain_missing(found[1], args)
+    if found := re.match("Unexpected config: (.*)", message, re.DOTALL):
+        return _explain_no_settings(found[1], args)
     files = _config_files(args) if re.search("config|in keys", message) else ""
     return f"{files}{': ' if files else ''}{' '.join(message.split())}"
+
+
+def _explain_missing(name: str, args: Sequence[str]) -> str:
+    """Explain that a required setting is missing: of the class that a flag names, if one has such a setting."""
+    classes = {cls.__name__: cls for base in (Method, Callback, Logger) for cls in concrete_subclasses(base)}
+    for flag, value in pairwise(_split_flags(args)):
+        cls = classes.get(value.rpartition(".")[2])
+        if cls and name in settings(cls):
+            return f"{flag.removesuffix('+')}.{name} is missing: {cls.__name__} needs it."
+    return f"{_flag_or_files(name, args)} is missing. --help describes it."
+
+
+def _explain_no_settings(content: str, args: Sequence[str]) -> str:
+    """Explain that a config file holds no mapping of settings."""
+    files = [value for flag, value in pairwise(_split_flags(args)) if flag in ("-c", "--config")]
+    file = next((file for file in files if Path(file).is_file() and Path(file).read_text() == content), "")
+    found = shorten(content, 40) or "nothing"
+    return f"--config: {file} holds no settings, but {found}. Give a YAML file such as configs/kladder.yaml."
 
 
 def _method_flags() -> set[str]:
