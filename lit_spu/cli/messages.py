@@ -67,7 +67,7 @@ def _explain_missing(name: str, args: Sequence[str]) -> str:
         cls = classes.get(value.rpartition(".")[2])
         if cls and name in settings(cls):
             return f"{flag.removesuffix('+')}.{name} is missing: {cls.__name__} needs it."
-    return f"{_flag_or_files(name, args)} is missing. --help describes it."
+    return f"{flag_or_files(name, args)} is missing. --help describes it."
 
 
 def _explain_no_settings(content: str, args: Sequence[str]) -> str:

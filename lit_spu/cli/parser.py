@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NoReturn
 
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, set_dumper
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_spu import ranges
 from lit_spu.cli.messages import explain, flag_or_files
 from lit_spu.cli.user_errors import find_user_error
 from lit_spu.errors import UserError
+
+
+class _Dumper(yaml.SafeDumper):
+    """Dumper of settings that quotes names like 1e-3, which the parser, unlike YAML, would read back as numbers."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+set_dumper("yaml", lambda data: yaml.dump(data, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
 
 
 class Parser(LightningArgumentParser):
