@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
@@ -150,14 +150,23 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
     if find_spec("matplotlib") is None:
         raise UserError("The report needs matplotlib: pip install 'lit-spu[report]'.")
     folder, console = Path(out), make_console()
-    earlier = [outcome for cell in cells if (outcome := read_outcome(cell, folder))]
-    outcomes = {outcome.cell: outcome for outcome in earlier if outcome.done or not retry}
-    saved = read_records(folder)  # their directories may be gone
-    records = {cell: saved[cell.command] for cell in cells if cell.command in saved and cell not in outcomes}
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error}. Give another directory.") from error
+    outcomes, records, problems = _read_finished(cells, folder, retry)
+    if problems:
+        console.print(f"{len(problems)} results count as not run. The first: {problems[0]}", soft_wrap=True)
     remaining = [cell for cell in cells if cell not in outcomes and cell not in records]
     console.print(f"{len(remaining)} of {len(cells)} runs to do. Results: {folder}")
-    complete = _run(remaining, Runner(folder, jobs), Forecast(earlier, jobs), outcomes, console)
-    records |= {cell: make_record(outcome) for cell, outcome in outcomes.items() if outcome.done}
+    complete = _run(remaining, Runner(folder, jobs), Forecast(outcomes.values(), jobs), outcomes, console)
+    for cell in remaining:
+        if cell in outcomes and outcomes[cell].done:
+            try:
+                records[cell] = make_record(outcomes[cell])
+            except UserError as error:
+                outcomes[cell] = replace(outcomes[cell], fault=str(error))
+                console.print(f"{cell}: no result: {error}", soft_wrap=True)
     failures = [outcome for outcome in outcomes.values() if not outcome.done]
     _report(study, [records[cell] for cell in cells if cell in records], failures, folder, console)
     if not complete:
@@ -166,6 +175,30 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
     if failed := [outcome for outcome in failures if not outcome.cell.optional]:
         console.print(f"{len(failed)} runs failed. --retry repeats them.")
         raise SystemExit(1)
+
+
+def _read_finished(
+    cells: Sequence[Cell], folder: Path, retry: bool
+) -> tuple[dict[Cell, Outcome], dict[Cell, Record], list[str]]:
+    """Read what a study has: the outcomes and records of cells, and why others cannot be read.
+
+    A record in results.json is enough: the run directory may be gone.
+    """
+    saved, problems = read_records(folder)
+    outcomes, records = {}, {}
+    for cell in cells:
+        try:
+            outcome = read_outcome(cell, folder)
+            if outcome and outcome.done:
+                records[cell] = make_record(outcome)
+            if outcome and (outcome.done or not retry):
+                outcomes[cell] = outcome
+        except UserError as error:
+            if cell.command not in saved:
+                problems.append(str(error))
+        if cell not in outcomes and cell.command in saved:
+            records[cell] = saved[cell.command]
+    return outcomes, records, problems
 
 
 def _run(
@@ -198,7 +231,9 @@ def _report(
     """Write the results so far, and print a table per task and backbone."""
     if not records:
         return
-    found = rows(records, score_constants(records))
+    constants, problems = score_constants(records)
+    found = rows(records, constants)
+    problems += [f"no score: {record['command']}" for record in records if record["score"] is None]
     differences = find_unfair_differences(records)
     write(records, found, folder)
     page = report.write(study, found, records, failures, differences, folder)
@@ -212,6 +247,8 @@ def _report(
             name = f"{row.name} (collapsed)" if row.collapsed else row.name
             table.add_row(name, report.score(row), *(report.number(row.costs.get(column)) for column in shown))
         console.print(table)
+    for line in problems:
+        console.print(line, soft_wrap=True)
     for line in differences:
         console.print(f"Not a fair comparison, because settings differ: {line}", soft_wrap=True)
     console.print(f"Report: {page}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -13,10 +14,17 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+from yaml import YAMLError
+
+from lit_spu.errors import UserError
+from lit_spu.files import write_text
 from lit_spu.measure import cores
 from lit_spu.study.grid import Cell
 
@@ -39,18 +47,23 @@ class Outcome:
     """Run directory. The log file is next to it."""
     returncode: int
     seconds: float
+    fault: str = ""
+    """Reason why the results cannot be read, if the process succeeded."""
 
     @property
     def done(self) -> bool:
-        """True if the process succeeded."""
-        return self.returncode == 0
+        """True if the process succeeded and its results can be read."""
+        return self.returncode == 0 and not self.fault
 
     @property
     def problem(self) -> str:
         """Reason of the failure, in one line."""
+        if self.fault:
+            return self.fault
         if self.returncode < 0:
-            return f"killed by {signal.Signals(-self.returncode).name}"
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+            names = {number.value: number.name for number in signal.Signals}
+            return f"killed by {names.get(-self.returncode, f'signal {-self.returncode}')}"
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
         errors = [line.strip() for line in lines if "rror: " in line]
         return f"{errors[-1] if errors else f'exit status {self.returncode}'} ({self.log})"
 
@@ -61,13 +74,30 @@ class Outcome:
 
 
 def read_outcome(cell: Cell, out: Path) -> Outcome | None:
-    """Read the outcome of a cell that ran before; return None if it never ran or was interrupted."""
-    folder = out / "cells" / cell.folder
+    """Read the outcome of a cell that ran before; return None if it never ran or was interrupted.
+
+    Raises:
+        UserError: If the record is damaged.
+    """
+    file = out / "cells" / cell.folder / RECORD
+    with refuse_damage(file):
+        if not file.exists():
+            return None
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        run, returncode, seconds = record["run"], record["returncode"], float(record["seconds"])
+        if not (isinstance(run, str) and Path(run).name == run and isinstance(returncode, int) and isfinite(seconds)):
+            raise ValueError(f"run {run!r}, exit status {returncode!r}, {seconds} seconds")
+        return Outcome(cell, file.parent / run, returncode, seconds)
+
+
+@contextmanager
+def refuse_damage(path: Path) -> Iterator[None]:
+    """Context manager that raises a UserError for whatever a damaged or foreign file raises where it is read."""
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    except FileNotFoundError:
-        return None
-    return Outcome(cell, folder / record["run"], record["returncode"], record["seconds"])
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, YAMLError, csv.Error) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} cannot be read: {shorten(reason, 150)}") from error
 
 
 class Runner:
@@ -120,7 +150,7 @@ class Runner:
         return outcome
 
     def _write_record(self, outcome: Outcome, folder: Path) -> None:
-        """Write the outcome into the cell's directory, completely or not at all."""
+        """Write the outcome into the cell's directory."""
         record = {
             "args": outcome.cell.args,
             "run": outcome.run.name,
@@ -128,9 +158,7 @@ class Runner:
             "seconds": outcome.seconds,
             "threads": self.threads,
         }
-        partial = folder / f"{RECORD}.partial"
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.rename(folder / RECORD)
+        write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
     def _run_process(self, arguments: Sequence[str], run: Path) -> int:
         """Run a command line, append its output to the log, and return the exit status."""

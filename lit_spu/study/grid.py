@@ -23,6 +23,9 @@ PACKAGED_CONFIGS = (f"{escape(str(Path(__file__).parents[1] / 'configs'))}/*.yam
 ZERO_SHOT = "zero-shot"
 """Name of the row that evaluates the untrained backbone by its prompt."""
 
+MAJORITY = "majority"
+"""Name of the row with the best constant answer."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -62,6 +65,8 @@ class Study:
         for name, flags in self.variants.items():
             if not flags or not flags[0].startswith("--config="):
                 raise UserError(f"--variants: the flags of {name!r} must start with --config=…, got {flags}.")
+            if name in (*rows, ZERO_SHOT, MAJORITY):
+                raise UserError(f"--variants: there is a row {name!r} already. Give this variant another name.")
             method_configs([flags[0].removeprefix("--config=")])
         rows |= self.variants
         if self.reference not in rows:
@@ -73,7 +78,15 @@ class Study:
         return rows
 
     def cells(self) -> list[Cell]:
-        """Return every run, ordered by seed: all rows have one result before any row has two."""
+        """Return every run, ordered by seed: all rows have one result before any row has two.
+
+        Raises:
+            UserError: As `rows`; and if a list is empty, or has two tasks or backbones of one name, or a number twice.
+        """
+        _refuse_duplicates("seeds", self.seeds)
+        _refuse_duplicates("rates", self.rates)
+        _refuse_duplicates("tasks", list(map(short_name, self.tasks)))
+        _refuse_duplicates("backbones", list(map(short_name, self.backbones)))
         rows = self.rows()
         grid = [(task, backbone) for task in self.tasks for backbone in self.backbones]
         zero_shot = [self._make_cell(ZERO_SHOT, rows[self.reference], *place, self.seeds[0], 1.0) for place in grid]
@@ -139,6 +152,14 @@ class Cell:
         return f"{self.row}, {self.task}, {self.backbone}, seed {self.seed}{rate}"
 
 
+def _refuse_duplicates(flag: str, values: Sequence[object]) -> None:
+    """Raise a UserError if a list is empty or has a value twice: one run would count as two."""
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if not values or twice:
+        problem = f"{twice[0]!r} is given twice, and one run would count as two" if twice else "nothing is given"
+        raise UserError(f"--{flag}: {problem}. Give one or more that differ.")
+
+
 def short_name(name: str) -> str:
     """Return the name of a task or backbone; of a path, the last part without `.yaml`."""
     return Path(name).stem if name.endswith((".yaml", ".yml")) else Path(name).name
@@ -149,10 +170,13 @@ def _find_learning_rate(flags: Sequence[str]) -> float:
     rate = registry.settings(Method)["lr"][1].default
     for name, _, value in (flag.partition("=") for flag in flags):
         if name == "--config":
-            rate = _read_model_section(Path(value)).get("init_args", {}).get("lr", rate)
+            rate = _init_args(Path(value)).get("lr", rate)
         elif name in ("--model.lr", "--model.init_args.lr"):
             rate = value
-    return float(rate)
+    try:
+        return float(rate)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--rates multiplies the learning rate of {' '.join(flags)}, which is {rate!r}.") from error
 
 
 def method_configs(patterns: Sequence[str]) -> dict[str, Path]:
@@ -167,6 +191,9 @@ def method_configs(patterns: Sequence[str]) -> dict[str, Path]:
     for pattern in patterns:
         files = [Path(file) for file in sorted(glob(pattern))]
         methods = {file.stem: file for file in files if "class_path" in _read_model_section(file)}
+        for name, file in methods.items():
+            if not file.samefile(found.get(name, file)):
+                raise UserError(f"--configs: {found[name]} and {file} would be one row, {name!r}. Rename one of them.")
         if not methods:
             problem = f"matches {len(files)} files, but none of them sets a method" if files else "matches no file"
             raise UserError(f"--configs: {pattern!r} {problem}. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
@@ -191,15 +218,23 @@ def build(config: Path, **settings: Any) -> Method:
     if cls is None:
         raise UserError(f"{config}: no method is named {name!r}. {did_you_mean(name, classes)}")
     own = {key: value for key, value in settings.items() if key in registry.settings(cls)}
-    method: Method = cls(**model.get("init_args", {}) | own)
+    method: Method = cls(**_init_args(config) | own)
     return method
 
 
 def _read_model_section(config: Path) -> Mapping[str, Any]:
     """Return the `model` section of a config file, or an empty mapping if it has none."""
     try:
-        settings = yaml.safe_load(config.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config}: {' '.join(str(error).split())}") from error
     model = settings.get("model") if isinstance(settings, dict) else None
     return model if isinstance(model, dict) else {}
+
+
+def _init_args(config: Path) -> dict[str, Any]:
+    """Return the settings of the method in a config file."""
+    settings = _read_model_section(config).get("init_args") or {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{config}: model.init_args must be settings by name, got {settings!r}.")
+    return settings

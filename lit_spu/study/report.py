@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from lit_spu.files import write_text
 from lit_spu.study import plots
 from lit_spu.study.columns import COLUMNS, MEMORY, RELATIVE, TRAINED
 from lit_spu.study.compare import Outcome
-from lit_spu.study.grid import ZERO_SHOT, Study
-from lit_spu.study.results import MAJORITY, Record, Row, group_by
+from lit_spu.study.grid import MAJORITY, ZERO_SHOT, Study
+from lit_spu.study.results import Record, Row, group_by
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,10 @@ def write(
         device=first.get("device"),
         versions={name.removeprefix("version."): value for name, value in first.items() if name.startswith("version.")},
         steps=sorted({record["steps"] for record in records if record["row"] != ZERO_SHOT}),
-        batch_sizes=sorted({size for record in records if (size := record.get("config.data.batch_size"))}),
+        batch_sizes=sorted({size for record in records if (size := record.get("config.data.batch_size"))}, key=str),
     )
-    path.write_text(page)
-    (out / "results.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n")
+    write_text(path, page)
+    write_text(out / "results.md", "\n\n".join(table.markdown() for table in tables) + "\n")
     return path
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
+from lit_spu.files import replace_path, write_text
 from lit_spu.measure import MIB
-from lit_spu.study.compare import TEST, Outcome
-from lit_spu.study.grid import ZERO_SHOT
+from lit_spu.study.compare import TEST, Outcome, refuse_damage
+from lit_spu.study.grid import MAJORITY, ZERO_SHOT
 from lit_spu.tasks import Task, load_task
 from lit_spu.tasks.metrics import task_metrics
 
@@ -32,9 +34,6 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 RESULTS = "results.json"
-MAJORITY = "majority"
-"""Name of the row with the best constant answer."""
-
 RENAMED = {
     "lit_spu.policies": "lit_spu.callbacks.policies",
     "model.activation_checkpointing": "model.gradient_checkpointing",
@@ -59,10 +58,19 @@ def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def make_record(outcome: Outcome) -> Record:
-    """Return the flat record of a finished run: place in the grid, score, measurements, settings and versions."""
-    run = outcome.run
+    """Return the flat record of a finished run: place in the grid, score, measurements, settings and versions.
+
+    Raises:
+        UserError: If a file of the run is missing, damaged or not of a run, or the score is not finite.
+    """
+    with refuse_damage(outcome.run):
+        return _check_record(_read_run(outcome.run, outcome))
+
+
+def _read_run(run: Path, outcome: Outcome) -> Record:
     summary, cell = json.loads((run / "summary.json").read_text()), outcome.cell
     config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else {}
+    config = json.loads(json.dumps(config, default=str))  # as it will be in results.json
     config.pop("run_dir", None)  # chosen by the study, not a setting of the method
     launches = run / "launches.jsonl"
     launch = json.loads(launches.read_text().splitlines()[-1]) if launches.exists() else {}
@@ -92,24 +100,76 @@ def make_record(outcome: Outcome) -> Record:
     }
 
 
-def read_records(out: Path) -> dict[str, Record]:
-    """Read the records in `results.json`, by their command lines.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("row", "task", "backbone", "metric", "command"), str),
+    **dict.fromkeys(("seed", "steps"), int),
+    "rate": (int, float),
+    "score": (int, float, NoneType),
+    "curve": list,
+    "data": (dict, NoneType),
+}
+"""Entries that every record has, and their types."""
+
+
+def _check_record(record: Record) -> Record:
+    """Return a record with single values only, apart from its curve and its data.
+
+    Infinite and NaN costs become None, and such points of the curve are left out.
+
+    Raises:
+        KeyError, TypeError, ValueError: If an entry is missing or of another type, or the score is not finite.
+    """
+    for name, kind in _TYPES.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name} is {record[name]!r}")
+    if not math.isfinite(record["rate"]) or not math.isfinite(record["score"] or 0):
+        raise ValueError(f"the score is {record['score']} at {record['rate']} times the learning rate")
+    for step, value in record["curve"]:
+        if not (isinstance(step, int) and isinstance(value, int | float)):
+            raise TypeError(f"the curve has {value!r} at step {step!r}")
+    curve = [(step, value) for step, value in record["curve"] if math.isfinite(value)]
+    single = {name: value if name == "data" else _single_value(value) for name, value in record.items()}
+    return single | {"curve": curve}
+
+
+def _single_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | NoneType) else json.dumps(value, default=str)
+
+
+class Saved(NamedTuple):
+    """Contents of `results.json`: records by command line, and why other records in it cannot be read."""
+
+    records: dict[str, Record]
+    problems: list[str]
+
+
+def read_records(out: Path) -> Saved:
+    """Read the records in `results.json`.
 
     They include runs that do not belong to the present study. Names of older versions are replaced.
 
     Raises:
         UserError: If the file does not contain results of a study.
     """
+    file, saved = out / RESULTS, Saved({}, [])
+    if not file.exists():
+        return saved
     try:
-        results = json.loads((out / RESULTS).read_text())
-        runs: list[Record] = [*results.get("others", []), *results["runs"]]
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{out / RESULTS} does not contain results of a study: {error!r}. Move it away, or choose another --out."
-        ) from error
-    return {run["command"]: run for run in map(_use_present_names, runs)}
+        with refuse_damage(file):
+            results = json.loads(file.read_text(encoding="utf-8"))
+            runs = [*results.get("others", []), *results["runs"]]
+    except UserError as error:
+        raise UserError(f"{error}. Move away what is no result of a study, or choose another --out.") from error
+    for run in runs:
+        try:
+            with refuse_damage(file):
+                record = _check_record(_use_present_names(run))
+                saved.records[record["command"]] = record
+        except UserError as error:
+            saved.problems.append(str(error))
+    return saved
 
 
 def _use_present_names(record: Record) -> Record:
@@ -138,28 +198,34 @@ def read_curve(metrics: Path, monitor: str) -> list[tuple[int, float]]:
     if not metrics.exists():
         return []
     with metrics.open() as file:
-        points = [(int(row["step"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
-    return [(step, value) for step, value in points if math.isfinite(value)]
+        return [(int(row["step"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
 
 
-def score_constants(records: Sequence[Record]) -> dict[tuple[str, str], list[float]]:
+def score_constants(records: Sequence[Record]) -> tuple[dict[tuple[str, str], list[float]], list[str]]:
     """Score every constant answer on the data of each task and backbone.
 
     Returns:
         The scores by task and backbone, best first; none for a correlation, which is undefined then. The first one is
-        the majority baseline. A run whose score equals one of them, or is undefined, has collapsed.
+        the majority baseline. A run whose score equals one of them, or is undefined, has collapsed. Then, for each task
+        whose data cannot be read, why it has no scores.
     """
-    scores = {}
+    scores, problems = {}, []
     for place, group in group_by(records, _task_and_backbone).items():
         data = next((record["data"] for record in group if record["data"]), None)
         if data:
-            task = load_task(data["task"])
-            examples = GLUE(**data).examples(group[0].get("portion", "validation"))
-            labels = torch.tensor([example["label"] for example in examples])
-            answers = [labels.mean().item()] if task.regression else range(len(task.labels))
-            found = (_score_constant(task, labels, answer) for answer in answers)
-            scores[place] = sorted((score for score in found if not math.isnan(score)), reverse=True)
-    return scores
+            try:
+                scores[place] = _score_answers(data, group[0].get("portion", "validation"))
+            except Exception as error:  # the data may be gone or changed since the runs, in any manner
+                problems.append(f"no majority row on {', '.join(place)}: {' '.join(str(error).split())}")
+    return scores, problems
+
+
+def _score_answers(data: Mapping[str, Any], portion: Any) -> list[float]:
+    task = load_task(data["task"])
+    labels = torch.tensor([example["label"] for example in GLUE(**data).examples(portion)])
+    answers = [labels.mean().item()] if task.regression else range(len(task.labels))
+    found = (_score_constant(task, labels, answer) for answer in answers)
+    return sorted((score for score in found if not math.isnan(score)), reverse=True)
 
 
 def _task_and_backbone(record: Record) -> tuple[str, str]:
@@ -303,11 +369,11 @@ def write(records: Sequence[Record], table: Sequence[Row], out: Path) -> None:
 
     Records of other runs that are already in `results.json` stay there: their run directories may be gone.
     """
-    others = read_records(out)
+    others = read_records(out).records
     for record in records:
         others.pop(record["command"], None)
     names = list(dict.fromkeys(name for record in records for name in record if name not in ("curve", "data")))
-    with (out / "results.csv").open("w") as file:
+    with replace_path(out / "results.csv") as partial, partial.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
@@ -326,6 +392,5 @@ def write(records: Sequence[Record], table: Sequence[Row], out: Path) -> None:
         }
         for row in table
     ]
-    (out / RESULTS).write_text(
-        json.dumps({"rows": summary, "runs": list(records), "others": list(others.values())}, indent=1) + "\n"
-    )
+    contents = {"rows": summary, "runs": list(records), "others": list(others.values())}
+    write_text(out / RESULTS, json.dumps(contents, indent=1, default=str) + "\n")

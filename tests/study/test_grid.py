@@ -77,6 +77,13 @@ def test_rates_are_factors_of_each_rows_learning_rate() -> None:
         ({"variants": {"x": ["--model.k=2"]}}, "must start with --config="),
         ({"variants": {"x": ["--config=nowhere.yaml"]}}, "nowhere.yaml"),
         ({"reference": "ful"}, "Did you mean full?"),
+        ({"seeds": [1, 2, 1]}, "--seeds: 1 is given twice"),
+        ({"rates": [1, 3.0, 1.0]}, "--rates: 1.0 is given twice"),
+        ({"tasks": ["a/own.yaml", "b/own.yaml"]}, "--tasks: 'own' is given twice"),
+        ({"backbones": ["a/model", "b/model"]}, "--backbones: 'model' is given twice"),
+        *(({name: []}, f"--{name}: nothing is given") for name in ("seeds", "rates", "tasks", "backbones")),
+        ({"variants": {"full": [LST]}}, "there is a row 'full' already"),
+        ({"variants": {"majority": [LST]}}, "there is a row 'majority' already"),
         ({"flags_for": {"ls": []}}, "Did you mean lst?"),
     ],
 )

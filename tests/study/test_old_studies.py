@@ -69,7 +69,7 @@ def test_every_study_is_checked() -> None:
 @pytest.mark.parametrize("study", RECORDED)
 def test_a_study_finds_its_records(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    records = read_records(STUDIES / study)
+    records = read_records(STUDIES / study).records
     cells = make_study(read_commands()[study]).cells()
     found = {cell: records[cell.command] for cell in cells if cell.command in records}
     assert len(found) >= RECORDED[study]
@@ -83,13 +83,13 @@ def test_a_dry_run_lists_the_recorded_commands(
     monkeypatch.chdir(ROOT)
     main(["compare", *read_commands()["ladders"], "--dry_run"])
     listed = set(capsys.readouterr().out.splitlines())
-    assert len(listed & read_records(STUDIES / "ladders").keys()) == RECORDED["ladders"]
+    assert len(listed & read_records(STUDIES / "ladders").records.keys()) == RECORDED["ladders"]
 
 
 @pytest.mark.parametrize("study", RECORDED)
 def test_records_have_present_names_only(study: str) -> None:
     settings = {old.partition(".")[2] for old in RENAMED if old.startswith("model.")}
-    for record in read_records(STUDIES / study).values():
+    for record in read_records(STUDIES / study).records.values():
         assert not {f"config.model.init_args.{name}" for name in settings} & record.keys()
         assert not re.search(rf"--model\.(init_args\.)?({'|'.join(settings)})=", record["command"])
         assert "lit_spu.policies." not in json.dumps(record)

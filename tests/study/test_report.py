@@ -13,9 +13,9 @@ import pytest
 from lit_spu.study import report
 from lit_spu.study.columns import AXES
 from lit_spu.study.compare import Outcome
-from lit_spu.study.grid import Cell, Study
+from lit_spu.study.grid import MAJORITY, Cell, Study
 from lit_spu.study.plots import pareto
-from lit_spu.study.results import MAJORITY, Row
+from lit_spu.study.results import Row
 
 pytest.importorskip("matplotlib")
 

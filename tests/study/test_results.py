@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lit_spu.data.glue import GLUE
-from lit_spu.study.results import MAJORITY, Record, find_unfair_differences, flatten, rows, score_constants
+from lit_spu.study.grid import MAJORITY
+from lit_spu.study.results import Record, find_unfair_differences, flatten, rows, score_constants
 
 
 def record(row: str, seed: int, score: float | None, rate: float = 1.0, **more: Any) -> Record:
@@ -52,7 +53,8 @@ def test_a_rate_is_chosen_on_validation_and_never_on_test() -> None:
 def test_constant_answers_are_the_majority_row_and_mark_collapsed_runs() -> None:
     labels = Counter(row["label"] for row in GLUE(task="sst2", limit_validation=60).examples("validation"))
     shares = sorted((count / 60 for count in labels.values()), reverse=True)
-    fixed = score_constants([record("lst", 1, 0.5)])
+    fixed, problems = score_constants([record("lst", 1, 0.5)])
+    assert not problems
     assert fixed[("sst2", "mini-bert")] == pytest.approx(shares)
     scored = [record("lst", 1, shares[0]), record("lst", 2, shares[1]), record("lst", 3, 0.99)]
     found = {row.name: row for row in rows([*scored, record("full", 1, 0.99)], fixed)}
@@ -63,7 +65,7 @@ def test_constant_answers_are_the_majority_row_and_mark_collapsed_runs() -> None
 
 def test_a_constant_answer_has_no_score_in_regression() -> None:
     regression = record("lst", 1, 0.5, data={"task": "stsb", "limit_validation": 20})
-    assert score_constants([regression])["sst2", "mini-bert"] == []
+    assert score_constants([regression])[0]["sst2", "mini-bert"] == []
 
 
 def test_a_seed_without_a_score_counts_as_collapsed() -> None:
@@ -101,6 +103,6 @@ def test_a_custom_task_has_a_majority_row(tmp_path: Path) -> None:
     own = Path(__file__).parents[2] / "examples" / "own_task"
     data = {"task": str(own / "task.yaml"), "source": str(own)}
     scored = [record("lst", 1, 0.9, data=data) | {"task": "task"}]
-    found = {row.name: row for row in rows(scored, score_constants(scored))}
+    found = {row.name: row for row in rows(scored, score_constants(scored)[0])}
     assert found[MAJORITY].metric == "accuracy"
     assert 0 < found[MAJORITY].score < 1
