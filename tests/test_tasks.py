@@ -101,8 +101,8 @@ def test_the_example_task_is_loaded() -> None:
         ("fields: [text]\nlabels: [a, b]\ncolumns: [body]", r"columns must map a field to"),
         ("fields: [text]\nlabels: [a, b]\ncloze: 3", r"cloze must be a text such as"),
         ("fields: [text]\nlabels: [a, b]\nname: 'a {b}'", r"name must be a word"),
-        ("fields: [text\nlabels", r"cannot be read as a task in YAML"),
-        ("- text", r"a task is a mapping"),
+        ("fields: [text\nlabels", r"cannot be read as YAML"),
+        ("- text", r"a mapping of names to values was expected"),
     ],
 )
 def test_an_invalid_task_is_explained(tmp_path: Path, text: str, expected: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,6 +37,7 @@ from lit_spu.cli.user_errors import exit_on_user_error, print_to_stderr
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
+from lit_spu.safe_yaml import read_mapping
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 """The settings below every config file and flag. In the package, so that they are found from any directory."""
@@ -307,9 +307,8 @@ def _parse_early(args: Sequence[str]) -> argparse.Namespace:
 def _model_task_in(config_file: str) -> str | None:
     """Return the task that a config file sets for the model, if it sets one."""
     try:
-        settings = yaml.safe_load(Path(config_file).read_text())
-        return str(settings["model"]["init_args"]["task"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):  # the parser reports errors in the file
+        return str(read_mapping(config_file)["model"]["init_args"]["task"])
+    except (UserError, KeyError, TypeError):  # the parser reports errors in the file
         return None
 
 

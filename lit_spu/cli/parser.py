@@ -7,16 +7,23 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import yaml
-from jsonargparse import Namespace, set_dumper
+from jsonargparse import Namespace, _loaders_dumpers, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_spu import ranges
 from lit_spu.cli.messages import explain, flag_or_files
 from lit_spu.cli.user_errors import find_user_error
 from lit_spu.errors import UserError
+from lit_spu.safe_yaml import load_checked
+
+# jsonargparse reads config files and the values of flags as YAML. Values of types like `int | None` are read by the
+# module's function, whatever the loader is.
+_loaders_dumpers.yaml_load = partial(load_checked, _loaders_dumpers.yaml_load)
+set_loader("yaml", _loaders_dumpers.yaml_load, (yaml.YAMLError,))
 
 
 class _Dumper(yaml.SafeDumper):

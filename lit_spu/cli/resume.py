@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError
+from lit_spu.safe_yaml import read_mapping
 from lit_spu.tasks import load_task
 
 
@@ -88,7 +87,7 @@ def open_checkpoint(path: str, subcommand: str) -> Checkpoint:
     run_config = Path(path, "config.yaml")
     if subcommand != "fit" or not run_config.exists():
         return Checkpoint(file, config)
-    run = yaml.safe_load(run_config.read_text())
+    run = read_mapping(run_config)
     return Checkpoint(
         file, {**config, "trainer": run["trainer"], "seed_everything": run["seed_everything"]}, Path(path)
     )

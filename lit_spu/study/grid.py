@@ -11,11 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from lit_spu import registry
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
+from lit_spu.safe_yaml import read_mapping
 
 PACKAGED_CONFIGS = (f"{escape(str(Path(__file__).parents[1] / 'configs'))}/*.yaml",)
 """Pattern of the config files that the package contains, one a method."""
@@ -224,11 +223,7 @@ def build(config: Path, **settings: Any) -> Method:
 
 def _read_model_section(config: Path) -> Mapping[str, Any]:
     """Return the `model` section of a config file, or an empty mapping if it has none."""
-    try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{config}: {' '.join(str(error).split())}") from error
-    model = settings.get("model") if isinstance(settings, dict) else None
+    model = read_mapping(config).get("model")
     return model if isinstance(model, dict) else {}
 
 

@@ -15,13 +15,13 @@ from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.files import replace_path, write_text
 from lit_spu.measure import MIB
+from lit_spu.safe_yaml import read_mapping
 from lit_spu.study.compare import TEST, Outcome, refuse_damage
 from lit_spu.study.grid import MAJORITY, ZERO_SHOT
 from lit_spu.tasks import Task, load_task
@@ -69,7 +69,7 @@ def make_record(outcome: Outcome) -> Record:
 
 def _read_run(run: Path, outcome: Outcome) -> Record:
     summary, cell = json.loads((run / "summary.json").read_text()), outcome.cell
-    config = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else {}
+    config = read_mapping(run / "config.yaml") if (run / "config.yaml").exists() else {}
     config = json.loads(json.dumps(config, default=str))  # as it will be in results.json
     config.pop("run_dir", None)  # chosen by the study, not a setting of the method
     launches = run / "launches.jsonl"

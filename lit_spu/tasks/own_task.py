@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lit_spu.errors import UserError, did_you_mean
+from lit_spu.safe_yaml import read_mapping
 from lit_spu.tasks.glue import TASKS
 from lit_spu.tasks.task import Files, Metric, Task
 
@@ -33,21 +34,7 @@ def load_task(spec: str | Mapping[str, Any]) -> Task:
     path = Path(spec)
     if path.suffix not in {".yaml", ".yml"}:
         raise UserError(f"data.task: {spec!r} is neither a task nor a YAML file. {did_you_mean(spec, TASKS)}")
-    return _make_task({"name": path.stem, **_read_yaml(path, spec)}, spec)
-
-
-def _read_yaml(path: Path, spec: str) -> dict[str, Any]:
-    """Return the mapping that the YAML file at `path` contains; errors quote the path as given in `spec`."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.task: {spec} cannot be read as a task in YAML: {reason}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{spec}: a task is a mapping with keys such as fields and labels; this file holds {values!r}.")
-    return values
+    return _make_task({"name": path.stem, **read_mapping(path, f"data.task: {spec}")}, spec)
 
 
 def _make_task(values: dict[str, Any], where: str) -> Task:
