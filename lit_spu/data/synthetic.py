@@ -331,10 +331,11 @@ def generate(task: Task, split: str, seed: int = 0) -> list[Row]:
     Raises:
         UserError: if the task is not one of `TASKS`.
     """
-    if task.name not in _GRAMMARS:
+    own = TASKS.get(task.name)
+    if own is None or (own.fields, own.labels, own.score_range) != (task.fields, task.labels, task.score_range):
         raise UserError(
-            f"data.source=sample: there is no synthetic sample data for the task {task.name!r}, only for"
-            f" {', '.join(_GRAMMARS)}. Set --data.source to the folder of the task's files."
+            f"data.source=sample: there is no synthetic sample data for the task {task.name!r} with these fields and"
+            f" labels, only for {', '.join(_GRAMMARS)}. Set --data.source to the folder of the task's files."
         )
     rng = Random(f"{seed} {task.name} {split}")
     examples: dict[Texts, int] = {}

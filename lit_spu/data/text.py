@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import string
 import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_spu.errors import UserError, did_you_mean
-from lit_spu.tasks import Encoding, Format, Task
+from lit_spu.tasks import Encoding, Format, Task, check_template
 
 Row = dict[str, Any]
 """An example: the text of each field and `label`, which is a label's position or a score; None if unknown."""
@@ -73,26 +72,9 @@ def template_of(task: Task, encoding: Encoding, template: str = "auto") -> str |
     prompt = prompts.get(chosen, chosen)
     where = f"the {chosen} template of {task.name}" if chosen in prompts else "data.template"
     if prompt is not None:
-        _check_fields(prompt, task, where)
+        check_template(prompt, task.fields, where)
     _check_mask(prompt, encoding, where)
     return prompt
-
-
-def _check_fields(prompt: str, task: Task, where: str) -> None:
-    """Raise a UserError unless `prompt` contains each field of the task, and nothing that is not a field."""
-    try:
-        slots = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(prompt) if name is not None]
-    except ValueError as error:
-        raise UserError(f"{where}: {prompt!r} is not a valid template: {error}.") from error
-    for name, spec, conversion in slots:
-        if name not in (*task.fields, "mask"):
-            raise UserError(
-                f"{where}: {{{name}}} is not a field of {task.name}. {did_you_mean(name, (*task.fields, 'mask'))}"
-            )
-        if conversion or spec not in ("", "cut", "uncap"):
-            raise UserError(f"{where}: {{{name}}} accepts only :cut or :uncap: {prompt!r}.")
-    if missing := [name for name in task.fields if name not in {slot[0] for slot in slots}]:
-        raise UserError(f"{where}: {{{missing[0]}}} is missing; {task.name} needs all of its fields: {prompt!r}.")
 
 
 def _check_mask(prompt: str | None, encoding: Encoding, where: str) -> None:

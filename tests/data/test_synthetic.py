@@ -221,3 +221,6 @@ def test_most_prompts_of_the_corpus_have_the_right_answer() -> None:
 def test_a_custom_task_has_no_synthetic_data() -> None:
     with pytest.raises(UserError, match=r"no synthetic sample data for the task 'mine'.*Set --data.source"):
         generate(replace(TASKS["sst2"], name="mine"), "train")
+    with pytest.raises(UserError, match=r"no synthetic sample data for the task 'sst2' with these fields and labels"):
+        generate(replace(TASKS["sst2"], labels=("positive", "negative")), "train")
+    assert generate(replace(TASKS["sst2"], cloze="{sentence} {mask}"), "train") == generate(TASKS["sst2"], "train")

@@ -77,7 +77,7 @@ def test_every_task_has_a_template_for_every_backbone(task: Task, form: Format) 
     ("form", "template", "expected"),
     [
         ("pair", "clozed", r"data\.template: 'clozed' is neither a format .*Did you mean cloze\?"),
-        ("pair", "{sentense}", r"data\.template: \{sentense\} is not a field of sst2\. Did you mean sentence\?"),
+        ("pair", "{sentense}", r"data\.template: \{sentense\} is not a field\. Did you mean sentence\?"),
         ("pair", "Well {mask}", r"data\.template: \{sentence\} is missing"),
         ("pair", "{sentence", r"data\.template: .* is not a valid template"),
         ("pair", "{sentence!r}", r"accepts only :cut or :uncap"),
