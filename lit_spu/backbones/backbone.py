@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lit_spu.backbones.family import Architecture, Family
 from lit_spu.backbones.label_words import label_word_error, tokenize_label_words
@@ -20,7 +21,7 @@ from lit_spu.backbones.precision import (
     convert_to_bf16,
     quantize_to_int8,
 )
-from lit_spu.backbones.side_model import LayerIndices, scaled_config
+from lit_spu.backbones.side_model import LayerIndices, explain_narrow_model, scaled_config
 from lit_spu.backbones.stacks import Batch, HiddenStates, Stack, TransformerStacks, find_norms
 from lit_spu.backbones.target_linears import Role, TargetLinear
 from lit_spu.checkpoints.fingerprint import fingerprint
@@ -207,10 +208,24 @@ class Backbone(nn.Module, Architecture, ABC):
             layer_indices: The blocks of each stack that have a counterpart in the student.
 
         Raises:
-            UserError: If `reduction` does not divide the widths.
+            UserError: If `reduction` does not divide the widths, or a model of this width does not run.
         """
-        model = type(self.model)(scaled_config(self.base_model, reduction, layer_indices))
-        return type(self)(model, self.base_model.family, self.task, self.head_type, self.encoding, self.name)
+        config = scaled_config(self.base_model, reduction, layer_indices)
+        with explain_narrow_model(self.base_model, reduction):
+            model = type(self.model)(config)
+            student = type(self)(model, self.base_model.family, self.task, self.head_type, self.encoding, self.name)
+            student.check_runs()
+        return student
+
+    @torch.no_grad()
+    def check_runs(self) -> None:
+        """Compute the logits of one text of two tokens, to see any error before training."""
+        ids = torch.full((1, 2), int(self.encoding.tokenizer.pad_token_id or 0))
+        if is_fake(ids):
+            return
+        mode = self.training
+        self.eval()({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        self.train(mode)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

@@ -83,9 +83,10 @@ FAMILIES: Mapping[str, Family] = {
     "deberta-v2": replace(
         _BERT,
         self_attention="",  # its attention also projects relative positions to queries and keys
-        widths=("hidden_size", "intermediate_size", "pooler_hidden_size"),
+        widths=("hidden_size", "intermediate_size", "pooler_hidden_size", "attention_head_size", "embedding_size"),
+        head_dim="attention_head_size",
         classifier=("pooler", "dropout", "classifier"),
-        unused=(),
+        unused=("encoder.conv",),  # it reads the embeddings beside the first block, whose input a side model replaces
         target_linears={
             **_BERT.target_linears,
             "query": ("attention.self.query_proj",),

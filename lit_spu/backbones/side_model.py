@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lit_spu.backbones.stacks import Batch, TransformerStacks, has_module
 from lit_spu.errors import UserError
@@ -35,19 +37,72 @@ def make_side_model(backbone: TransformerStacks, reduction: int, layer_indices: 
         layer_indices: The blocks of each stack that have a counterpart in the side model.
 
     Raises:
-        UserError: If `reduction` does not divide the widths.
+        UserError: If `reduction` does not divide the widths, or a model of this width does not run.
     """
     from transformers import AutoModel
 
     family = backbone.family
     config = scaled_config(backbone, reduction, layer_indices)
     config.update({"vocab_size": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None})
-    model = AutoModel.from_config(config, dtype=torch.float32)
+    with explain_narrow_model(backbone, reduction):
+        model = AutoModel.from_config(config, dtype=torch.float32)
     for path in (*family.embeddings, *family.unused):
         if has_module(model, path):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, NoEmbeddings() if path in family.embeddings else None)
-    return type(backbone)(model, family)
+    side = type(backbone)(model, family)
+    with explain_narrow_model(backbone, reduction):
+        _check_reads_block_inputs(side)
+    return side
+
+
+@contextmanager
+def explain_narrow_model(backbone: TransformerStacks, reduction: int) -> Iterator[None]:
+    """Context manager that turns any error of a narrow model into a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of transformers, which was given a config that nobody trained a model with
+        raise UserError(
+            f"model.reduction={reduction}: a {backbone.model.config.model_type} of this config does not run at"
+            f" 1/{reduction} of its width ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Use a smaller"
+            " reduction, or another method."
+        ) from error
+
+
+@torch.no_grad()
+def _check_reads_block_inputs(side: TransformerStacks) -> None:
+    """Check that a side model runs, and that its output depends on the inputs of its blocks, not on `blank_inputs`.
+
+    Raises:
+        UserError: If a module beside the blocks reads the blank inputs.
+    """
+    if is_fake(next(side.model.parameters())):
+        return
+    was_training = side.model.training
+    state = torch.linspace(-1, 1, 3 * side.model.config.hidden_size).view(1, 3, -1)
+    handles = [
+        stack.blocks[0].register_forward_pre_hook(lambda _, args: (state[:, : args[0].shape[1]], *args[1:]))
+        for stack in side.stacks
+    ]
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if len(side.stacks) > 1:
+        inputs["decoder_input_ids"] = ids[:, :1]
+    blank = blank_inputs(side, inputs)
+    other = {name: x + 1 if name.endswith("inputs_embeds") else x for name, x in blank.items()}
+    try:
+        side.model.eval()
+        if not torch.equal(side.forward(blank), side.forward(other)):
+            raise UserError(
+                f"A {side.model.config.model_type} of this config reads its embeddings beside its blocks, which a side"
+                " network cannot replace. Use another backbone or another method."
+            )
+    finally:
+        side.model.train(was_training)
+        for handle in handles:
+            handle.remove()
 
 
 def scaled_config(backbone: TransformerStacks, reduction: int, layer_indices: LayerIndices) -> Any:
@@ -73,6 +128,11 @@ def scaled_config(backbone: TransformerStacks, reduction: int, layer_indices: La
     changes |= {name: len(indices) for name, indices in zip(family.depths, layer_indices, strict=True)}
     if getattr(old, "layer_types", None):
         changes["layer_types"] = [old.layer_types[i] for i in layer_indices[0]]
+    if rope := getattr(old, "rope_parameters", None):
+        # a list has a factor for each frequency; those of a narrow head are every r-th of the wide head's
+        changes["rope_parameters"] = {
+            name: value[::reduction] if isinstance(value, list) else value for name, value in rope.items()
+        }
     return type(old).from_dict({**copy.deepcopy(old.to_dict()), **changes})
 
 
