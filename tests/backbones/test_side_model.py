@@ -78,7 +78,7 @@ def test_the_factors_of_narrow_heads_are_those_of_their_frequencies(tmp_path: Pa
     narrow = scaled_config(backbone, 2, [range(4)])
     for length in (10, 100):
         wide_frequencies, narrow_frequencies = (
-            ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=length)[0]  # type: ignore[operator]
+            ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=length)[0]
             for config in (backbone.model.config, narrow)
         )
         torch.testing.assert_close(narrow_frequencies, wide_frequencies[::2])
