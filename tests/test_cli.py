@@ -315,8 +315,8 @@ def test_a_run_directory_is_never_used_twice(tmp_path: Path) -> None:
     first = run_dir.new_run_dir(pattern, **names)
     assert first.parent == tmp_path / "rte" / "KLadder" / "3"
     assert run_dir.new_run_dir(pattern, **names) != first
-    first.mkdir(parents=True)
-    (first / "config.yaml").touch()
+    (first / "checkpoints").mkdir(parents=True)
+    (first / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(UserError, match="already holds a run"):
         run_dir.new_run_dir(str(first), **names)
 

@@ -42,9 +42,15 @@ def test_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-def test_a_place_that_is_not_there_is_a_users_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Cannot write"):
-        write_text(tmp_path / "absent" / "a.txt", "")
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "absent" / "a.txt", "text")
+    assert (tmp_path / "absent" / "a.txt").read_text() == "text"
+
+
+def test_a_file_where_a_folder_belongs_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Cannot write .*a\.txt: (File exists|Not a directory)"):
+        write_text(tmp_path / "file" / "a.txt", "")
 
 
 def test_a_folder_is_written_whole_and_overwrites_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -95,7 +96,7 @@ class ParseOnly(SpuCLI):
 @pytest.fixture(scope="module")
 def parser() -> Parser:
     with pytest.raises(StopIteration) as stopped:
-        ParseOnly(["fit"])
+        ParseOnly(["fit"], ExitStack())
     found: Parser = stopped.value.value
     return found
 

@@ -13,7 +13,6 @@ seed and the step alone, so that a run that is interrupted and resumed ends as a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count, islice
@@ -25,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_spu.checkpoints.trained_weights import read_checkpoint, write_checkpoint
 from lit_spu.data.synthetic import corpus
 from lit_spu.errors import UserError
+from lit_spu.files import check_writable, system_error, write_text
 from tools.mini_objectives import Objective, corrupted_spans, masked_words
 from tools.mini_text import TOKENIZERS, make_batches, read_text, tokenize
 
@@ -200,7 +201,7 @@ def restore_state(unfinished: Path, settings: dict[str, Any], resume: bool) -> d
         return None
     if not unfinished.exists():
         raise UserError(f"--resume: there is no unfinished run in {unfinished.parent}. Start one without --resume.")
-    state: dict[str, Any] = torch.load(unfinished, map_location="cpu", weights_only=True)
+    state = read_checkpoint(unfinished, entries=("model", "optimizer", "losses", "settings"))
     for name, value in settings.items():
         if state["settings"][name] != value:
             raise UserError(
@@ -249,6 +250,7 @@ def run(
         "length": length,
         **training,
     }
+    check_writable(output, "--output")
     state = restore_state(unfinished, settings, resume)
     torch.manual_seed(training["seed"])
     lines = list(islice(read_text(text) if text else corpus(texts, training["seed"]), texts))
@@ -265,14 +267,12 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
 
     def save_state(state: dict[str, Any]) -> None:
-        part = unfinished.with_suffix(".part")
-        torch.save({**state, "settings": settings}, part)
-        os.replace(part, unfinished)
+        write_checkpoint({**state, "settings": settings}, unfinished)
 
     losses = pretrain(model, objective, rows, state, save_state, **training)
     save(model, tokenizer, output)
     readme = describe(output.name, model, len(tokenizer), rows, len(lines), losses, settings)
-    (output / "README.md").write_text(readme)
+    write_text(output / "README.md", readme)
     unfinished.unlink(missing_ok=True)
     print(readme)
 
@@ -352,8 +352,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--resume", action="store_true", help="continue the unfinished run in --output")
     try:
         run(**vars(parser.parse_args(argv)))
-    except UserError as error:
-        sys.exit(f"pretrain_mini: {error}")
+    except Exception as error:
+        problem = error if isinstance(error, UserError) else system_error(error)
+        if problem is None:
+            raise
+        sys.exit(f"pretrain_mini: {problem}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from lit_spu.backbones.model_files import (
 )
 from lit_spu.backbones.tokenizer_check import check_tokenizer
 from lit_spu.errors import UserError, did_you_mean
+from lit_spu.files import check_checksums
 from lit_spu.tasks import Encoding, Task
 
 ASSETS = Path(__file__).parent / "assets"
@@ -151,6 +152,7 @@ def load_model(source: Source, name: str, family: Family, task: Task, head: Head
         config.use_cache = False
         return auto.from_config(config, dtype=LOADED_DTYPE).eval(), reason
     if Path(source.path).is_dir():
+        check_checksums(Path(source.path))
         check_weight_files(Path(source.path))
     with quiet_loading():
         model, info = auto.from_pretrained(source.path, dtype=LOADED_DTYPE, output_loading_info=True, **options)

@@ -8,20 +8,22 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_spu.errors import NonFiniteError
+from lit_spu.callbacks.first_step import FirstStep
+from lit_spu.errors import UserError
 
 SAVE_INTERVAL = 20
 """Least time between two saves, in multiples of the time that the last save took: at most 5 % of a run is saving."""
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(FirstStep, ModelCheckpoint):
     """Callback that saves `last.ckpt` after epochs, always after the last one, and at an interruption.
 
     An epoch may consist of one batch, as with a few examples per label. Epochs that end soon after a save are therefore
     skipped (see `SAVE_INTERVAL`).
 
     This is a separate callback because `save_last` of the callback that saves the best checkpoint only saves when there
-    is a new best one.
+    is a new best one. An interruption or a failure before the first step of a launch saves nothing: what was loaded
+    may differ from the checkpoint in its place. So does an error of the user, such as a full disk or a loss of NaN.
 
     Args:
         folder: Folder of `last.ckpt`.
@@ -33,10 +35,6 @@ class LastCheckpoint(ModelCheckpoint):
         )
         self._saved_at = self._save_seconds = 0.0
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, NonFiniteError):  # the last checkpoint is a good one
-            super().on_exception(trainer, pl_module, exception)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = time.monotonic()
         is_last_epoch = (
@@ -45,7 +43,12 @@ class LastCheckpoint(ModelCheckpoint):
             or trainer.current_epoch + 1 == trainer.max_epochs
         )
         is_due = now - self._saved_at >= SAVE_INTERVAL * self._save_seconds
+        self._begin_once(trainer, pl_module)
         if trainer.strategy.broadcast(is_last_epoch or is_due):  # ranks must agree: all of them take part in saving
             super().on_train_epoch_end(trainer, pl_module)
             self._saved_at = time.monotonic()
             self._save_seconds = self._saved_at - now
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.has_begun and not isinstance(exception, UserError):  # the checkpoint in its place is a good one
+            super().on_exception(trainer, pl_module, exception)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_spu.files import write_text
 from lit_spu.tasks import Task
 
 Prediction: TypeAlias = tuple[float, list[float]]
@@ -68,8 +69,7 @@ class Predictions(Callback):
         """Write, and print on request, the predictions for one test set by the row's number."""
         for file in self.files:
             lines = _tsv_lines(predictions, task) if file.suffix == ".tsv" else _json_lines(predictions, rows, task)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.with_stem(f"{file.stem}.{part}" if part else file.stem).write_text("\n".join([*lines, ""]), "utf-8")
+            write_text(file.with_stem(f"{file.stem}.{part}" if part else file.stem), "\n".join([*lines, ""]))
         if self.echo:
             for value, probabilities in predictions.values():
                 by_label = _probabilities_by_label(probabilities, task)

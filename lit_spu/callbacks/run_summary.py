@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_spu.callbacks.first_step import FirstStep
 from lit_spu.callbacks.output import run_directory
+from lit_spu.checkpoints.run_dir import read_summary
 from lit_spu.console import make_console
+from lit_spu.files import write_text
 from lit_spu.version import __version__
 
 PACKAGES = ("torch", "lightning", "transformers")
@@ -32,15 +35,15 @@ TABLE = (
 """Measurements of other callbacks in the closing table; the file has all of them."""
 
 
-class RunSummary(Callback):
+class RunSummary(FirstStep):
     """Callback that writes `summary.json` after fit, validate or test, and prints a closing table.
 
-    The file is in the run directory. It has `status` (`completed`, `interrupted`, or `failed` with an `error`),
-    `command`, `metrics` (the last values), `measured` (the `summary` of every other callback: memory in MiB, latency in
-    ms, parameters), `monitor`, `best_score`, `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices`
-    and `versions`. TensorBoard gets the method's settings together with the score and the measurements of the closing
-    table, as `final/…`. Validate and test add their results to the file of a fit in the same directory, and do not
-    change the rest of it.
+    A launch that ends before its first step writes nothing. The file is in the run directory. It has `status`
+    (`completed`, `interrupted`, or `failed` with an `error`), `command`, `metrics` (the last values), `measured` (the
+    `summary` of every other callback: memory in MiB, latency in ms, parameters), `monitor`, `best_score`,
+    `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices` and `versions`. TensorBoard gets the
+    method's settings together with the score and the measurements of the closing table, as `final/…`. Validate and test
+    add their results to the file of a fit in the same directory, and do not change the rest of it.
     """
 
     def __init__(self) -> None:
@@ -48,6 +51,7 @@ class RunSummary(Callback):
         self._start_time = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.has_begun = False
         self._start_time = time.perf_counter()
         self._folder = run_directory(trainer)
 
@@ -65,19 +69,16 @@ class RunSummary(Callback):
     ) -> None:
         folder, self._folder = self._folder, None  # so that it is written only once
         command = trainer.state.fn
-        if not folder or not command or command == "predict" or not trainer.is_global_zero:
+        if not folder or not self.has_begun or not command or command == "predict" or not trainer.is_global_zero:
             return
-        path = folder / "summary.json"
         record = self._record(trainer) | {"status": status, "command": str(command.value)}
         if error:
             record["error"] = error
         if command == "fit" and trainer.loggers:
             _log_settings(trainer, record)
-        if command != "fit" and path.exists():
-            fit = json.loads(path.read_text())
-            record = fit | {key: fit[key] | record[key] for key in ("metrics", "measured")}
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        if command != "fit" and (fit := read_summary(folder)):
+            record = fit | {key: fit.get(key, {}) | record[key] for key in ("metrics", "measured")}
+        write_text(folder / "summary.json", json.dumps(record, indent=2) + "\n")
         if status != "failed":  # the error message should be the last output
             _print(f"{command.value} {status}", record, folder)
 

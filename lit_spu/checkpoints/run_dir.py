@@ -11,6 +11,7 @@ A run directory holds:
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import subprocess
@@ -32,7 +33,7 @@ def new_run_dir(pattern: str, *, task: str, method: str, seed: object) -> Path:
     """Return the path of a new run directory: `pattern` with its placeholders filled in. Nothing is created.
 
     Raises:
-        UserError: if the pattern has an unknown placeholder, or if the directory already holds a run.
+        UserError: if the pattern has an unknown placeholder, or if the directory already holds results.
     """
     names = {"task": task, "method": method, "seed": seed, "time": f"{datetime.now():%Y%m%d-%H%M%S-%f}"}
     try:
@@ -41,7 +42,7 @@ def new_run_dir(pattern: str, *, task: str, method: str, seed: object) -> Path:
         placeholder = str(error).strip("'")
         hint = did_you_mean(placeholder, names)
         raise UserError(f"--run_dir: {pattern!r} has an unknown placeholder {placeholder!r}. {hint}") from error
-    if (path / "config.yaml").exists():
+    if _holds_results(path):
         raise UserError(
             f"--run_dir: {path} already holds a run."
             f" Give another directory, or continue that run with --ckpt_path {path}."
@@ -49,12 +50,37 @@ def new_run_dir(pattern: str, *, task: str, method: str, seed: object) -> Path:
     return path
 
 
+def _holds_results(path: Path) -> bool:
+    """Return whether a run directory has what a run in its place would replace.
+
+    A run that stopped before its first checkpoint has nothing to continue from: its command can be given again.
+    """
+    completed = read_summary(path).get("status") == "completed"
+    return completed or any(path.rglob("*.ckpt")) or any(path.glob("predictions.*"))
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the results in a run directory's `summary.json`; nothing if it is absent or unreadable."""
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def keep_metrics(path: Path) -> None:
+    """Rename `metrics.csv` of an earlier launch to `metrics.1.csv` and so on, because CSVLogger begins a new file."""
+    file = path / "metrics.csv"
+    if file.exists():
+        file.rename(file.with_suffix(f".{len(list(path.glob('metrics.*.csv'))) + 1}.csv"))
+
+
 def find_checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
     """Return a checkpoint file.
 
     Args:
         path: The file itself, a run directory, or a folder that `lit-spu export` wrote as safetensors.
-        which: The checkpoint to take from a run directory. The last one replaces a missing best one.
+        which: The checkpoint to take from a run directory. If it is missing, the other one takes its place.
 
     Raises:
         UserError: if there is none.
@@ -62,14 +88,19 @@ def find_checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    # a run that never validated has no best checkpoint
-    for file in (path / trained_weights.WEIGHTS, *(path / "checkpoints" / f"{name}.ckpt" for name in (which, "last"))):
+    # a run that never validated has no best checkpoint; one that was killed after its first validation has no last one
+    names = (which, "last", "best")
+    for file in (path / trained_weights.WEIGHTS, *(path / "checkpoints" / f"{name}.ckpt" for name in names)):
         if file.is_file():
             return file
-    is_run = (path / "config.yaml").exists()
-    problem = "is a run without a checkpoint" if is_run else "is no checkpoint and no run directory"
+    if (path / "config.yaml").exists():
+        raise UserError(
+            f"--ckpt_path: {path} is a run that stopped before its first checkpoint. Run it again:"
+            f" lit-spu fit --config {path}/config.yaml --run_dir {path}"
+        )
     raise UserError(
-        f"--ckpt_path: {path} {problem}. Give a checkpoint file, or a run directory that has checkpoints/last.ckpt."
+        f"--ckpt_path: {path} is no checkpoint and no run directory. Give a checkpoint file, or a run directory that"
+        " has checkpoints/last.ckpt."
     )
 
 
@@ -77,22 +108,14 @@ def saved_config(file: Path) -> dict[str, Any]:
     """Return the settings of `model` and `data` that a checkpoint file was trained with, as in a config file.
 
     Raises:
-        UserError: if the file is not the checkpoint of a method.
+        UserError: if the file is damaged, or not the checkpoint of a method.
     """
-    import torch
-
     try:
-        return checkpoint_config(
-            trained_weights.read_weights(file, weights=False)
-            if file.name == trained_weights.WEIGHTS
-            else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        )
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many kinds for a file of another format
-        raise UserError(
-            f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu. Give a run directory or its best.ckpt."
-        ) from error
+        return checkpoint_config(trained_weights.read_checkpoint(file, mmap=True))
+    except UserError as error:
+        raise UserError(f"--ckpt_path: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu: {error!r}.") from error
 
 
 def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

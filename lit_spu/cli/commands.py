@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from lit_spu.console import make_console
 from lit_spu.errors import UserError
 from lit_spu.export.student import separate
 from lit_spu.export.writers import export, replay
+from lit_spu.files import lock_folder
 from lit_spu.measure import MIB, Kind
 from lit_spu.study import report
 from lit_spu.study.columns import BRIEF, COLUMNS
@@ -289,7 +291,9 @@ def run(args: Sequence[str]) -> None:
     if command is compare:
         settings["study"] = Study(**{field.name: settings.pop(field.name) for field in fields(Study)})
         settings["out"] = settings["out"] or f"runs/compare/{Path(str(files[-1])).stem if files else 'study'}"
-    with exit_on_user_error():
+    with exit_on_user_error(), ExitStack() as resources:
+        if command is compare and not settings["dry_run"]:
+            resources.enter_context(lock_folder(Path(settings["out"]), "--out"))
         command(**settings)
 
 

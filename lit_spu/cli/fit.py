@@ -7,17 +7,18 @@ import inspect
 import json
 import signal
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
@@ -29,6 +30,8 @@ from lit_spu.callbacks.last_checkpoint import LastCheckpoint
 from lit_spu.callbacks.predictions import Predictions
 from lit_spu.callbacks.run_summary import RunSummary
 from lit_spu.checkpoints import run_dir, trained_weights
+from lit_spu.checkpoints.whole_files import WholeFiles
+from lit_spu.cli.launch import HeldLogger, SaveRun
 from lit_spu.cli.parser import Parser
 from lit_spu.cli.quiet import hide_callback_states, hide_expected_warnings
 from lit_spu.cli.resume import Checkpoint, open_checkpoint
@@ -36,8 +39,10 @@ from lit_spu.cli.subcommands import RUNS
 from lit_spu.cli.user_errors import exit_on_user_error, print_to_stderr
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
+from lit_spu.files import check_writable, lock_folder
 from lit_spu.methods.base import Method
 from lit_spu.safe_yaml import read_mapping
+from lit_spu.tasks import load_task
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 """The settings below every config file and flag. In the package, so that they are found from any directory."""
@@ -48,19 +53,6 @@ EVALUATED = "A run directory (its best checkpoint), a checkpoint file, or a fold
 """Help of `--ckpt_path`. Lightning's own help names keywords that this command line does not have."""
 
 
-class SaveRun(SaveConfigCallback):
-    """Callback that saves the settings of the run, and its command line and versions in `launches.jsonl`."""
-
-    def __init__(self, *args: Any, command: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.command = command
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # not trainer.log_dir, which waits for all ranks: this is called on the first alone
-        with Path(trainer.default_root_dir, "launches.jsonl").open("a") as file:
-            file.write(json.dumps(run_dir.describe_launch(self.command)) + "\n")
-
-
 class SpuCLI(LightningCLI):
     """LightningCLI with fit, validate, test and predict for every method on every task.
 
@@ -68,7 +60,8 @@ class SpuCLI(LightningCLI):
     earlier ones. The task is given once, as `data.task`, and linked to the model.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], resources: ExitStack) -> None:
+        self._resources = resources  # what lasts until the run ends
         for package in ("methods", "callbacks"):  # jsonargparse resolves short names of imported classes only
             list(registry.classes(f"lit_spu.{package}"))
         self.args = Parser.command_line = list(args)
@@ -81,7 +74,7 @@ class SpuCLI(LightningCLI):
             Method,
             GLUE,
             save_config_callback=SaveRun,
-            save_config_kwargs={"command": self.args, "overwrite": True},  # a resumed run may have more epochs
+            save_config_kwargs={"command": self.args},
             seed_everything_default=42,
             parser_kwargs={"prog": "lit-spu"}
             | {name: {"description": text, "default_config_files": defaults} for name, text in RUNS.items()},
@@ -157,10 +150,16 @@ class SpuCLI(LightningCLI):
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Let the method check the trainer's settings, before its weights are loaded."""
+        """Check the trainer's settings and the places to write, before any weights are loaded."""
         if self.subcommand == "fit":
             method = resolve_name(self._get(self.config, "model").class_path)
             method.check_trainer(vars(self._get(self.config, "trainer")))
+        if self._get(self.config, "data").text is None:
+            self.run_dir = self._choose_run_dir()
+            rank_zero_only(self._resources.enter_context)(lock_folder(self.run_dir, "--run_dir"))
+        if self.subcommand == "predict":
+            for file in self._output_files():
+                check_writable(file, "--output")
 
     def instantiate_classes(self) -> None:
         """Create the trainer's parts, the data and the model. The error of a part's constructor becomes a UserError."""
@@ -186,27 +185,33 @@ class SpuCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that writes into the run directory alone; with `--data.text`, one that writes nothing."""
-        if self._get(self.config, "data").text is None:
-            kwargs.update(self._trainer_of_run())
+        if self.run_dir:
+            kwargs.update(self._trainer_of_run(self.run_dir))
         else:
             self.save_config_callback = None
             kwargs.update(logger=False, callbacks=[Predictions(self._output_files(), echo=True)])
             kwargs.update(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
+        if any(isinstance(callback, SaveRun) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.loggers = list(map(HeldLogger, trainer.loggers))
+        return trainer
 
-    def _trainer_of_run(self) -> dict[str, Any]:
+    def _trainer_of_run(self, folder: Path) -> dict[str, Any]:
         """Return the trainer's settings that depend on the run directory: callbacks, loggers and directories."""
-        self.run_dir = self._choose_run_dir()
         settings: dict[str, Any] = {
-            "default_root_dir": self.run_dir,
+            "default_root_dir": folder,
             "callbacks": [*self._given_callbacks(), *self._required_callbacks()],
         }
         if self.subcommand != "fit":
             settings["enable_checkpointing"] = False  # otherwise Lightning adds a ModelCheckpoint even to evaluate
-        settings["logger"] = self._loggers(self.run_dir)
+        settings["logger"] = self._loggers(folder)
+        plugins = self._get(self.config_init, "trainer")["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            settings["plugins"] = [*plugins, WholeFiles()]
         return settings
 
     def _loggers(self, folder: Path) -> list[Logger]:
@@ -224,8 +229,9 @@ class SpuCLI(LightningCLI):
         pattern = self._get(self.config, "run_dir")
         if self.checkpoint and self.checkpoint.resumed_dir and pattern == run_dir.PATTERN:
             return self.checkpoint.resumed_dir
-        seed = self._get(self.config, "seed_everything")
-        return run_dir.new_run_dir(pattern, task=self.model.task.name, method=type(self.model).__name__, seed=seed)
+        task = load_task(self._get(self.config, "data").task).name
+        method = self._get(self.config, "model").class_path.rpartition(".")[2]
+        return run_dir.new_run_dir(pattern, task=task, method=method, seed=self._get(self.config, "seed_everything"))
 
     def _given_callbacks(self) -> list[Callback]:
         """Return the callbacks of the settings. One that is given again replaces the earlier one."""
@@ -272,8 +278,6 @@ class SpuCLI(LightningCLI):
             print_to_stderr("No --ckpt_path: this is the method before any training.")
         if checkpoint and checkpoint.is_export:
             trained_weights.restore_weights(self.model, checkpoint.file)
-        if checkpoint and self.run_dir and checkpoint.resumed_dir == self.run_dir:
-            _rename_metrics(self.run_dir)
         with nullcontext() if subcommand == "fit" else hide_callback_states():
             self._run_trainer(subcommand)
         if subcommand == "predict" and self.run_dir is not None:
@@ -317,16 +321,7 @@ def _replaces(later: Callback, earlier: Callback) -> bool:
     return type(later) is type(earlier) and type(later).__module__.startswith("lit_spu.")
 
 
-@rank_zero_only
-def _rename_metrics(folder: Path) -> None:
-    """Rename the metrics of a run that is resumed, because CSVLogger begins a new file."""
-    file = folder / "metrics.csv"
-    if file.exists():
-        count = len(list(folder.glob("metrics.*.csv")))
-        file.rename(file.with_suffix(f".{count + 1}.csv"))
-
-
 def run(args: Sequence[str]) -> None:
     """Run a command line."""
-    with exit_on_user_error(), hide_expected_warnings():
-        SpuCLI(args)
+    with exit_on_user_error(), hide_expected_warnings(), ExitStack() as resources:
+        SpuCLI(args, resources)

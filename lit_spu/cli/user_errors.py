@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_spu.errors import UserError
+from lit_spu.files import system_error
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
@@ -31,7 +32,8 @@ def print_to_stderr(text: str) -> None:
 def exit_on_user_error() -> Iterator[None]:
     """Context manager that exits with status 2 on a user's error, and with status 130 on Ctrl-C.
 
-    The error is printed in a line or two. With LIT_SPU_DEBUG=1 it is raised instead, with its traceback.
+    A full disk, a file without permission and other problems of the operating system are such errors, too. The error is
+    printed in a line or two. With LIT_SPU_DEBUG=1 it is raised instead, with its traceback.
     """
     try:
         yield
@@ -39,7 +41,13 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         cause = find_user_error(error) or error  # jsonargparse wraps the errors of constructors
-        if os.environ.get("LIT_SPU_DEBUG") or not isinstance(cause, UserError | MisconfigurationException):
+        message = str(cause)
+        if not isinstance(cause, UserError) and (problem := system_error(error)):
+            place = getattr(error, "filename", None)
+            message = f"{place}: {problem}." if place else f"{problem}, while reading or writing a file."
+        elif not isinstance(cause, UserError | MisconfigurationException):
             raise
-        print_to_stderr(f"error: {cause}")
+        if os.environ.get("LIT_SPU_DEBUG"):
+            raise
+        print_to_stderr(f"error: {message}")
         raise SystemExit(2) from None

@@ -7,8 +7,6 @@ is too long, the ends of its longest fields are cut. The template is never cut, 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_spu.errors import UserError, did_you_mean
+from lit_spu.files import replace_path
 from lit_spu.tasks import Encoding, Format, Task, check_template
 
 Row = dict[str, Any]
@@ -232,9 +231,9 @@ def encode_cached(
         tokens = encode(rows, task, encoding, template, max_length)
     try:
         _write_tokens(path, tokens)
-    except OSError as error:
+    except UserError as error:
         rank_zero_warn(
-            f"The tokens cannot be cached in data.cache={folder} ({error}), so every run tokenises them again. Set"
+            f"The tokens cannot be cached in data.cache={folder} ({error}) So every run tokenises them again. Set"
             " --data.cache to a folder that is writable."
         )
     return tokens
@@ -264,14 +263,6 @@ def _read_tokens(path: Path) -> Tokens:
 
 
 def _write_tokens(path: Path, tokens: Tokens) -> None:
-    """Write the file under a temporary name and rename it, so that no reader sees an incomplete file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {name: array for name, array in vars(tokens).items() if array is not None}
-    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".draft")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    with replace_path(path, shared=True) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)

@@ -26,11 +26,8 @@ def load(path: str | Path) -> Method:
     file = run_dir.find_checkpoint(path, "best")
     config = run_dir.saved_config(file)
     cls = _find_method_class(config, file)
-    if file.name == trained_weights.WEIGHTS:
-        method = cls(**config["model"]["init_args"], task=config["data"]["task"])
-        trained_weights.restore_weights(method, file)
-    else:
-        method = cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    method = cls(**config["model"]["init_args"], task=config["data"]["task"])
+    trained_weights.restore_weights(method, file)
     return method.eval()
 
 

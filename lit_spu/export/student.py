@@ -49,8 +49,7 @@ def separate(ckpt_path: str, output: str, data: dict[str, Any] | None = None) ->
             f"--ckpt_path: {file} holds {type(method).__name__}, which needs its backbone. Only LSTDistillation trains"
             " a student that works without it; lit-spu export writes the other methods."
         )
-    usage = writers.write_model(method, method.student, folder)
-    (folder / "README.md").write_text(writers.model_card(method, file, usage, "merged"))
+    writers.write_folder(folder, method, file, "merged", partial(writers.write_model, method, method.student))
     student = load_backbone(str(folder), method.task, method.student.head_type).eval()
     batches = _validation_batches(method, run_dir.saved_config(file)["data"] | (data or {}))
     title = f"{folder}: {method.task.name}, validation"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from lit_spu.backbones.load import quiet_loading
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError
 from lit_spu.export import load as loading
+from lit_spu.files import check_writable, replace_path, write_checksums
 from lit_spu.methods.base import Method
 from lit_spu.nn import peft_format
 from lit_spu.version import __version__
@@ -37,13 +38,12 @@ def export(ckpt_path: str, output: str, format: Format = "safetensors") -> None:
     folder = new_folder(output)
     file = run_dir.find_checkpoint(ckpt_path, "best")
     method = loading.load(file)
-    writers: Mapping[Format, Callable[[Method, Path], str]] = {
+    writers: Mapping[Format, Callable[[Method, Path], None]] = {
         "peft": write_peft,
         "merged": write_merged,
         "safetensors": write_trained_weights,
     }
-    usage = writers[format](method, folder)
-    (folder / "README.md").write_text(model_card(method, file, usage, format))
+    write_folder(folder, method, file, format, partial(writers[format], method))
     _print_size(folder, method, format)
 
 
@@ -60,8 +60,7 @@ def replay(trajectory: str, output: str, step: int | None = None) -> None:
     """
     folder = new_folder(output)
     method = loading.replay(trajectory, step)
-    usage = write_trained_weights(method, folder)
-    (folder / "README.md").write_text(model_card(method, None, usage, "safetensors"))
+    write_folder(folder, method, None, "safetensors", partial(write_trained_weights, method))
     _print_size(folder, method, "safetensors")
 
 
@@ -74,20 +73,39 @@ def new_folder(output: str) -> Path:
     """Return the folder to write.
 
     Raises:
-        UserError: if it is not empty, or is a file.
+        UserError: if it is not empty, is a file, or cannot be written.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {folder} is not an empty folder. Give a new folder.")
+    check_writable(folder, "--output")
     return folder
 
 
-def write_peft(method: Method, folder: Path) -> str:
-    """Write an adapter folder of the peft library.
+def write_folder(
+    folder: Path, method: Method, file: Path | None, format: Format, write: Callable[[Path], None]
+) -> None:
+    """Write an export as a whole: its files, the model card and the checksums.
 
-    Returns:
-        The code that loads it.
+    Args:
+        folder: The folder.
+        method: The trained method.
+        file: Its checkpoint, if there is one.
+        format: The format, for the model card.
+        write: Write the files into a folder.
+
+    Raises:
+        UserError: if the folder cannot be written, or the disk is full.
     """
+    with replace_path(folder) as whole:
+        whole.mkdir()
+        write(whole)
+        (whole / "README.md").write_text(model_card(method, file, folder, format), "utf-8")
+        write_checksums(whole)
+
+
+def write_peft(method: Method, folder: Path) -> None:
+    """Write an adapter folder of the peft library."""
     if type(method).forward is not Method.forward or not method.adapters:
         raise UserError(
             f"--format peft: the peft library cannot represent {type(method).__name__}, only LoRA and (IA)3. Use"
@@ -101,19 +119,10 @@ def write_peft(method: Method, folder: Path) -> str:
             " store. Use --format safetensors."
         )
     peft_format.write_peft_folder(method.backbone, method.adapters, folder)
-    return f"""from peft import PeftModel
-from transformers import {_auto_class(method)}
-
-model = {_auto_class(method)}.from_pretrained({method.backbone.name!r}{_num_labels_argument(method)})
-model = PeftModel.from_pretrained(model, {str(folder)!r})"""
 
 
-def write_merged(method: Method, folder: Path) -> str:
-    """Merge the trained weights into the backbone, and write it as a Hugging Face model with its tokenizer.
-
-    Returns:
-        The code that loads it.
-    """
+def write_merged(method: Method, folder: Path) -> None:
+    """Merge the trained weights into the backbone, and write it as a Hugging Face model with its tokenizer."""
     method.merge()
     model = method.backbone.model
     with torch.device("meta"):
@@ -123,15 +132,11 @@ def write_merged(method: Method, folder: Path) -> str:
             f"--format merged: {type(method).__name__} trained weights that {type(model).__name__} does not have. Use"
             " --format safetensors."
         )
-    return write_model(method, method.backbone, folder)
+    write_model(method, method.backbone, folder)
 
 
-def write_model(method: Method, backbone: Backbone, folder: Path) -> str:
-    """Write a backbone of a method as a Hugging Face model with its tokenizer.
-
-    Returns:
-        The code that loads it.
-    """
+def write_model(method: Method, backbone: Backbone, folder: Path) -> None:
+    """Write a backbone of a method as a Hugging Face model with its tokenizer."""
     model = backbone.model
     if backbone.has_classifier and not method.task.regression:
         model.config.id2label = dict(enumerate(method.task.labels))
@@ -139,19 +144,26 @@ def write_model(method: Method, backbone: Backbone, folder: Path) -> str:
     with quiet_loading():
         model.save_pretrained(folder)
     method.encoding.tokenizer.save_pretrained(folder)
-    return f"""from transformers import {_auto_class(method)}, AutoTokenizer
+
+
+def write_trained_weights(method: Method, folder: Path) -> None:
+    """Write the trained weights alone."""
+    trained_weights.write_weights(method.checkpoint_dict(), folder / trained_weights.WEIGHTS)
+
+
+def _usage(method: Method, folder: Path, format: Format) -> str:
+    """Return the code that loads an export."""
+    if format == "peft":
+        return f"""from peft import PeftModel
+from transformers import {_auto_class(method)}
+
+model = {_auto_class(method)}.from_pretrained({method.backbone.name!r}{_num_labels_argument(method)})
+model = PeftModel.from_pretrained(model, {str(folder)!r})"""
+    if format == "merged":
+        return f"""from transformers import {_auto_class(method)}, AutoTokenizer
 
 model = {_auto_class(method)}.from_pretrained({str(folder)!r})
 tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"""
-
-
-def write_trained_weights(method: Method, folder: Path) -> str:
-    """Write the trained weights alone.
-
-    Returns:
-        The code that loads them.
-    """
-    trained_weights.write_weights(method.checkpoint_dict(), folder / trained_weights.WEIGHTS)
     return f"""import lit_spu
 
 method = lit_spu.load({str(folder)!r})
@@ -167,14 +179,14 @@ def _num_labels_argument(method: Method) -> str:
     return f", num_labels={method.task.num_logits}" if method.backbone.has_classifier else ""
 
 
-def model_card(method: Method, file: Path | None, usage: str, format: Format) -> str:
+def model_card(method: Method, file: Path | None, folder: Path, format: Format) -> str:
     """Return the model card: base model, method, task, score, code to load it, inputs, outputs and settings.
 
     Args:
         method: The trained method.
         file: Its checkpoint. The score is that of the run directory that holds it, if there is one.
-        usage: The code that loads what was written.
-        format: The format that was written.
+        folder: The folder of the export.
+        format: Its format.
     """
     task = method.task
     count = sum(p.numel() for p in method.parameters() if p.requires_grad)
@@ -195,7 +207,7 @@ tags: [lit_spu, {type(method).__name__}]
 - trained parameters: {count:,}
 {_best_score(method, file)}
 ```python
-{usage}
+{_usage(method, folder, format)}
 ```
 
 {_inputs_and_outputs(method)}
@@ -208,8 +220,7 @@ tags: [lit_spu, {type(method).__name__}]
 
 def _best_score(method: Method, file: Path | None) -> str:
     """Return a line with the best score of the checkpoint's run; empty if there is none."""
-    summary = file.absolute().parents[1] / "summary.json" if file else None
-    results: dict[str, Any] = json.loads(summary.read_text()) if summary and summary.exists() else {}
+    results = run_dir.read_summary(file.absolute().parents[1]) if file else {}
     if not results.get("best_score"):
         return ""
     metric = method.task.monitor.removeprefix("val/")

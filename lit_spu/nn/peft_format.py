@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lit_spu.backbones.backbone import Backbone
 from lit_spu.errors import UserError
+from lit_spu.files import check_checksums
 from lit_spu.nn.adapter import Adapter
 from lit_spu.nn.lora import LowRank
 from lit_spu.nn.peft_config import CONFIG, PeftConfig
@@ -117,6 +118,7 @@ def init_from_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folde
     Raises:
         UserError: If there is no such folder, it does not fit these adapters, or it computes what they cannot.
     """
+    check_checksums(folder)
     config = PeftConfig(folder)
     kind = "LORA" if isinstance(adapters[0], LowRank) else "IA3"
     if config.kind != kind:

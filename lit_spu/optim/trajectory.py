@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from lit_spu.errors import UserError
+from lit_spu.files import replace_path
 from lit_spu.optim.mezo import MeZOOptimizer
 
 NAME = "trajectory.mezo"
@@ -62,17 +63,23 @@ class Trajectory:
 
 
 class Recorder:
-    """Writer of an optimizer's trajectory. The steps that the optimizer has taken before are written first."""
+    """Writer of an optimizer's trajectory."""
 
     def __init__(self, folder: Path, header: Mapping[str, Any], optimizer: MeZOOptimizer) -> None:
-        self.optimizer, self.file, self.num_written = optimizer, folder / NAME, 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file.write_bytes(json.dumps(header).encode() + b"\n")
-        self.append()
+        self.header, self.optimizer, self.file, self.num_written = header, optimizer, folder / NAME, 0
+
+    def write(self) -> None:
+        """Write the file as a whole: the header and the steps that the optimizer has taken so far."""
+        with replace_path(self.file) as partial:
+            partial.write_bytes(json.dumps(self.header).encode() + b"\n" + self._new_rows())
 
     def append(self) -> None:
         """Append the steps taken since the last call."""
-        history = self.optimizer.history
         with self.file.open("ab") as file:
-            file.write(np.asarray(history[self.num_written :], "<f4").tobytes())
+            file.write(self._new_rows())
+
+    def _new_rows(self) -> bytes:
+        history = self.optimizer.history
+        rows = np.asarray(history[self.num_written :], "<f4").tobytes()
         self.num_written = len(history)
+        return rows
