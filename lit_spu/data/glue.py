@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_spu.data import sources, text
 from lit_spu.data.batching import Batch, BucketSampler, Examples, Loader
@@ -165,6 +166,8 @@ class GLUE(LightningDataModule):
         if portion == "predict":
             return self._load_split("test") if self.text is None else {"": self._parse_text()}
         parts = self._load_split(portion)
+        if portion == "train":
+            _warn_of_one_label(self.task, parts[""])
         return sources.select_labelled(self.task, parts) if portion == "test" else parts
 
     def _load_split(self, split: Split) -> Parts:
@@ -186,13 +189,18 @@ class GLUE(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise the examples into the cache, in one process of each machine."""
         if self.trainer is not None and self.trainer.state.fn is not None:
-            for portion in _PORTIONS[self.trainer.state.fn]:
+            for portion in self._portions(self.trainer.state.fn):
                 self._tokenise(portion)
 
     def setup(self, stage: str) -> None:
         """Read the tokens from the cache."""
-        for portion in _PORTIONS[stage]:
+        for portion in self._portions(stage):
             self._examples[portion] = self._tokenise(portion)
+
+    def _portions(self, stage: str) -> list[Portion]:
+        """Return what a stage reads. A fit without validation batches needs no validation split."""
+        no_validation = stage == "fit" and self.trainer is not None and not self.trainer.limit_val_batches
+        return [portion for portion in _PORTIONS[stage] if not (portion == "validation" and no_validation)]
 
     def train_dataloader(self) -> Loader:
         """Return the loader of shuffled training batches."""
@@ -295,6 +303,15 @@ class GLUE(LightningDataModule):
             )
             for examples in self._examples[portion]
         ]
+
+
+def _warn_of_one_label(task: Task, rows: list[Row]) -> None:
+    """Warn if there is nothing to learn, because all examples have the same label or score."""
+    labels = {row["label"] for row in rows}
+    if len(labels) == 1 and len(rows) > 1:
+        label = labels.pop()
+        name = label if task.regression else repr(task.labels[label])
+        rank_zero_warn(f"All {len(rows)} training examples of {task.name} have the label {name}: nothing to learn.")
 
 
 def _draw_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -232,6 +232,37 @@ def test_standard_input_is_predicted(
     assert glue.examples("predict")[10]["sentence"] == "w10"
 
 
+@pytest.mark.parametrize("content", [b"w1\nw2 \xff\n", b"w1\n\xff\xfe"])
+def test_standard_input_that_is_not_unicode_is_refused(
+    source: str, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii", "surrogateescape"))
+    with pytest.raises(UserError, match=r"standard input, line 2: the byte 0xff is not valid UTF-8"):
+        trainer(tmp_path).predict(Recorder(encoding), data(source, tmp_path, text="-"))
+    with pytest.raises(UserError, match=r"data\.text, line 1 has '.udcff', half of a character"):
+        trainer(tmp_path).predict(Recorder(encoding), data(source, tmp_path, text="w1 \udcff"))
+
+
+# --- Unneeded and useless splits -------------------------------------------------------------------------------------
+
+
+def test_a_run_without_validation_needs_no_validation_split(source: str, tmp_path: Path, encoding: Encoding) -> None:
+    (Path(source) / "SST-2" / "dev.tsv").unlink()
+    model = Recorder(encoding)
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, data(source, tmp_path))
+    assert len(model.seen["train"]) == 7
+    with pytest.raises(UserError, match="The validation split of sst2"):
+        trainer(tmp_path, max_epochs=1).fit(model, data(source, tmp_path))
+
+
+def test_training_on_one_label_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_text("sentence\tlabel\nw1\t1\nw2\t1\nw3\t0\n")
+    with pytest.warns(UserWarning, match="All 2 training examples of sst2 have the label 'positive': nothing to learn"):
+        data(str(tmp_path), tmp_path, limit_train=2, split_seed=4).examples("train")
+    assert len(data(str(tmp_path), tmp_path).examples("train")) == 3
+
+
 # --- Mistakes --------------------------------------------------------------------------------------------------------
 
 
