@@ -19,11 +19,14 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 import lit_spu
 from lit_spu.__main__ import main
+from lit_spu.callbacks.finish_validation import FinishValidation
 from lit_spu.callbacks.predictions import Predictions
 from lit_spu.checkpoints import run_dir
+from lit_spu.cli.fit import _without_repeats
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
@@ -301,6 +304,11 @@ def test_debug_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LIT_SPU_DEBUG", "1")
     with pytest.raises(UserError, match="no checkpoint"):
         main(["test", "--ckpt_path=absent"])
+
+
+def test_a_callback_of_every_run_may_be_given_again() -> None:
+    kinds = [FinishValidation(), EarlyStopping("a"), EarlyStopping("b"), FinishValidation()]
+    assert _without_repeats(kinds) == kinds[1:]
 
 
 @pytest.mark.parametrize("placeholder", ["{tsk}", "{}", "{task"])

@@ -203,7 +203,7 @@ class SpuCLI(LightningCLI):
         """Return the trainer's settings that depend on the run directory: callbacks, loggers and directories."""
         settings: dict[str, Any] = {
             "default_root_dir": folder,
-            "callbacks": [*self._given_callbacks(), *self._required_callbacks()],
+            "callbacks": _without_repeats([*self._given_callbacks(), *self._required_callbacks()]),
         }
         if self.subcommand != "fit":
             settings["enable_checkpointing"] = False  # otherwise Lightning adds a ModelCheckpoint even to evaluate
@@ -234,10 +234,9 @@ class SpuCLI(LightningCLI):
         return run_dir.new_run_dir(pattern, task=task, method=method, seed=self._get(self.config, "seed_everything"))
 
     def _given_callbacks(self) -> list[Callback]:
-        """Return the callbacks of the settings. One that is given again replaces the earlier one."""
+        """Return the callbacks of the settings."""
         given = self._get(self.config_init, "trainer")["callbacks"] or []
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
-        callbacks = [c for i, c in enumerate(callbacks) if not any(_replaces(later, c) for later in callbacks[i + 1 :])]
         if self._get(self.config, "trainer").enable_progress_bar is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         return callbacks
@@ -316,9 +315,14 @@ def _model_task_in(config_file: str) -> str | None:
         return None
 
 
-def _replaces(later: Callback, earlier: Callback) -> bool:
-    """Return whether both are of one class of lit_spu, as after `--trainer.callbacks+=Memory …`."""
-    return type(later) is type(earlier) and type(later).__module__.startswith("lit_spu.")
+def _without_repeats(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Return the last callback of each class of lit_spu, as after `--trainer.callbacks+=Memory …`, and all others."""
+    return [
+        callback
+        for i, callback in enumerate(callbacks)
+        if not type(callback).__module__.startswith("lit_spu.")
+        or all(type(later) is not type(callback) for later in callbacks[i + 1 :])
+    ]
 
 
 def run(args: Sequence[str]) -> None:

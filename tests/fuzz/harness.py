@@ -26,6 +26,7 @@ from lit_spu.cli import commands
 from lit_spu.cli.parser import Parser
 from lit_spu.cli.subcommands import RUNS
 from lit_spu.data.glue import GLUE
+from lit_spu.study import grid
 
 SECONDS = 60
 """Time of one command line."""
@@ -155,7 +156,7 @@ def _short_runs(accepted: list[str], steps: bool) -> Iterator[None]:
 
         return run
 
-    parse, find = Parser.parse_args, commands.method_configs
+    parse, find = Parser.parse_args, grid.method_configs
 
     def parse_and_check(self: Parser, *args: Any, **kwargs: Any) -> Any:
         config = parse(self, *args, **kwargs)

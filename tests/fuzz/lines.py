@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
@@ -67,7 +67,7 @@ def classes() -> Mapping[str, Mapping[str, Any]]:
     found = {}
     for cls in public.public_classes():
         if issubclass(cls, Method | Callback):
-            hints = ranges.declared(cls)
+            hints = ranges.declared(cast(Any, cls))
             found[cls.__name__] = {
                 name: hints.get(name, p.annotation) for name, (_, p) in registry.settings(cls).items()
             }
