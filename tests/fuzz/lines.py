@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -44,7 +45,7 @@ class _ParseOnly(SpuCLI):
 def flags() -> Mapping[str, Mapping[str, Any]]:
     """Return the flags of every subcommand, and their types."""
     try:
-        _ParseOnly(["fit"])
+        _ParseOnly(["fit"], ExitStack())
     except _ParserReady as ready:
         (runs,) = ready.args
     choices = next(action for action in runs._actions if action.dest == "subcommand").choices
