@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -50,6 +52,70 @@ def test_config_on_backbone(tmp_path: Path, config: Path, backbone: str) -> None
     assert math.isfinite(logged["val/loss"])
     assert (run / "config.yaml").is_file()
     assert list(run.glob("**/*.ckpt"))
+
+
+COMBINATIONS = [
+    ["precision=bf16-mixed", "gradient_clip_val=1", "accumulate_grad_batches=2"],
+    ["precision=bf16-mixed"],
+    ["precision=bf16-true", "gradient_clip_val=1"],
+    ["precision=bf16-true", "accumulate_grad_batches=2"],
+    ["precision=16-mixed", "gradient_clip_val=1"],
+    ["precision=16-true"],
+    ["precision=64-true"],
+    ["gradient_clip_val=0.5", "gradient_clip_algorithm=value", "accumulate_grad_batches=3"],
+]
+
+
+FAST = [
+    ("kladder", COMBINATIONS[0]),
+    ("lst_paper", COMBINATIONS[1]),
+    ("mezo", COMBINATIONS[0]),
+    ("mezo", COMBINATIONS[1]),
+]
+
+
+def combinations() -> list[Any]:
+    """Return every config and combination on two families, most of them as slow tests."""
+    cases = []
+    for config in METHODS:
+        for family, used in (("bert", COMBINATIONS), ("t5", COMBINATIONS[::2])):
+            for combination in used:
+                marks = [] if family == "bert" and (config.stem, combination) in FAST else [pytest.mark.slow]
+                name = "-".join([config.stem, family, *combination])
+                cases.append(pytest.param(config, family, combination, marks=marks, id=name))
+    return cases
+
+
+@pytest.mark.filterwarnings("ignore:Precision .* is not supported by the model summary")
+@pytest.mark.parametrize(("config", "family", "combination"), combinations())
+def test_precision_clipping_and_accumulation(
+    tiny: Callable[[str], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: Path,
+    family: str,
+    combination: list[str],
+) -> None:
+    """Each combination runs, or is refused in a line or two before a model is loaded."""
+    run = tmp_path / "run"
+    small = ["--data.limit_train=32", "--data.limit_validation=16", "--data.batch_size=8", "--trainer.max_epochs=1"]
+    places = [f"--model.backbone={tiny(family)}", f"--data.cache={tmp_path}", f"--run_dir={run}"]
+    flags = [f"--trainer.{flag}" for flag in combination]
+    code: Any = 0
+    try:
+        main(["fit", f"--config={config}", "--trainer.callbacks=null", *places, *small, *flags])
+    except SystemExit as stop:
+        code = stop.code
+    if code:
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert code == 2
+        assert lines[-1].startswith("error: ")
+        is_overflow = "precision=16-true" in combination and "not finite" in lines[-1]
+        assert is_overflow or not run.exists(), "refused after the model was loaded"
+        return
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert math.isfinite(summary["metrics"]["val/loss"])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)

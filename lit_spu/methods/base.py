@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from lit_spu.errors import NonFiniteError, UserError
 from lit_spu.methods.finite import FiniteLosses, check_weights
 from lit_spu.nn.adapter import Adapter
 from lit_spu.optim import schedules
+from lit_spu.optim.adamw import fused_adamw
 from lit_spu.ranges import Checked, Positive, PositiveOrZero, Share, Text
 from lit_spu.tasks import Encoding, load_task
 from lit_spu.tasks.metrics import task_metrics
@@ -106,6 +108,13 @@ class Method(Checked, FiniteLosses, ABC):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass in the forward pass's default dtype, in which recomputed blocks make tensors."""
+        trainer: Any = self.trainer
+        is_mixed = str(trainer.precision).endswith("mixed")
+        with nullcontext() if is_mixed else trainer.precision_plugin.forward_context():
+            super().backward(loss, *args, **kwargs)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step and free the gradients. Lightning would hold them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
@@ -116,7 +125,7 @@ class Method(Checked, FiniteLosses, ABC):
         groups = self.parameter_groups()
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
+            optimizer = fused_adamw(groups, self.lr)
         else:
             optimizer = torch.optim.Adafactor(groups, lr=self.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

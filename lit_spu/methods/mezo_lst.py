@@ -19,6 +19,7 @@ from lit_spu.errors import UserError
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.optim import schedules
+from lit_spu.optim.adamw import fused_adamw
 from lit_spu.ranges import Positive, Range
 
 
@@ -65,7 +66,7 @@ class MeZOLST(ZerothOrder, KLadder):
 
     def configure_optimizers(self) -> Any:
         """Return MeZO over the backbone, and AdamW over the ladder with warm-up and decay over its own steps."""
-        side = torch.optim.AdamW(self.side.parameters(), self.side_lr, weight_decay=self.weight_decay, fused=True)
+        side = fused_adamw(self.side.parameters(), self.side_lr, weight_decay=self.weight_decay)
         steps = self._count_steps()
         self.num_backbone_steps = round(self.backbone_share * steps) if self.order == "sequential" else 0
         self.side_lr_scheduler = schedules.linear(side, self.warmup, steps - self.num_backbone_steps)

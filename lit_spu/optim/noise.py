@@ -149,7 +149,7 @@ class _GeneratorNoise(Noise):
     def _get_buffer(self, numel: int, device: torch.device) -> Tensor:
         """Return an fp32 tensor of `numel` elements, in the same memory each time."""
         if device not in self._buffers or self._buffers[device].numel() < numel:
-            self._buffers[device] = torch.empty(max(numel, self.block_numel), device=device)
+            self._buffers[device] = torch.empty(max(numel, self.block_numel), dtype=torch.float32, device=device)
         return self._buffers[device][:numel]
 
 
@@ -227,26 +227,27 @@ class LowRankNoise(Noise):
         if not _has_factors(weight):
             return self.normal.draw(key, rows, weight)
         u, v = self._factors(key, weight)
-        return u[rows.start : rows.stop] @ v.T
+        return _multiply(u[rows.start : rows.stop], v)
 
     def sample_rows(self, key: int, weight: Tensor, row_indices: Tensor) -> Tensor:
         if not _has_factors(weight):
             return super().sample_rows(key, weight, row_indices)
         u, v = self._factors(key, weight)
-        return u[row_indices] @ v.T
+        return _multiply(u[row_indices], v)
 
     def perturb(self, key: int, weight: Tensor, scale: float) -> Tensor:
         if not _has_factors(weight):
             return super().perturb(key, weight, scale)
         u, v = self._factors(key, weight)
-        return torch.addmm(weight, u.to(weight.dtype), v.T.to(weight.dtype), alpha=scale)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(weight, u.to(weight.dtype), v.T.to(weight.dtype), alpha=scale)
 
     def perturbed_linear(self, key: int, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         if not _has_factors(weight):
             return super().perturbed_linear(key, x, weight, bias, scale)
         u, v = (factor.to(x.dtype) for factor in self._factors(key, weight))
         out, low_rank = F.linear(x, weight, bias), x @ v
-        out.flatten(0, -2).addmm_(low_rank.flatten(0, -2), u.T, alpha=scale)
+        out.flatten(0, -2).addmm_(low_rank.flatten(0, -2), u.T.to(out.dtype), alpha=scale)  # not autocast, as they are
         return out
 
     def update(
@@ -263,7 +264,7 @@ class LowRankNoise(Noise):
 
     def _factors(self, key: int, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return U/√r [rows, r] and V [width, r]."""
-        both = torch.empty(sum(weight.shape) * self.rank, device=weight.device)
+        both = torch.empty(sum(weight.shape) * self.rank, dtype=torch.float32, device=weight.device)
         u, v = self.normal.sample(key, both).view(-1, self.rank).split(list(weight.shape))
         return (u, v) if self.rank == 1 else (u * self.rank**-0.5, v)
 
@@ -293,6 +294,12 @@ def _update(part: Tensor, residual: Tensor | None, moves: Iterable[tuple[Tensor,
 def _has_factors(weight: Tensor) -> bool:
     """Return whether z of this weight has low rank. That of a vector, or of a matrix of one row, is normal."""
     return weight.dim() == 2 and weight.shape[0] > 1
+
+
+def _multiply(u: Tensor, v: Tensor) -> Tensor:
+    """Return uvᵀ in the precision of u, also under autocast: a replay, which has none, computes the same."""
+    with torch.autocast(u.device.type, enabled=False):
+        return u @ v.T
 
 
 def _signs_of_bytes(device: torch.device) -> Tensor:

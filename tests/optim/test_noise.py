@@ -122,3 +122,29 @@ def test_a_view_that_is_not_contiguous_is_updated_in_place() -> None:
         noise.update(whole.T[:, ::2], [(5, 1.0)], 0.0, None)
         assert torch.equal(whole.T[:, ::2], noise.sample(5, torch.empty(60, 25)))
         assert not whole.T[:, 1::2].any()
+
+
+@noises
+def test_noise_is_the_same_in_every_precision_of_the_trainer(kind: str) -> None:
+    """A replay has neither autocast nor another default dtype, and takes the same steps."""
+    noise, weight = NOISES[kind](), torch.randn(40, 30)
+    rows = torch.tensor([3, 1])
+
+    def computed() -> list[torch.Tensor]:
+        updated = weight.clone()
+        noise.update(updated, [(5, 0.1)], 0.0, None)
+        return [noise.sample(5, weight), noise.sample_rows(5, weight, rows), noise.perturb(5, weight, 0.1), updated]
+
+    expected = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = computed()
+        out = noise.perturbed_linear(5, torch.randn(2, 3, 30), weight, torch.zeros(40), 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    noise = NOISES[kind]()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = computed()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert out.dtype is torch.bfloat16
