@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -15,6 +15,12 @@ class UserError(ValueError):
 
 class NonFiniteError(UserError):
     """Error for a loss, a score or a weight that is NaN or infinite."""
+
+
+def describe_changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """Return the values that differ from those before, as `name now (before: value)`, joined by commas."""
+    differ = [name for name, value in before.items() if now.get(name) != value]
+    return ", ".join(f"{name} {now.get(name)} (before: {before[name]})" for name in differ)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -119,14 +119,14 @@ def saved_config(file: Path) -> dict[str, Any]:
 
 
 def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of `model` and `data` in a checkpoint, as in a config file."""
+    """Return the settings of `model` and `data` in a checkpoint, as in a config file, and `run`: others by flag."""
     model = dict(checkpoint["hyper_parameters"])
     class_path = model.pop("_class_path", None) or checkpoint["method"]
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     data["task"] = model.pop("task")  # the command line links data.task to the model
     for settings in (model, data):
         settings.pop("_instantiator", None)
-    return {"model": {"class_path": class_path, "init_args": model}, "data": data}
+    return {"model": {"class_path": class_path, "init_args": model}, "data": data, "run": checkpoint.get("run", {})}
 
 
 def describe_launch(args: Sequence[str]) -> dict[str, object]:

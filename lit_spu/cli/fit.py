@@ -34,7 +34,7 @@ from lit_spu.checkpoints.whole_files import WholeFiles
 from lit_spu.cli.launch import HeldLogger, SaveRun
 from lit_spu.cli.parser import Parser
 from lit_spu.cli.quiet import hide_callback_states, hide_expected_warnings
-from lit_spu.cli.resume import Checkpoint, open_checkpoint
+from lit_spu.cli.resume import Checkpoint, RecordRun, describe_run, open_checkpoint
 from lit_spu.cli.subcommands import RUNS
 from lit_spu.cli.user_errors import exit_on_user_error, print_to_stderr
 from lit_spu.data.glue import GLUE
@@ -143,7 +143,7 @@ class SpuCLI(LightningCLI):
         self._dump_config()
         self.differences = checkpoint.find_differences(self.config_dump["model"])
         if subcommand == "fit":
-            checkpoint.check_resumable(self.differences)
+            checkpoint.check_resumable(self.differences + checkpoint.find_run_differences(self.config_dump))
         elif self.differences:
             print_to_stderr(f"These settings differ from the checkpoint's: {', '.join(self.differences)}")
 
@@ -258,6 +258,7 @@ class SpuCLI(LightningCLI):
                 enable_version_counter=False,
             ),
             LastCheckpoint(folder),
+            RecordRun(describe_run(self.config[str(self.subcommand)])),
             FinishValidation(),
             RunSummary(),
         ]

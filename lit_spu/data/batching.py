@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
 from typing import Any, cast
 
 import numpy as np
@@ -34,6 +36,14 @@ class Examples(Dataset[Batch]):
         self.tokens = tokens
         self.labels = torch.tensor(labels)  # int64 for labels, float32 for scores
         self.pad_id = pad_id
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the tokens and labels of all examples in their order, 16 hexadecimal digits."""
+        tokens, found = self.tokens, sha256()
+        for array in (tokens.ids, tokens.starts, tokens.types, self.labels.numpy()):
+            found.update(b"none" if array is None else np.ascontiguousarray(array).data)
+        return found.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.tokens)

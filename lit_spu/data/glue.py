@@ -21,7 +21,7 @@ from lit_spu.data.batching import Batch, BucketSampler, Examples, Loader
 from lit_spu.data.sources import Parts
 from lit_spu.data.tables import decode
 from lit_spu.data.text import Row
-from lit_spu.errors import UserError
+from lit_spu.errors import UserError, describe_changes
 from lit_spu.tasks import Encoding, Split, Task, load_task
 
 Portion = Split | Literal["predict"]
@@ -120,7 +120,7 @@ class GLUE(LightningDataModule):
         self.encoding: Encoding | None = None
         """Tokenizer and format of the examples; set it only if the model has no `encoding`."""
         self._train_loader: Loader | None = None
-        self._resume_state: dict[str, int] = {}
+        self._resume_state: dict[str, Any] = {}
         self._rows: dict[Portion, Parts] = {}
         self._examples: dict[Portion, list[Examples]] = {}
 
@@ -214,13 +214,40 @@ class GLUE(LightningDataModule):
         return self._train_loader
 
     # Lightning also restores loaders, but not one that was made earlier so that a schedule could count its batches.
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the training data."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the training data, and the fingerprint of the data."""
+        if self._train_loader is None:
+            return {}
+        return {**self._train_loader.state_dict(), "data": self.fingerprint()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume the next training run at the position in `state_dict`."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume the next training run at the position in `state_dict`.
+
+        Raises:
+            UserError: in training, if these are not the data of that position.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            then, now = state_dict.get("data", {}), self.fingerprint() | {"seed": state_dict.get("seed")}
+            if different := describe_changes(then, now):
+                raise UserError(
+                    f"--ckpt_path resumes a run on its own data, but these differ: {different}.\n"
+                    "Give the same data, or leave out --ckpt_path to start a new run."
+                )
         self._resume_state = state_dict
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the training batches and the validation scores depend on: settings, and digests of examples."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return {
+            "batch_size": self.batch_size,
+            "same_batches": self.same_batches,
+            "seed": _shuffle_seed(),
+            "devices": (shares or {}).get("num_replicas", 1),
+        } | {
+            f"examples of {portion}": " ".join(part.digest for part in self._examples[portion])
+            for portion in _PORTIONS["fit"]
+            if portion in self._examples
+        }
 
     def val_dataloader(self) -> list[Loader]:
         """Return one loader for each validation set."""
@@ -293,7 +320,7 @@ class GLUE(LightningDataModule):
                     self.batch_size,
                     shuffle=shuffle,
                     same_batches=self.same_batches,
-                    seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # `seed_everything` stores the seed there
+                    seed=_shuffle_seed(),
                     **shares,
                 ),
                 num_workers=self.num_workers,
@@ -312,6 +339,11 @@ def _warn_of_one_label(task: Task, rows: list[Row]) -> None:
         label = labels.pop()
         name = label if task.regression else repr(task.labels[label])
         rank_zero_warn(f"All {len(rows)} training examples of {task.name} have the label {name}: nothing to learn.")
+
+
+def _shuffle_seed() -> int:
+    """Return the random seed of the order of batches, that of `seed_everything` if it was called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def _draw_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -128,6 +128,12 @@ class ZerothOrder(Method):
             self._load_initial_weights()
             self.check_trainer({"precision": self.trainer.precision, "strategy": type(self.trainer.strategy).__name__})
 
+    def checkpoint_dict(self) -> dict[str, Any]:
+        """Return the method's part of a checkpoint and, in training, the fingerprint of the data."""
+        data = getattr(self._trainer, "datamodule", None)
+        known = {"data": data.fingerprint()} if hasattr(data, "fingerprint") else {}
+        return super().checkpoint_dict() | known
+
     def _load_initial_weights(self) -> None:
         if self.weights:
             trained_weights.restore_weights(self, run_dir.find_checkpoint(self.weights, "best"))

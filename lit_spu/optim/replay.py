@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lit_spu.checkpoints.fingerprint import fingerprint
-from lit_spu.errors import UserError
+from lit_spu.errors import UserError, describe_changes
 from lit_spu.optim.keyed_random import key_of
 from lit_spu.optim.mezo import MeZOOptimizer
 from lit_spu.optim.trajectory import Trajectory
@@ -44,7 +44,7 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
         optimizer: The present optimizer, before its first step.
 
     Raises:
-        UserError: If the backbone, the initial weights or the noise differ from the run's.
+        UserError: If the backbone, the initial weights, the noise or, in training, the data differ from the run's.
     """
     own, recorded, file = trajectory_header(checkpoint, optimizer), trajectory.header, trajectory.file
     if own["backbone"]["fingerprint"] != recorded["backbone"]["fingerprint"]:
@@ -58,6 +58,11 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
             f"{file} starts from other weights than these ({recorded['method']}, fingerprint"
             f" {recorded['initial_fingerprint']}; here {own['method']}, {own['initial_fingerprint']}):"
             f" use the run's own settings, and seed {recorded['seed']}."
+        )
+    if changes := describe_changes(recorded.get("data", {}), own.get("data", recorded.get("data", {}))):
+        raise UserError(
+            f"{file} continues a run on its own data, but these differ: {changes}. Give the same data, or leave out"
+            " --model.trajectory to start a new run."
         )
     if own["noise"] != recorded["noise"]:
         raise UserError(
