@@ -109,8 +109,7 @@ def test_other_examples_in_a_file_of_the_same_length_are_refused(
     before = content(work / "run")
     message = refusal(["fit", "--ckpt_path=run", "--trainer.max_epochs=2"], capsys)
     assert f"examples of {'train' if name == 'train' else 'validation'} " in message
-    after = content(work / "run")
-    assert all(after[path] == before[path] for path in before if path.suffix == ".ckpt")
+    assert content(work / "run") == before
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoints/last.ckpt"])
