@@ -130,7 +130,7 @@ class ZerothOrder(Method):
 
     def checkpoint_dict(self) -> dict[str, Any]:
         """Return the method's part of a checkpoint and, in training, the fingerprint of the data."""
-        data = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         known = {"data": data.fingerprint()} if hasattr(data, "fingerprint") else {}
         return super().checkpoint_dict() | known
 
