@@ -21,7 +21,6 @@ import lit_spu.methods.shared_trunk
 import lit_spu.methods.side_lora
 import typing
 from lit_spu.callbacks.finish_validation import FinishValidation as FinishValidation
-from lit_spu.callbacks.first_step import FirstStep as FirstStep
 from lit_spu.callbacks.gradual_freezing import GradualFreezing as GradualFreezing
 from lit_spu.callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
 from lit_spu.callbacks.latency import Latency as Latency

@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, number: int) -> None:
 
 def write_summary(folder: Path, number: int) -> None:
     summary = RunSummary()
-    summary.has_begun, summary._folder = True, folder
+    summary._folder = folder
     record: dict[str, Any] = {"metrics": {"x": number}, "measured": {}, "best_score": None, "wall_seconds": 1.0}
     summary._record = lambda trainer: record  # type: ignore[method-assign]
     state: Any = SimpleNamespace(state=SimpleNamespace(fn=SimpleNamespace(value="x")), is_global_zero=True, loggers=[])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class FirstStep(Callback):
+class FirstStep(Callback, ABC):
     """Base class of callbacks that write nothing before the first step of a launch.
 
     A launch that is refused, that cannot restore its checkpoint, or whose first step fails, therefore leaves the run
@@ -17,8 +18,13 @@ class FirstStep(Callback):
     has_begun = False
     _initial_step = 0
 
+    @abstractmethod
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to write. Called once in a launch, on every rank."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.has_begun = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

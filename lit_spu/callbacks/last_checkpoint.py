@@ -35,6 +35,9 @@ class LastCheckpoint(FirstStep, ModelCheckpoint):
         )
         self._saved_at = self._save_seconds = 0.0
 
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing at once: epochs and interruptions save."""
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = time.monotonic()
         is_last_epoch = (

@@ -51,8 +51,10 @@ class RunSummary(FirstStep):
         self._start_time = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.has_begun = False
+        super().setup(trainer, pl_module, stage)
         self._start_time = time.perf_counter()
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._folder = run_directory(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -69,7 +71,7 @@ class RunSummary(FirstStep):
     ) -> None:
         folder, self._folder = self._folder, None  # so that it is written only once
         command = trainer.state.fn
-        if not folder or not self.has_begun or not command or command == "predict" or not trainer.is_global_zero:
+        if not folder or not command or command == "predict" or not trainer.is_global_zero:
             return
         record = self._record(trainer) | {"status": status, "command": str(command.value)}
         if error:

@@ -69,13 +69,16 @@ _ADVICE = "Give a run directory, or its best.ckpt or last.ckpt."
 
 
 def write_weights(checkpoint: Mapping[str, Any], file: Path) -> None:
-    """Write an export: the `state_dict` as tensors, and the other entries, which JSON must hold, as metadata."""
+    """Write the file of an export, whose folder is written as a whole.
+
+    The `state_dict` becomes tensors, and the other entries, which JSON must hold, metadata.
+    """
     from safetensors.torch import save_file
 
     weights = {name: tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
     text = json.dumps({name: value for name, value in checkpoint.items() if name != "state_dict"})
-    with replace_path(file) as partial:
-        save_file(weights, partial, metadata={"lit_spu": text})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, file, metadata={"lit_spu": text})
 
 
 def read_weights(file: Path) -> dict[str, Any]:

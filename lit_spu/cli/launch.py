@@ -28,7 +28,8 @@ class SaveRun(FirstStep, SaveConfigCallback):
         self.command = command
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing yet, unlike the base class."""
+        """Write nothing yet, unlike Lightning's callback."""
+        self.has_begun = False
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
