@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_spu.backbones import absorbed_cross_attention, last_position
 from lit_spu.backbones.family import Family
-from lit_spu.backbones.hooks import position_wise
+from lit_spu.backbones.hooks import override_forward, position_wise
 from lit_spu.backbones.last_position import gather_position
 from lit_spu.backbones.target_linears import Role, TargetLinear, parse_pattern
 from lit_spu.errors import UserError
@@ -163,9 +164,17 @@ class TransformerStacks:
         return last
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute trained blocks in the backward pass instead of saving their activations."""
-        # transformers' public method also makes the embeddings require a gradient, which then passes frozen blocks
-        self.model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        """Recompute blocks in the backward pass instead of saving their activations."""
+        # transformers' own way skips blocks in evaluation mode, as frozen blocks with adapters are
+        for block in self.blocks:
+            override_forward(block, _recompute)
+
+
+@position_wise
+def _recompute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
 class HiddenStateRecorder:

@@ -41,7 +41,7 @@ class Method(Checked, FiniteLosses, ABC):
         optimizer: AdamW, or Adafactor, whose step is scaled by the size of each weight.
         weight_decay: Decoupled weight decay of matrices; biases and norms have none.
         warmup: Share of all steps over which the learning rate rises, before it falls to zero linearly.
-        gradient_checkpointing: Recompute the trained blocks in the backward pass instead of saving their activations.
+        gradient_checkpointing: Recompute the blocks in the backward pass instead of saving their activations.
 
     Raises:
         UserError: If the backbone or the task does not exist, or they do not fit each other.

@@ -113,11 +113,15 @@ class Additive(Fusion):
 
 
 class Dynamic(Gated):
-    """`Gated` with a gate for each example, computed from the window's mean over the real tokens."""
+    """`Gated` with a gate for each example, computed from the window's mean over the real tokens.
+
+    In a causal stack each token has its own gate, from the mean up to this token: no token depends on later ones.
+    """
 
     def __init__(self, stack: Stack, windows: Windows, width: int) -> None:
         super().__init__(stack, windows, width)
         self.pooled = nn.Parameter(torch.zeros(stack.depth, width))
+        self.is_causal = stack.is_causal
 
     def forward(self, slots: Sequence[Tensor], mask: Tensor | None) -> Fuse:
         summaries = self.summarize(slots)
@@ -125,9 +129,10 @@ class Dynamic(Gated):
         def fuse(i: int, state: Tensor) -> Tensor:
             summary = summaries[i]
             real = summary.new_ones(summary.shape[:2]) if mask is None else mask.to(summary.dtype)
-            pooled = (summary * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
-            gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + pooled @ self.pooled[i])[:, None, None]
-            return torch.lerp(summary, state, gate)
+            scores, count = (summary @ self.pooled[i]) * real, real  # the mean of the scores is the score of the mean
+            total = (lambda x: x.cumsum(1)) if self.is_causal else (lambda x: x.sum(1, keepdim=True))
+            gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + total(scores) / total(count).clamp_min(1))
+            return torch.lerp(summary, state, gate.unsqueeze(-1))
 
         return fuse
 

@@ -132,3 +132,22 @@ def test_what_the_windows_read_is_logged(
             assert len(inside) == min(i + 2, depth) - max(i - 1, 0)
             if 0 < i < depth - 1:
                 assert sum(inside) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["gated", "additive", "dynamic", "attention", "cross_attention"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_later_tokens_change_no_earlier_state_of_a_causal_model(tiny: Tiny, family: str, fusion: str) -> None:
+    torch.manual_seed(0)
+    method: Any = KLadder(backbone=tiny(family), reduction=2, k=1, fusion=fusion).double().eval()
+    with torch.no_grad():
+        for parameter in method.side.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.tensor([[5, 23, 24, 25, 26, 27]])
+    other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)
+    states = []
+    for tokens in (ids, other):
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        position = torch.tensor([3])
+        with torch.no_grad():
+            states.append(method.side(method.hidden_states(batch), method.backbone.model_inputs(batch), position))
+    torch.testing.assert_close(*states, atol=1e-12, rtol=0)
