@@ -130,8 +130,11 @@ class Dynamic(Gated):
             summary = summaries[i]
             real = summary.new_ones(summary.shape[:2]) if mask is None else mask.to(summary.dtype)
             scores, count = (summary @ self.pooled[i]) * real, real  # the mean of the scores is the score of the mean
-            total = (lambda x: x.cumsum(1)) if self.is_causal else (lambda x: x.sum(1, keepdim=True))
-            gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + total(scores) / total(count).clamp_min(1))
+            if self.is_causal:
+                scores, count = scores.cumsum(1), count.cumsum(1)
+            else:
+                scores, count = scores.sum(1, keepdim=True), count.sum(1, keepdim=True)
+            gate = torch.sigmoid(self.alpha[i] / TEMPERATURE + scores / count.clamp_min(1))
             return torch.lerp(summary, state, gate.unsqueeze(-1))
 
         return fuse

@@ -134,9 +134,9 @@ def test_what_the_windows_read_is_logged(
                 assert sum(inside) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("fusion", ["gated", "additive", "dynamic", "attention", "cross_attention"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
-def test_later_tokens_change_no_earlier_state_of_a_causal_model(tiny: Tiny, family: str, fusion: str) -> None:
+def test_later_tokens_change_no_earlier_state_of_a_causal_model(tiny: Tiny, family: str, fusion: Any) -> None:
     torch.manual_seed(0)
     method: Any = KLadder(backbone=tiny(family), reduction=2, k=1, fusion=fusion).double().eval()
     with torch.no_grad():
