@@ -1,7 +1,8 @@
-"""YAML as plain values: no code, no file that expands to more than it says, no nesting that a parser cannot bear."""
+"""YAML and JSON as plain values: nothing that runs, expands beyond measure or nests beyond what a parser can bear."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,18 @@ def parse_yaml(text: str, name: str) -> Any:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
         raise UserError(f"{name} cannot be read as YAML: {reason[:300]}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the plain values of a JSON document.
+
+    Raises:
+        ValueError: if it is not JSON, or nested too deep for the parser.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too many levels of lists and objects") from error
 
 
 def read_mapping(path: str | Path, name: str | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lit_spu.cli.parser import Parser
 from lit_spu.errors import UserError
-from lit_spu.safe_yaml import MAX_NODES, parse_yaml, read_mapping
+from lit_spu.safe_yaml import MAX_NODES, parse_json, parse_yaml, read_mapping
 from lit_spu.tasks import load_task
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -90,3 +90,10 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, content: bytes,
         read_mapping(tmp_path / "f.yaml")
     with pytest.raises(UserError, match=r"g\.yaml cannot be read .No such file"):
         read_mapping(tmp_path / "g.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, "{", ""])
+def test_json_that_cannot_be_parsed_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"levels|digits|Expecting"):
+        parse_json(text)
+    assert parse_json('{"a": [1]}') == {"a": [1]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_spu.errors import UserError
+from lit_spu.safe_yaml import parse_json
 
 ADAPTER = "adapter_config.json"
 _LFS_POINTER = b"version https://git-lfs"
@@ -81,8 +81,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"model.backbone: {file} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"model.backbone: {file} holds no mapping of settings.")

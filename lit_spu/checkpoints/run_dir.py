@@ -11,7 +11,6 @@ A run directory holds:
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 from lit_spu.checkpoints import trained_weights
 from lit_spu.errors import UserError, did_you_mean
+from lit_spu.safe_yaml import parse_json
 from lit_spu.version import __version__
 
 PATTERN = "runs/{task}/{method}/{seed}/{time}"
@@ -62,7 +62,7 @@ def _holds_results(path: Path) -> bool:
 def read_summary(path: Path) -> dict[str, Any]:
     """Return the results in a run directory's `summary.json`; nothing if it is absent or unreadable."""
     try:
-        summary = json.loads((path / "summary.json").read_text())
+        summary = parse_json((path / "summary.json").read_text())
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}

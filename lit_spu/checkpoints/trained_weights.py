@@ -14,6 +14,7 @@ from zipfile import ZipFile
 
 from lit_spu.errors import UserError
 from lit_spu.files import check_checksums, replace_path, system_error
+from lit_spu.safe_yaml import parse_json
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -92,7 +93,7 @@ def read_weights(file: Path) -> dict[str, Any]:
     check_checksums(file.parent)
     try:
         with safe_open(file, "pt") as opened:
-            checkpoint: dict[str, Any] = json.loads(opened.metadata()["lit_spu"])
+            checkpoint: dict[str, Any] = parse_json(opened.metadata()["lit_spu"])
             names = opened.keys()
             checkpoint["state_dict"] = {name: opened.get_tensor(name) for name in names}
             checkpoint["hyper_parameters"]

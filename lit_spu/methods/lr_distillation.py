@@ -6,7 +6,6 @@ the same mean learning rate.
 
 from __future__ import annotations
 
-import json
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from lit_spu.methods.base import Method
 from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
 from lit_spu.ranges import Count, Positive, PositiveOrZero, Text
+from lit_spu.safe_yaml import parse_json
 
 MIN_DISTANCE = 1e-6
 """Smaller distances count as 0: they are rounding errors, which may be negative or become the divisor d_0."""
@@ -171,8 +171,8 @@ def _read_mean_factor(run: str) -> float:
     """Return the mean factor on the learning rate of a run, or of the last run that a pattern matches."""
     summary = Path(max(glob(run), default=run)) / "summary.json"
     try:
-        factor: float = json.loads(summary.read_text())["metrics"]["lr/mean_factor"]
-    except (OSError, ValueError, KeyError) as error:
+        factor: float = parse_json(summary.read_text())["metrics"]["lr/mean_factor"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"model.control: {run} is not the directory of a finished run of LRDistillation (no lr/mean_factor in"
             f" {summary})."

@@ -5,7 +5,6 @@ Every key is either understood here, or without effect on a trained adapter, or 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_spu.errors import UserError
+from lit_spu.safe_yaml import parse_json
 
 CONFIG = "adapter_config.json"
 
@@ -75,7 +75,7 @@ class PeftConfig:
     def __init__(self, folder: Path) -> None:
         self.file = folder / CONFIG
         try:
-            values = json.loads(self.file.read_text(encoding="utf-8"))
+            values = parse_json(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"model.adapter: {folder} is no adapter folder of the peft library: {error}") from error
         if not isinstance(values, dict):

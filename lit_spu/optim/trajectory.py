@@ -17,6 +17,7 @@ import numpy as np
 from lit_spu.errors import UserError
 from lit_spu.files import replace_path
 from lit_spu.optim.mezo import MeZOOptimizer
+from lit_spu.safe_yaml import parse_json
 
 NAME = "trajectory.mezo"
 
@@ -41,7 +42,7 @@ class Trajectory:
             raise UserError(f"trajectory: {file} does not exist. Give the directory of a run by MeZO, or its {NAME}.")
         line, _, data = file.read_bytes().partition(b"\n")
         try:
-            header = json.loads(line)
+            header = parse_json(line)
             width = header["groups"] + header["directions"]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
