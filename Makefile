@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DOCS_INSTALLED := $(VENV)/docs-installed
 
-.PHONY: demo test test-all install stub lint types check bench docs clean
+.PHONY: demo test test-all install stub lint types check audit bench docs clean
 
 demo: $(INSTALLED)  ## Train k-ladder LST on synthetic data with an embedded backbone: under a minute, no downloads.
 	$(BIN)/python cli.py fit --config configs/kladder.yaml $(ARGS)
@@ -35,6 +35,10 @@ types: stub
 	$(BIN)/mypy
 
 check: lint types docs test-all  ## What continuous integration runs.
+
+audit: $(INSTALLED)  ## Known vulnerabilities of the exact versions. Without an index it is skipped, and says so.
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	$(BIN)/python -m tools.audit
 
 bench: $(INSTALLED)  ## Time and memory of every method against the plain forward pass and full fine-tuning.
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -54,7 +54,9 @@ def find_problems(strategy: SearchStrategy[T], check: Callable[[T], str], count:
         seen.add(example)
         if problem := check(example):
             problems.append(problem)
-            print(problem, flush=True)
+            print(problem)
+        if len(seen) % 50 == 0:
+            print(f"{len(seen)} examples, {len(problems)} problems", flush=True)
 
     examine()
     print(f"{len(seen)} examples, {len(problems)} problems")
