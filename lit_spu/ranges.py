@@ -133,7 +133,7 @@ def describe(hint: Any) -> str:
 def declared(cls: Any) -> Mapping[str, Any]:
     """Return the types of the arguments of a class's constructor by name: its own, then those of its checked bases."""
     found: dict[str, Any] = {}
-    for base in cls.__mro__:
+    for base in cls.__mro__ if isinstance(cls, type) else ():
         if issubclass(base, Checked) and "__init__" in vars(base):
             try:
                 hints = get_type_hints(vars(base)["__init__"], include_extras=True)
@@ -154,8 +154,13 @@ class Checked:
         return super().__new__(cls)
 
 
-def check(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
+def check(cls: type, values: Mapping[str, Any], key: str = "") -> None:
     """Check settings of a class; names that it does not have are left to its constructor.
+
+    Args:
+        cls: The class.
+        values: The settings by name.
+        key: The settings' full name without the last part, for the message; by default that of the class.
 
     Raises:
         UserError: If one is not allowed.
@@ -163,7 +168,7 @@ def check(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
     hints = declared(cls)
     for name, value in values.items():
         if name in hints and not allows(hints[name], value):
-            raise UserError(f"{prefix or f'{cls.__name__}: '}{Refusal(name, value, hints[name])}")
+            raise UserError(str(Refusal(f"{key or cls.__name__}.{name}", value, hints[name])))
 
 
 @dataclass(frozen=True)
@@ -181,8 +186,8 @@ class Refusal:
     hint: Any
 
     def __str__(self) -> str:
-        value = "null" if self.value is None else str(self.value) or "''"
-        return f"{self.key}={value} is not allowed. Give {describe(self.hint)}."
+        value = "null" if self.value is None else repr(self.value)
+        return f"{self.key}: {value} is not allowed. Give {describe(self.hint)}."
 
 
 def refusals(hint: Any, value: Any, key: str) -> Iterator[Refusal]:

@@ -33,13 +33,13 @@ def run_refused(args: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("args", "parts"),
     [
         ("estimate --configs none/*.yaml", ["configs", "'none/*.yaml'", "matches no file"]),
-        ("estimate --configs=[]", ["--configs", "no file is given", "configs/lst.yaml"]),
+        ("estimate --configs=[]", ["--configs: []", "at least 1"]),
         ("estimate --batch 3", ["--batch", "Did you mean --batch_size?"]),
-        ("estimate --batch_size 0 --configs {configs}/lst.yaml", ["--batch_size=0", "1 or more"]),
-        ("estimate --batch_size many", ["--batch_size", "'many'", "int"]),
+        ("estimate --batch_size 0 --configs {configs}/lst.yaml", ["--batch_size: 0", "from 1 to"]),
+        ("estimate --batch_size many", ["--batch_size: 'many'", "a whole number"]),
         ("estimate --configs {configs}/lst.yaml --backbone mini-brt", ["mini-brt", "Did you mean mini-bert?"]),
         ("estimate --config {configs}/lst.yaml", ["lst.yaml", "--configs"]),
-        ("estimate --configs {configs}/lst.yaml --budget=-1", ["--budget=-1", "above 0"]),
+        ("estimate --configs {configs}/lst.yaml --budget=-1", ["--budget: -1", "a number from"]),
         (
             'estimate --configs {configs}/lst.yaml --settings={{"redution":4}}',
             ["'redution'", "Did you mean reduction?"],
@@ -50,7 +50,7 @@ def run_refused(args: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("compare --config nowhere.yaml", ["nowhere.yaml", "does not exist"]),
         ("compare --configs {configs}/lst.yaml", ["reference", "'full'", "lst"]),
         ("compare --configs {configs}/full.yaml --seeds one", ["--seeds", "one"]),
-        ("compare --configs {configs}/full.yaml --jobs 0", ["--jobs=0", "1 or more"]),
+        ("compare --configs {configs}/full.yaml --jobs 0", ["--jobs: 0", "from 1 to"]),
         ("compare --configs {configs}/full.yaml --sed 1", ["--sed", "Did you mean --seeds?"]),
     ],
 )

@@ -7,16 +7,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
 from lit_spu import KLadder, public, ranges, registry
+from lit_spu.callbacks.policies import Policy
+from lit_spu.cli.commands import FUNCTIONS
 from lit_spu.cli.fit import SpuCLI
 from lit_spu.cli.parser import Parser
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
 from lit_spu.ranges import Checked, Count, Length, Positive, Range, Seed, Share, Text
+from lit_spu.study.grid import Study
 
 HOSTILE = ["nan", ".nan", ".inf", "-.inf", "-1", "0", "1e400", "1.0e+400", "null", "", "''", "[]", str(10**30), "true"]
 """Values of flags that make no sense for most settings."""
@@ -26,16 +29,23 @@ def undeclared(hint: Any) -> Iterator[Any]:
     """Yield the parts of a type that have no declared range: numbers, texts and lists."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        if get_origin(parts[0]) in (list, Sequence, Mapping):
-            yield from undeclared(get_args(parts[0])[0])
+        if get_origin(parts[0]) in (list, Sequence, dict, Mapping):
+            yield from undeclared(get_args(parts[0])[-1])
     elif origin in (Union, UnionType):
         for part in parts:
             yield from undeclared(part)
-    elif hint in (int, float, str, Any) or origin in (list, Sequence):
+    elif origin in (dict, Mapping):
+        yield from undeclared(parts[1])
+    elif hint in (int, float, str) or origin in (list, Sequence):
         yield hint
 
 
-CLASSES = [cls for cls in public.public_classes() if issubclass(cls, Method)]
+CLASSES = [
+    cls
+    for cls in (*public.public_classes(), *registry.concrete_subclasses(Policy), Study)
+    if any(owner.__module__.startswith("lit_spu.") for owner, _ in registry.settings(cls).values())
+]
+"""Every class with settings of its own: the data module, the callbacks, the methods, the policies, and a study."""
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -46,10 +56,15 @@ def test_every_setting_has_a_declared_range(cls: type) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_default_is_allowed(cls: type) -> None:
-    for name, (_, parameter) in registry.settings(cls).items():
-        assert parameter.default is inspect.Parameter.empty or ranges.allows(
-            ranges.declared(cls)[name], parameter.default
-        )
+    for name, hint in ranges.declared(cls).items():
+        default = registry.settings(cls)[name][1].default
+        assert default is inspect.Parameter.empty or cls is Study or ranges.allows(hint, default)
+
+
+@pytest.mark.parametrize("command", FUNCTIONS.values())
+def test_every_flag_of_a_command_has_a_declared_range(command: Any) -> None:
+    hints = get_type_hints(command, include_extras=True)
+    assert not {name: found for name, hint in hints.items() if (found := [*undeclared(hint)]) and name != "out"}
 
 
 @pytest.mark.parametrize("hint", [Count, Positive, Share, Seed, Count | None, Annotated[Sequence[Count], Length(1)]])
@@ -80,9 +95,9 @@ def test_bounds_are_kept_exactly(hint: Any, allowed: list[Any], refused: list[An
 )
 def test_the_constructor_names_the_argument(settings: dict[str, Any]) -> None:
     (name,) = settings
-    with pytest.raises(UserError, match=rf"KLadder: {name}=.* is not allowed\. Give "):
+    with pytest.raises(UserError, match=rf"KLadder\.{name}: .* is not allowed\. Give "):
         KLadder(**settings)
-    with pytest.raises(UserError, match=r"KLadder: k=-1 is not allowed\. Give a whole number from 0 to 1e9\."):
+    with pytest.raises(UserError, match=r"KLadder\.k: -1 is not allowed\. Give a whole number from 0 to 1e9\."):
         KLadder(-1)
 
 

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from lit_spu.callbacks.output import log_now
 from lit_spu.errors import UserError
+from lit_spu.ranges import Checked, Count, CountOrZero, PositiveShare
 
 
-class GradualFreezing(Callback):
+class GradualFreezing(Checked, Callback):
     """Callback that freezes the embeddings and then block by block during training, from the bottom up.
 
     The embeddings and each block are a layer here. A frozen layer has no gradient, so neither momentum nor weight decay
@@ -47,18 +48,12 @@ class GradualFreezing(Callback):
 
     def __init__(
         self,
-        every: int = 1,
+        every: Count = 1,
         unit: Literal["epoch", "step"] = "epoch",
-        keep: int = 1,
+        keep: CountOrZero = 1,
         thaw: bool = False,
-        settled: float | None = None,
+        settled: PositiveShare | None = None,
     ) -> None:
-        if every < 1:
-            raise UserError(f"GradualFreezing: every={every} must be at least 1.")
-        if keep < 0:
-            raise UserError(f"GradualFreezing: keep={keep} must be at least 0.")
-        if settled is not None and not 0 < settled <= 1:
-            raise UserError(f"GradualFreezing: settled={settled} must be above 0 and at most 1.")
         if thaw and settled is not None:
             raise UserError(
                 f"GradualFreezing: thaw=true unfreezes layers, and settled={settled} freezes them. Set one of them."

@@ -10,12 +10,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_spu.callbacks.first_step import FirstStep
 from lit_spu.errors import UserError
+from lit_spu.ranges import Checked
 
 SAVE_INTERVAL = 20
 """Least time between two saves, in multiples of the time that the last save took: at most 5 % of a run is saving."""
 
 
-class LastCheckpoint(FirstStep, ModelCheckpoint):
+class LastCheckpoint(Checked, FirstStep, ModelCheckpoint):
     """Callback that saves `last.ckpt` after epochs, always after the last one, and at an interruption.
 
     An epoch may consist of one batch, as with a few examples per label. Epochs that end soon after a save are therefore

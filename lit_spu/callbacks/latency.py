@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,9 +15,10 @@ from lit_spu.callbacks.output import log_now
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.measure import Clock, Durations
 from lit_spu.measure.clocks import Instant
+from lit_spu.ranges import Checked, CountOrZero, Length, Text
 
 
-class Latency(Callback):
+class Latency(Checked, Callback):
     """Callback that times steps and forward passes in milliseconds, on each rank.
 
     An accelerator is synchronised once per batch.
@@ -40,7 +41,7 @@ class Latency(Callback):
         UserError: when the run starts, if a name matches no submodule.
     """
 
-    def __init__(self, warmup: int = 5, modules: Sequence[str] = ()) -> None:
+    def __init__(self, warmup: CountOrZero = 5, modules: Annotated[Sequence[Text], Length()] = ()) -> None:
         self.warmup = warmup
         self.modules = list(modules)
         self._durations: dict[str, Durations] = {}

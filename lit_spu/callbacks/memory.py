@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves  # torch has no public name for it
 from lit_spu.callbacks.output import log_now, run_directory
 from lit_spu.errors import UserError
 from lit_spu.measure import MIB, AcceleratorPeak, Kind, LiveBytes, ResidentPeak
+from lit_spu.ranges import Checked
 
 LIVE_STEPS = 2
 """Number of first steps in which live bytes are counted: the first creates the optimizer state, the second has it."""
@@ -23,7 +24,7 @@ LIVE_BATCHES = 32
 """Number of batches after which this counting ends, even if there were fewer steps."""
 
 
-class Memory(Callback):
+class Memory(Checked, Callback):
     """Callback that measures the peak memory of every training step in MiB (2**20 bytes), on each rank.
 
     - `memory/peak_mib`: on an accelerator, the memory of all tensors; on a CPU, the resident memory of the process. The

@@ -17,12 +17,13 @@ from lit_spu.errors import UserError
 from lit_spu.methods.teacher import Teacher
 from lit_spu.nn import distances
 from lit_spu.optim.keyed_random import key_of
+from lit_spu.ranges import Checked, Count, Seed, ShareBelowOne, Text
 from lit_spu.tasks import Task
 
 Batch = dict[str, Tensor]
 
 
-class Policy:
+class Policy(Checked):
     """Base class of policies. Without overrides every step is a full step: all weights are updated."""
 
     def setup(self, module: Any, data: Any, device: torch.device) -> None:
@@ -69,18 +70,14 @@ class Never(Policy):
 class _WithRate(Policy):
     """Base class of policies that skip a given share of the steps, or of the blocks in each step."""
 
-    def __init__(self, rate: float = 0.5) -> None:
-        if not 0 <= rate < 1:
-            raise UserError(
-                f"{type(self).__name__}: rate={rate} is the share that is skipped. It must be at least 0 and below 1."
-            )
+    def __init__(self, rate: ShareBelowOne = 0.5) -> None:
         self.rate = rate
 
 
 class _ByChance(_WithRate):
     """Base class of policies that skip at random, depending only on the seed and on numbers such as the step."""
 
-    def __init__(self, rate: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, rate: ShareBelowOne = 0.5, seed: Seed = 0) -> None:
         super().__init__(rate)
         self.seed = seed
 
@@ -108,13 +105,11 @@ class LayerCyclic(Policy):
         blocks: Number of blocks that train in a step.
     """
 
-    def __init__(self, blocks: int = 2) -> None:
-        if blocks < 1:
-            raise UserError(f"LayerCyclic: blocks={blocks} must be at least 1.")
+    def __init__(self, blocks: Count = 2) -> None:
         self.blocks = blocks
 
     def bypassed_blocks(self, step: int, num_blocks: int) -> frozenset[int]:
-        trained = {(step * self.blocks + number) % num_blocks for number in range(self.blocks)}
+        trained = {(step * self.blocks + number) % num_blocks for number in range(min(self.blocks, num_blocks))}
         return frozenset(range(num_blocks)) - trained
 
 
@@ -133,7 +128,7 @@ class DropBackward(_ByChance):
 class _SkipLowest(_WithRate):
     """Base class of policies that skip steps whose value is below the quantile `rate` of the last `window` values."""
 
-    def __init__(self, rate: float = 0.5, window: int = 100) -> None:
+    def __init__(self, rate: ShareBelowOne = 0.5, window: Count = 100) -> None:
         super().__init__(rate)
         self.recent: deque[float] = deque(maxlen=window)
 
@@ -156,10 +151,8 @@ class _SkipLowAverages(_SkipLowest):
     A batch with an example that has no average yet is a full step, so the first epoch consists of full steps.
     """
 
-    def __init__(self, rate: float = 0.5, window: int = 100, decay: float = 0.5) -> None:
+    def __init__(self, rate: ShareBelowOne = 0.5, window: Count = 100, decay: ShareBelowOne = 0.5) -> None:
         super().__init__(rate, window)
-        if not 0 <= decay < 1:
-            raise UserError(f"{type(self).__name__}: decay={decay} must be at least 0 and below 1.")
         self.decay = decay
         self.averages: dict[int, float] = {}  # by the number of the example
 
@@ -227,7 +220,7 @@ class TeacherDistance(_SkipLowest):
         window: Number of recent steps over which the quantile is computed.
     """
 
-    def __init__(self, teacher: str, rate: float = 0.5, window: int = 100) -> None:
+    def __init__(self, teacher: Text, rate: ShareBelowOne = 0.5, window: Count = 100) -> None:
         super().__init__(rate, window)
         self.teacher = teacher
         self.teacher_logits = torch.empty(0)  # [examples, labels]

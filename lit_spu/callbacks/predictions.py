@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_spu.files import write_text
+from lit_spu.ranges import Checked, Length
 from lit_spu.tasks import Task
 
 Prediction: TypeAlias = tuple[float, list[float]]
 """The predicted value of one example (a label's number, or a number), and the probability of each label."""
 
 
-class Predictions(Callback):
+class Predictions(Checked, Callback):
     """Callback that collects the results of `predict_step` on every device and writes each example once and in order.
 
     Args:
@@ -26,7 +27,7 @@ class Predictions(Callback):
         echo: Also print each prediction.
     """
 
-    def __init__(self, files: Sequence[Path], echo: bool = False) -> None:
+    def __init__(self, files: Annotated[Sequence[Path], Length()], echo: bool = False) -> None:
         self.files, self.echo = files, echo
         self.predictions: dict[tuple[int, int], Prediction] = {}  # by the number of the test set and of the row in it
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
 from lit_spu.callbacks.output import run_directory
+from lit_spu.ranges import Checked, Count, CountOrZero
 
 VIEWER = "https://ui.perfetto.dev"
 
 
-class ProfilerTrace(Callback):
+class ProfilerTrace(Checked, Callback):
     """Callback that writes gzipped Chrome traces of training steps into the run directory.
 
     There is one trace for each rank and cycle. A trace named `trace-rank0-step00042.json.gz` ends with the 42nd batch.
@@ -31,7 +32,14 @@ class ProfilerTrace(Callback):
         skip_first: Number of steps to skip before the first cycle.
     """
 
-    def __init__(self, wait: int = 1, warmup: int = 1, active: int = 3, repeat: int = 1, skip_first: int = 5) -> None:
+    def __init__(
+        self,
+        wait: CountOrZero = 1,
+        warmup: CountOrZero = 1,
+        active: Count = 3,
+        repeat: CountOrZero = 1,
+        skip_first: CountOrZero = 5,
+    ) -> None:
         self._schedule = schedule(wait=wait, warmup=warmup, active=active, repeat=repeat, skip_first=skip_first)
         self._min_steps = skip_first + wait + warmup + active
         self._profile: profile | None = None

@@ -7,9 +7,10 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from lit_spu.checkpoints.fingerprint import checksum
+from lit_spu.ranges import Checked, Count
 
 
-class RankCheck(Callback):
+class RankCheck(Checked, Callback):
     """Callback that compares the weights that a method perturbs between the ranks.
 
     Args:
@@ -19,7 +20,7 @@ class RankCheck(Callback):
         RuntimeError: during training, if the weights differ.
     """
 
-    def __init__(self, every: int = 100) -> None:
+    def __init__(self, every: Count = 100) -> None:
         self.every = every
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:

@@ -16,9 +16,10 @@ from lit_spu.backbones.stacks import tensor_of
 from lit_spu.callbacks.policies import Policy
 from lit_spu.errors import UserError
 from lit_spu.nn.bypass import bypass_backward
+from lit_spu.ranges import Checked, CountOrZero
 
 
-class SelectiveUpdate(Callback):
+class SelectiveUpdate(Checked, Callback):
     """Callback in which a policy chooses, step by step, between a full update and a smaller one.
 
     The callback sets `step_wrapper` of the method, which is then called instead of `step_loss`. A step has four parts:
@@ -46,9 +47,7 @@ class SelectiveUpdate(Callback):
             `step_wrapper`, or no trainable blocks for a policy that chooses among blocks, or runs on several devices.
     """
 
-    def __init__(self, policy: Policy, otherwise: Literal["skip", "biases"] = "skip", depth: int = 0) -> None:
-        if depth < 0:
-            raise UserError(f"SelectiveUpdate: depth={depth} must be at least 0.")
+    def __init__(self, policy: Policy, otherwise: Literal["skip", "biases"] = "skip", depth: CountOrZero = 0) -> None:
         self.policy, self.otherwise, self.depth = policy, otherwise, depth
         self.num_steps = self.num_skipped = 0
         self._batch: Any = None

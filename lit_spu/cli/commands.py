@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -27,6 +27,7 @@ from lit_spu.export.student import separate
 from lit_spu.export.writers import export, replay
 from lit_spu.files import lock_folder
 from lit_spu.measure import MIB, Kind
+from lit_spu.ranges import Count, Length, Positive, Text
 from lit_spu.study import report
 from lit_spu.study.columns import BRIEF, COLUMNS
 from lit_spu.study.compare import Forecast, Outcome, Runner, read_outcome
@@ -44,12 +45,12 @@ from lit_spu.study.results import (
 
 
 def estimate(
-    configs: Sequence[str] = PACKAGED_CONFIGS,
-    backbone: str = "mini-bert",
-    task: str = "sst2",
-    batch_size: int = 32,
-    length: int = 128,
-    budget: float | None = None,
+    configs: Annotated[Sequence[Text], Length(1)] = PACKAGED_CONFIGS,
+    backbone: Text = "mini-bert",
+    task: Text = "sst2",
+    batch_size: Count = 32,
+    length: Count = 128,
+    budget: Positive | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Estimate the peak memory of training for every method, without training and without loading weights.
@@ -64,13 +65,8 @@ def estimate(
         settings: Settings that replace those of the configs in the methods that have them, as {reduction: 8}.
 
     Raises:
-        UserError: if a number is too small, no config file matches, or no method has one of the settings.
+        UserError: if no config file matches, or no method has one of the settings.
     """
-    for name, value in (("batch_size", batch_size), ("length", length)):
-        if value < 1:
-            raise UserError(f"--{name}={value}: give 1 or more.")
-    if budget is not None and budget <= 0:
-        raise UserError(f"--budget={budget}: give a number of GiB above 0.")
     budget_bytes = None if budget is None else int(budget * 2**30)
     files = method_configs(configs)
     results = estimates(files, backbone, task, batch_size, length, budget_bytes, settings)
@@ -127,7 +123,7 @@ def _mib(count: int) -> str:
     return f"{count / MIB:,.{0 if count >= 100 * MIB else 1}f}"
 
 
-def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run: bool = False) -> None:
+def compare(study: Study, out: str, jobs: Count = 1, retry: bool = False, dry_run: bool = False) -> None:
     """Run methods x tasks x backbones x seeds, each in its own process, and report their costs and scores.
 
     Finished runs are not repeated, so the same command continues a study that was interrupted or extended. It needs
@@ -141,10 +137,8 @@ def compare(study: Study, out: str, jobs: int = 1, retry: bool = False, dry_run:
         dry_run: Only list the runs.
 
     Raises:
-        UserError: if `jobs` is below 1, or a package for the report is missing.
+        UserError: if a package for the report is missing.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs={jobs}: give 1 or more.")
     cells = study.cells()
     if dry_run:
         print(*(cell.command for cell in cells), sep="\n")
@@ -305,7 +299,7 @@ def _parser(name: str, command: Callable[..., None]) -> Parser:
         parser.add_class_arguments(Study)
         parser.add_function_arguments(compare, skip={"study", "out"})
         parser.add_argument(
-            "--out", type=str | None, help="Directory of the results (default: named after the config file)."
+            "--out", type=Text | None, help="Directory of the results (default: named after the config file)."
         )
     else:
         parser.add_function_arguments(command)

@@ -41,6 +41,7 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.files import check_writable, lock_folder
 from lit_spu.methods.base import Method
+from lit_spu.ranges import Seed, Text
 from lit_spu.safe_yaml import read_mapping
 from lit_spu.tasks import load_task
 
@@ -87,21 +88,22 @@ class SpuCLI(LightningCLI):
     # -- settings ---------------------------------------------------------------------------------------------------
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default=run_dir.PATTERN, help="Directory of all files of the run.")
+        parser.add_argument("--run_dir", type=Text, default=run_dir.PATTERN, help="Directory of all files of the run.")
         parser.link_arguments(("data.task", "model"), "model.init_args.task", compute_fn=self._link_task)
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        parser: Any = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})  # a checkpoint is data: it must not be able to run code
         ckpt_path = next(action for action in parser._actions if action.dest == "ckpt_path")
         ckpt_path.help = RESUMED if subcommand == "fit" else EVALUATED
+        parser.hints["seed_everything"] = bool | Seed
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # RunSummary prints the same
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})  # Predictions collects what it writes
             parser.add_argument(
                 "--output",
-                type=str | None,
+                type=Text | None,
                 help="File of predictions: .jsonl, or .tsv for the GLUE server. Default: both, in the run directory.",
             )
         return parser

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
+from types import MappingProxyType
+from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
@@ -16,24 +18,33 @@ from lightning.pytorch.loggers import Logger
 from lit_spu.cli.subcommands import COMMANDS
 from lit_spu.errors import did_you_mean
 from lit_spu.methods.base import Method
+from lit_spu.ranges import Refusal
 from lit_spu.registry import concrete_subclasses, settings
 
 MAX_LISTED = 30
 """A longer list of classes is not printed, only the closest of them."""
 
+_VALUE = re.compile(r"(?:Given value|Got value): (.*)", re.DOTALL)
 
-def explain(message: str, args: Sequence[str] = (), flags: Collection[str] = ()) -> str:
+
+def explain(
+    message: str, args: Sequence[str] = (), flags: Collection[str] = (), hints: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """Return a short explanation of an error of jsonargparse.
 
     Args:
         message: The message of jsonargparse.
         args: The arguments that were parsed.
         flags: The flags that exist.
+        hints: Types with ranges by setting.
     """
     if found := re.search(r"File does not exist: (.*)", message):
         return f"--config: {found[1]} does not exist. Give a YAML file, such as configs/kladder.yaml."
     if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
-        return f"{flag_or_files(found[1], args)}: {_explain_value(found[2])}"
+        flag, value = flag_or_files(found[1], args), re.search(_VALUE, found[2])
+        if value and found[1] in hints and "Literal" not in found[2]:
+            return str(Refusal(flag, value[1].strip(), hints[found[1]]))
+        return f"{flag}: {_explain_value(found[2])}"
     if found := re.match(r"Option '(.+?)' is not accepted", message):
         return _explain_setting(found[1], args, flags)
     if found := re.match(r"unrecognized arguments: (\w[^\s=]*)", message):
@@ -102,7 +113,7 @@ def _explain_value(problem: str) -> str:
             f"its .{setting[1]} is set before the class is named. Name the class, or give the --config that names it,"
             " first."
         )
-    value = re.search(r"(?:Given value|Got value): (.*)", problem, re.DOTALL)
+    value = re.search(_VALUE, problem)
     expected = re.search(r"Subtypes: \[(.*)\]", problem) or re.search(r"Expected an? (.*?)\. Got value", problem)
     if value is None or expected is None:
         return " ".join(problem.split())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import Namespace, _loaders_dumpers, set_dumper, set_loader
@@ -43,7 +43,23 @@ class Parser(LightningArgumentParser):
     """The arguments that are parsed. On the class, because jsonargparse creates parsers for nested classes itself."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.hints: dict[str, Any] = {}
+        """Types with ranges by setting. Those that jsonargparse finds have none."""
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the settings of a class, and remember their ranges."""
+        added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
+        return self._remember(ranges.declared(class_type), added)
+
+    def add_function_arguments(self, function: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a function, and remember their ranges."""
+        added: list[str] = super().add_function_arguments(function, *args, **kwargs)
+        return self._remember(get_type_hints(function, include_extras=True), added)
+
+    def _remember(self, hints: Mapping[str, Any], added: list[str]) -> list[str]:
+        self.hints |= {key: hints[name] for key in added if (name := key.rpartition(".")[2]) in hints}
+        return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse arguments, and check the values against the ranges that the settings declare."""
@@ -61,12 +77,16 @@ class Parser(LightningArgumentParser):
                 subparser: Any = action.choices[config[action.dest]]
                 yield from subparser.refusals(config[config[action.dest]])
             elif hasattr(action, "_typehint") and action.dest in config:
-                yield from ranges.refusals(action._typehint, config[action.dest], action.dest)
+                hint = self.hints.get(action.dest, action._typehint)
+                yield from ranges.refusals(hint, config[action.dest], action.dest)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error in a line or two and exit with status 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         cause = find_user_error(ex)
-        print(f"error: {explain(message, self.command_line, flags) if cause is None else cause}", file=sys.stderr)
+        print(
+            f"error: {explain(message, self.command_line, flags, self.hints) if cause is None else cause}",
+            file=sys.stderr,
+        )
         self.exit(2)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -22,6 +22,7 @@ from lit_spu.data.sources import Parts
 from lit_spu.data.tables import decode
 from lit_spu.data.text import Row
 from lit_spu.errors import UserError, describe_changes
+from lit_spu.ranges import Checked, Count, Range, Seed, Text
 from lit_spu.tasks import Encoding, Split, Task, load_task
 
 Portion = Split | Literal["predict"]
@@ -34,7 +35,7 @@ _PORTIONS: dict[str, tuple[Portion, ...]] = {
 }
 
 
-class GLUE(LightningDataModule):
+class GLUE(Checked, LightningDataModule):
     """Data module of the GLUE tasks, SNLI, TREC, SST-5 and custom tasks, tokenised for the backbone that is trained.
 
     A batch is a dict of tensors. `input_ids` and `attention_mask` (and `token_type_ids` if the tokenizer has them) are
@@ -73,36 +74,23 @@ class GLUE(LightningDataModule):
 
     def __init__(
         self,
-        task: str | dict[str, Any] = "sst2",
-        source: str = "sample",
-        batch_size: int = 32,
-        max_length: int = 128,
-        shots: int | None = None,
-        split_seed: int = 42,
-        template: str = "auto",
+        task: Text | dict[str, Any] = "sst2",
+        source: Text = "sample",
+        batch_size: Count = 32,
+        max_length: Annotated[int, Range(8)] = 128,
+        shots: Count | None = None,
+        split_seed: Seed = 42,
+        template: Text = "auto",
         same_batches: bool = False,
-        num_workers: int = 0,
-        limit_train: int | None = None,
-        limit_validation: int | None = None,
-        limit_test: int | None = None,
-        text: str | None = None,
-        cache: str | None = None,
+        num_workers: Annotated[int, Range(0, 256)] = 0,
+        limit_train: Count | None = None,
+        limit_validation: Count | None = None,
+        limit_test: Count | None = None,
+        text: Text | None = None,
+        cache: Text | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        at_least_one = {
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "shots": shots,
-            "limit_train": limit_train,
-            "limit_validation": limit_validation,
-            "limit_test": limit_test,
-        }
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{name}={value}: a whole number of at least 1 is needed.")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers={num_workers}: a whole number of at least 0 is needed.")
         self.task = load_task(task)
         self.source = source
         self.batch_size = batch_size

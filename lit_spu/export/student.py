@@ -21,13 +21,14 @@ from lit_spu.export.load import load
 from lit_spu.measure import MIB, interleave
 from lit_spu.methods.base import Method
 from lit_spu.methods.lst_distill import LSTDistillation
+from lit_spu.ranges import Text
 from lit_spu.tasks.metrics import format_score, task_metrics
 
 NUM_ROUNDS = 5
 """Timed forward passes of each model."""
 
 
-def separate(ckpt_path: str, output: str, data: dict[str, Any] | None = None) -> None:
+def separate(ckpt_path: Text, output: Text, data: dict[str, Any] | None = None) -> None:
     """Write the student of LST distillation as a Hugging Face model, and compare it with its teacher.
 
     The written model does not need this package. Both models are scored on the validation split, the student as loaded

@@ -17,12 +17,13 @@ from lit_spu.export import load as loading
 from lit_spu.files import check_writable, replace_path, write_checksums
 from lit_spu.methods.base import Method
 from lit_spu.nn import peft_format
+from lit_spu.ranges import CountOrZero, Text
 from lit_spu.version import __version__
 
 Format = Literal["peft", "merged", "safetensors"]
 
 
-def export(ckpt_path: str, output: str, format: Format = "safetensors") -> None:
+def export(ckpt_path: Text, output: Text, format: Format = "safetensors") -> None:
     """Write a trained method for other tools, with a model card.
 
     Args:
@@ -47,7 +48,7 @@ def export(ckpt_path: str, output: str, format: Format = "safetensors") -> None:
     _print_size(folder, method, format)
 
 
-def replay(trajectory: str, output: str, step: int | None = None) -> None:
+def replay(trajectory: Text, output: Text, step: CountOrZero | None = None) -> None:
     """Rebuild the weights that MeZO trained, from the few bytes per step that its run recorded.
 
     Args:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from glob import escape, glob
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lit_spu import registry
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
+from lit_spu.ranges import Checked, Length, Positive, Seed, Text
 from lit_spu.safe_yaml import read_mapping
 
 PACKAGED_CONFIGS = (f"{escape(str(Path(__file__).parents[1] / 'configs'))}/*.yaml",)
@@ -27,7 +28,7 @@ MAJORITY = "majority"
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Checked):
     """Grid of runs: every row on every task and backbone, with every seed.
 
     Args:
@@ -43,15 +44,15 @@ class Study:
         score: Reported score: the best on validation, or the score of the same checkpoint on test.
     """
 
-    configs: list[str]
-    variants: dict[str, list[str]] = field(default_factory=dict)
-    reference: str = "full"
-    tasks: list[str] = field(default_factory=lambda: ["sst2"])
-    backbones: list[str] = field(default_factory=lambda: ["mini-bert"])
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    rates: list[float] = field(default_factory=lambda: [1.0])
-    flags: list[str] = field(default_factory=list)
-    flags_for: dict[str, list[str]] = field(default_factory=dict)
+    configs: Annotated[list[Text], Length(1)]
+    variants: dict[Text, Annotated[list[Text], Length(1, unique=False)]] = field(default_factory=dict)
+    reference: Text = "full"
+    tasks: Annotated[list[Text], Length(1)] = field(default_factory=lambda: ["sst2"])
+    backbones: Annotated[list[Text], Length(1)] = field(default_factory=lambda: ["mini-bert"])
+    seeds: Annotated[list[Seed], Length(1)] = field(default_factory=lambda: [1, 2, 3])
+    rates: Annotated[list[Positive], Length(1)] = field(default_factory=lambda: [1.0])
+    flags: Annotated[list[Text], Length(unique=False)] = field(default_factory=list)
+    flags_for: dict[Text, Annotated[list[Text], Length(unique=False)]] = field(default_factory=dict)
     score: Literal["validation", "test"] = "validation"
 
     def rows(self) -> dict[str, list[str]]:

@@ -188,9 +188,9 @@ def test_methods_with_nothing_to_freeze_are_refused(tiny: Tiny, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every": 0}, "every=0"),
-        ({"keep": -1}, "keep=-1"),
-        ({"settled": 1.5}, "settled=1.5"),
+        ({"every": 0}, "every: 0"),
+        ({"keep": -1}, "keep: -1"),
+        ({"settled": 1.5}, "settled: 1.5"),
         ({"thaw": True, "settled": 0.5}, "thaw"),
     ],
 )

@@ -389,10 +389,10 @@ def test_unfit_methods_are_refused_before_training(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Random(rate=1.0), "rate=1.0"),
-        (lambda: LayerCyclic(blocks=0), "blocks=0"),
-        (lambda: LossEMA(decay=1.0), "decay=1.0"),
-        (lambda: SelectiveUpdate(Always(), depth=-1), "depth=-1"),
+        (lambda: Random(rate=1.0), "rate: 1.0"),
+        (lambda: LayerCyclic(blocks=0), "blocks: 0"),
+        (lambda: LossEMA(decay=1.0), "decay: 1.0"),
+        (lambda: SelectiveUpdate(Always(), depth=-1), "depth: -1"),
     ],
 )
 def test_wrong_settings_are_refused(make: Callable[[], object], message: str) -> None:

@@ -267,8 +267,8 @@ def test_training_on_one_label_is_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["batch_size", "max_length", "shots", "limit_train", "limit_validation", "limit_test"])
-def test_numbers_below_one_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"data\.{name}=0: a whole number of at least 1"):
+def test_numbers_below_their_range_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"GLUE\.{name}: 0 is not allowed\. Give a whole number"):
         data("sample", Path(), **{name: 0})
 
 

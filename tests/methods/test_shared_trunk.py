@@ -92,7 +92,7 @@ def test_a_seed_given_to_the_run_alone_is_that_of_all() -> None:
 @pytest.mark.parametrize(
     ("siblings", "side", "says"),
     [
-        ({}, "LadderSideTuning", "siblings={} is not allowed. Give a mapping: at least 1"),
+        ({}, "LadderSideTuning", "siblings: {} is not allowed. Give a mapping: at least 1"),
         ({"a": {"backbone": "mini-t5"}}, "LadderSideTuning", "model.siblings.a: backbone must be equal"),
         ({"a": {"reductoin": 2}}, "LadderSideTuning", "no 'reductoin'. Did you mean reduction"),
         ({"a": {}}, "LoRA", "model.side=LoRA reads no hidden states"),
