@@ -237,7 +237,7 @@ def test_the_same_task_given_twice_is_accepted(capsys: pytest.CaptureFixture[str
             ["not a setting", "of Memory"],
         ),
         ("fit --model KLadder --model.kk 2", ["--model.kk", "Did you mean k?"]),
-        ("fit --model KLadder --model.k two", ["--model.k", "int", "'two'"]),
+        ("fit --model KLadder --model.k two", ["--model.k", "a whole number", "'two'"]),
         ("fit --model KLadder --model.head clasifier", ["--model.head", "'clasifier'", "classifier", "prompt"]),
         ("fit --modl KLadder", ["--modl", "Did you mean --model?"]),
         ("fit --model KLadder --modell.reduction 3", ["--modell.reduction", "Did you mean --model.reduction?"]),

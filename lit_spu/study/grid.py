@@ -183,10 +183,8 @@ def method_configs(patterns: Sequence[str]) -> dict[str, Path]:
     """Return the config files that match the patterns, by name. Files without a method are skipped.
 
     Raises:
-        UserError: If there is no pattern, a pattern matches no file, or if none of its files sets a method.
+        UserError: If a pattern matches no file, or if none of its files sets a method.
     """
-    if not patterns:
-        raise UserError("--configs: no file is given. Give files like configs/lst.yaml, or 'configs/*.yaml'.")
     found: dict[str, Path] = {}
     for pattern in patterns:
         files = [Path(file) for file in sorted(glob(pattern))]
