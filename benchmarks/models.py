@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_spu.backbones.tokenizer_check import PROBE
 from lit_spu.tasks import Task
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def save(config: PreTrainedConfig, folder: Path, task: Task) -> Path:
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForMaskedLM
     logging.disable_progress_bar()
     auto.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
-    words = " ".join(("It was", *task.labels, *task.label_words)).split()
+    words = " ".join((PROBE, *task.labels, *task.label_words)).split()
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
