@@ -45,6 +45,13 @@ def load_split(task: Task, source: str, split: Split, shots: int | None = None, 
     Raises:
         UserError: if the source is not available, or if it has data that the task cannot use.
     """
+    try:
+        return _load_split(task, source, split, shots, split_seed)
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise UserError(f"data.source={source[:200]} cannot be read: {error.strerror}.") from error
+
+
+def _load_split(task: Task, source: str, split: Split, shots: int | None, split_seed: int) -> Parts:
     if shots is None:
         return _load_full_split(task, source, split, split_seed)
     if source not in ("sample", "hub") and (ready := _find_folder(task, source) / f"{shots}-{split_seed}").is_dir():
@@ -91,8 +98,8 @@ def parse_lines(task: Task, lines: Iterable[str], where: str) -> list[Row]:
         texts = [cell_text(text, f"{where}, line {number}") for text in line.split("\t")]
         if len(texts) != len(task.fields) or not all(texts):
             raise UserError(
-                f"{where}, line {number}: {line.rstrip()!r} has {sum(map(bool, texts))} text(s), but {task.name} needs"
-                f" {len(task.fields)}: {' <tab> '.join(task.fields)}."
+                f"{where}, line {number}: {line.rstrip()[:60]!r} has {sum(map(bool, texts))} text(s), but {task.name}"
+                f" needs {len(task.fields)}: {' <tab> '.join(task.fields)}."
             )
         rows.append({**dict(zip(task.fields, texts, strict=True)), "label": None})
     if not rows:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,23 +143,27 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Table:
         names = {name: features.get("features", {}).get(name, {}).get("names") for name in columns}
     except Exception as error:  # pyarrow's errors are of many kinds
         raise UserError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
-    return _typed_table(str(path), header, columns, names)
+    return _typed_table(str(path), header, read.num_rows, columns, names)
 
 
 def read_dataset(name: str, dataset: datasets.Dataset, wanted: Collection[str]) -> Table:
     """Read a dataset of the hub."""
     columns = {column: dataset[column][:] for column in dataset.features if column in wanted}
     names = {column: getattr(dataset.features[column], "names", None) for column in columns}
-    return _typed_table(name, list(dataset.features), columns, names)
+    return _typed_table(name, list(dataset.features), len(dataset), columns, names)
 
 
 def _typed_table(
-    name: str, header: list[str], columns: Mapping[str, list[Any]], names: Mapping[str, Sequence[str] | None]
+    name: str,
+    header: list[str],
+    num_rows: int,
+    columns: Mapping[str, list[Any]],
+    names: Mapping[str, Sequence[str] | None],
 ) -> Table:
     """Return a table with class numbers as names, because the hub orders TREC's classes differently."""
     named = [_name_classes(values, names[column] or ()) for column, values in columns.items()]
-    rows: Iterable[Cells] = (dict(zip(columns, cells, strict=True)) for cells in zip(*named, strict=True))
-    return Table(name, header, list(enumerate(rows, 1)))
+    rows = zip(*named, strict=True) if named else [()] * min(num_rows, 1)  # without columns, one row for the error
+    return Table(name, header, [(line, dict(zip(columns, cells, strict=True))) for line, cells in enumerate(rows, 1)])
 
 
 def _name_classes(values: list[Any], names: Sequence[str]) -> list[Any]:

@@ -179,7 +179,7 @@ def _check_texts(rows: Sequence[Row], task: Task, mask: str) -> None:
     for row in rows:
         if found := [name for name in task.fields if mask in row[name]]:
             raise UserError(
-                f"The {found[0]} {row[found[0]]!r} contains {mask!r}, this backbone's mask token: remove it."
+                f"The {found[0]} {row[found[0]][:60]!r} contains {mask!r}, this backbone's mask token: remove it."
             )
 
 

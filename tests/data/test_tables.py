@@ -128,6 +128,18 @@ def test_a_cell_may_be_long(tmp_path: Path) -> None:
     assert load_split(OWN, str(tmp_path), "train")[""][0]["text"] == text.strip()
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_a_file_without_the_columns_shows_those_it_has(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / f"train.{kind}", [{"Text": "a", "Label": "bad"}])
+    with pytest.raises(UserError, match=r"the columns Text, Label, but the text of own was expected in column 'text'"):
+        load_split(OWN, str(tmp_path), "train")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_of_a_line() -> None:
+    with pytest.raises(UserError, match=r"data\.source=x+ cannot be read: File name too long\."):
+        load_split(OWN, "x" * 300, "train")
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize(
     ("extension", "lines"),
