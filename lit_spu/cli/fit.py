@@ -32,7 +32,7 @@ from lit_spu.callbacks.run_summary import RunSummary
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.checkpoints.whole_files import WholeFiles
 from lit_spu.cli.launch import HeldLogger, SaveRun
-from lit_spu.cli.parser import Parser
+from lit_spu.cli.parser import Parser, limit_imports
 from lit_spu.cli.quiet import hide_callback_states, hide_expected_warnings
 from lit_spu.cli.resume import Checkpoint, RecordRun, describe_run, open_checkpoint
 from lit_spu.cli.subcommands import RUNS
@@ -124,6 +124,7 @@ class SpuCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments. Files and flags override the settings of a checkpoint."""
+        limit_imports(self.args)
         given = list(self.args)
         if self.flags.ckpt_path not in (None, "null"):
             subcommand = next((arg for arg in given if arg in RUNS), "fit")
@@ -229,8 +230,9 @@ class SpuCLI(LightningCLI):
     def _choose_run_dir(self) -> Path:
         """Return the run directory: that of a resumed run, unless another is given."""
         pattern = self._get(self.config, "run_dir")
-        if self.checkpoint and self.checkpoint.resumed_dir and pattern == run_dir.PATTERN:
-            return self.checkpoint.resumed_dir
+        resumed = self.checkpoint.resumed_dir if self.checkpoint else None
+        if resumed and (pattern == run_dir.PATTERN or Path(pattern).resolve() == resumed.resolve()):
+            return resumed
         task = load_task(self._get(self.config, "data").task).name
         method = self._get(self.config, "model").class_path.rpartition(".")[2]
         return run_dir.new_run_dir(pattern, task=task, method=method, seed=self._get(self.config, "seed_everything"))

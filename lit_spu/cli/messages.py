@@ -38,6 +38,11 @@ def explain(
         flags: The flags that exist.
         hints: Types with ranges by setting.
     """
+    if found := re.search(r"Importing '([\w.]+)' is not allowed", message):
+        return (
+            f"--ckpt_path: its settings name {found[1]}, which is neither of lit_spu nor of Lightning. Data"
+            " run no code.\nIf you trust it, name it yourself, in a flag or by --config=<run directory>/config.yaml."
+        )
     if found := re.search(r"File does not exist: (.*)", message):
         return f"--config: {found[1]} does not exist. Give a YAML file, such as configs/kladder.yaml."
     if found := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
 import yaml
-from jsonargparse import Namespace, _loaders_dumpers, set_dumper, set_loader
+from jsonargparse import Namespace, _loaders_dumpers, set_dumper, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_spu import ranges
@@ -34,6 +35,21 @@ _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 set_dumper("yaml", lambda data: yaml.dump(data, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+
+
+def limit_imports(args: Sequence[str]) -> None:
+    """Let the parser import only from this package and Lightning, and what the user's own arguments and files name.
+
+    A checkpoint and the settings beside it are data: they may come from someone else and must not run code.
+    """
+    words = [word for argument in args for word in (argument, argument.partition("=")[2])]
+    files = [Path(word) for word in words if word.endswith((".yaml", ".yml", ".json"))]
+    texts = [*words, *(file.read_text(errors="replace") for file in files if file.is_file())]
+    named = {name for text in texts for name in re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", text)}
+    # a package may define a class in another of its modules than the one that the user names
+    named |= {name.partition(".")[0] for name in named if name.rpartition(".")[2][0].isupper()}
+    allowed = {name for name in named if name.partition(".")[0] not in {"jsonargparse", *sys.stdlib_module_names}}
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["lit_spu", "lightning", *sorted(allowed)])
 
 
 class Parser(LightningArgumentParser):

@@ -87,8 +87,10 @@ def load_together(paths: Mapping[str, str | Path]) -> dict[str, Method]:
 
 def _find_method_class(config: Mapping[str, Any], file: Path) -> type[Method]:
     """Return the class that the config of a checkpoint file names."""
-    name = config["model"]["class_path"].rpartition(".")[2]
+    package, _, name = str(config["model"]["class_path"]).rpartition(".")
     methods = {cls.__name__: cls for cls in registry.classes("lit_spu.methods")}
-    if name not in methods:
-        raise UserError(f"{file} was trained by {name}, which is not a method of lit_spu {__version__}.")
+    if name not in methods or package.partition(".")[0] not in ("", "lit_spu"):
+        raise UserError(
+            f"{file} was trained by {config['model']['class_path']}, which is not a method of lit_spu {__version__}."
+        )
     return methods[name]
