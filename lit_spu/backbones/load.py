@@ -21,6 +21,7 @@ from lit_spu.backbones.model_files import (
     check_weight_files,
     explain_loading_errors,
 )
+from lit_spu.backbones.record_check import check_record
 from lit_spu.backbones.tokenizer_check import check_tokenizer
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.files import check_checksums
@@ -84,6 +85,7 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     with explain_loading_errors(name, source.path):
         model, new_head_reason = load_model(source, name, family, task, head)
         backbone = architecture(model, family, task, head, encoding, name)
+        check_record(backbone)
     backbone.new_head_reason = new_head_reason
     return backbone
 
