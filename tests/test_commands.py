@@ -33,6 +33,7 @@ def run_refused(args: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("args", "parts"),
     [
         ("estimate --configs none/*.yaml", ["configs", "'none/*.yaml'", "matches no file"]),
+        ("estimate --configs=*.yaml", ["'*.yaml' matches no file"]),
         ("estimate --configs=[]", ["--configs: []", "at least 1"]),
         ("estimate --batch 3", ["--batch", "Did you mean --batch_size?"]),
         ("estimate --batch_size 0 --configs {configs}/lst.yaml", ["--batch_size: 0", "from 1 to"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -251,14 +252,19 @@ def _report(
 
 
 def _normalize(args: Sequence[str], command: Callable[..., None]) -> list[str]:
-    """Return the arguments in the parser's form: `--seeds 1,2` becomes a list, and `--retry` alone becomes true."""
+    """Return the arguments in the parser's form: `--seeds 1,2` becomes a list, and `--retry` alone becomes true.
+
+    Texts of a list are quoted: in YAML, configs/*.yaml and 5 alone would be no texts.
+    """
     hints = get_type_hints(command) | (get_type_hints(Study) if command is compare else {})
-    lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) in (list, Sequence)}
+    lists = {f"--{name}": get_args(hint) for name, hint in hints.items() if get_origin(hint) in (list, Sequence)}
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
     words = [word for arg in args for word in (arg.split("=", 1) if arg.partition("=")[0] in lists else [arg])]
     normalized: list[str] = []
     for previous, word, following in zip(["", *words], words, [*words[1:], "--"], strict=False):
-        normalized.append(f"[{word}]" if previous in lists and not word.startswith("[") else word)
+        if previous in lists and not word.startswith("["):
+            word = json.dumps(word.split(",")) if lists[previous] == (str,) else f"[{word}]"
+        normalized.append(word)
         if word in switches and following.startswith("--"):
             normalized.append("true")
     return normalized

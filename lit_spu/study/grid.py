@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape, glob
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,16 @@ ZERO_SHOT = "zero-shot"
 
 MAJORITY = "majority"
 """Name of the row with the best constant answer."""
+
+SET_BY_STUDY = {
+    "--data.task": "Use --tasks",
+    "--model.backbone": "Use --backbones",
+    "--model.init_args.backbone": "Use --backbones",
+    "--seed_everything": "Use --seeds",
+    "--run_dir": "Use --out for all of them",
+    "--ckpt_path": "A study trains from the pretrained weights",
+}
+"""Flags that the rows of a study cannot have, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +92,13 @@ class Study(Checked):
         """Return every run, ordered by seed: all rows have one result before any row has two.
 
         Raises:
-            UserError: As `rows`; and if a list is empty, or has two tasks or backbones of one name, or a number twice.
+            UserError: As `rows`; and if two tasks or backbones have one name, or a flag is one that the study sets.
         """
-        _refuse_duplicates("seeds", self.seeds)
-        _refuse_duplicates("rates", self.rates)
-        _refuse_duplicates("tasks", list(map(short_name, self.tasks)))
-        _refuse_duplicates("backbones", list(map(short_name, self.backbones)))
+        _refuse_shared_names("tasks", self.tasks)
+        _refuse_shared_names("backbones", self.backbones)
+        for flag in chain(self.flags, *self.variants.values(), *self.flags_for.values()):
+            if (name := flag.partition("=")[0]) in SET_BY_STUDY:
+                raise UserError(f"{name} is set for each run of a study. {SET_BY_STUDY[name]}.")
         rows = self.rows()
         grid = [(task, backbone) for task in self.tasks for backbone in self.backbones]
         zero_shot = [self._make_cell(ZERO_SHOT, rows[self.reference], *place, self.seeds[0], 1.0) for place in grid]
@@ -152,12 +164,12 @@ class Cell:
         return f"{self.row}, {self.task}, {self.backbone}, seed {self.seed}{rate}"
 
 
-def _refuse_duplicates(flag: str, values: Sequence[object]) -> None:
-    """Raise a UserError if a list is empty or has a value twice: one run would count as two."""
-    twice = [value for i, value in enumerate(values) if value in values[:i]]
-    if not values or twice:
-        problem = f"{twice[0]!r} is given twice, and one run would count as two" if twice else "nothing is given"
-        raise UserError(f"--{flag}: {problem}. Give one or more that differ.")
+def _refuse_shared_names(flag: str, values: Sequence[str]) -> None:
+    """Raise a UserError if two tasks or backbones have one short name: their runs would be averaged."""
+    names = list(map(short_name, values))
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--{flag}: two have the name {name!r} in the results. Rename the file or folder of one.")
 
 
 def short_name(name: str) -> str:
@@ -207,17 +219,22 @@ def build(config: Path, **settings: Any) -> Method:
         **settings: Values that replace those of the config. Settings that the method does not have are ignored.
 
     Raises:
-        UserError: If the file is not valid YAML, or if its method does not exist.
+        UserError: If the file is not valid YAML, or if its method or one of its settings does not exist.
     """
     model = _read_model_section(config)
     module, _, name = str(model["class_path"]).rpartition(".")
     classes = {cls.__name__: cls for cls in registry.classes("lit_spu.methods")}
-    cls = getattr(import_module(module), name) if module else classes.get(name)
-    if cls is None:
-        raise UserError(f"{config}: no method is named {name!r}. {did_you_mean(name, classes)}")
-    own = {key: value for key, value in settings.items() if key in registry.settings(cls)}
-    method: Method = cls(**_init_args(config) | own)
-    return method
+    try:
+        cls = getattr(import_module(module), name, None) if module else classes.get(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{config}: model.class_path: {error}. {did_you_mean(name, classes)}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise UserError(f"{config}: model.class_path: {name!r} is no method. {did_you_mean(name, classes)}")
+    known, given = registry.settings(cls), _init_args(config)
+    for key in given:
+        if key not in known:
+            raise UserError(f"{config}: {name} has no setting {key!r}. {did_you_mean(str(key), known)}")
+    return cls(**given | {key: value for key, value in settings.items() if key in known})
 
 
 def _read_model_section(config: Path) -> Mapping[str, Any]:

@@ -244,4 +244,4 @@ def test_a_file_in_the_place_of_the_study_is_refused(
     with pytest.raises(SystemExit) as exit_:
         main(["compare", f"--configs={CONFIGS}/full.yaml", f"--out={tmp_path / out}"])
     assert exit_.value.code == 2
-    assert "--out=" in capsys.readouterr().err
+    assert "--out" in capsys.readouterr().err

@@ -77,11 +77,14 @@ def test_rates_are_factors_of_each_rows_learning_rate() -> None:
         ({"variants": {"x": ["--model.k=2"]}}, "must start with --config="),
         ({"variants": {"x": ["--config=nowhere.yaml"]}}, "nowhere.yaml"),
         ({"reference": "ful"}, "Did you mean full?"),
-        ({"seeds": [1, 2, 1]}, "--seeds: 1 is given twice"),
-        ({"rates": [1, 3.0, 1.0]}, "--rates: 1.0 is given twice"),
-        ({"tasks": ["a/own.yaml", "b/own.yaml"]}, "--tasks: 'own' is given twice"),
-        ({"backbones": ["a/model", "b/model"]}, "--backbones: 'model' is given twice"),
-        *(({name: []}, f"--{name}: nothing is given") for name in ("seeds", "rates", "tasks", "backbones")),
+        ({"seeds": [1, 2, 1]}, "seeds: .* none twice"),
+        ({"rates": [3.0, 1.0, 1.0]}, "rates: .* none twice"),
+        ({"tasks": ["a/own.yaml", "b/own.yaml"]}, "--tasks: two have the name 'own'"),
+        ({"backbones": ["a/model", "b/model"]}, "--backbones: two have the name 'model'"),
+        *(({name: []}, f"{name}: .* at least 1") for name in ("seeds", "rates", "tasks", "backbones")),
+        ({"flags": ["--seed_everything=1"]}, "--seed_everything is set for each run of a study. Use --seeds."),
+        ({"flags_for": {"lst": ["--data.task=cola"]}}, "--data.task is set"),
+        ({"variants": {"x": [LST, "--run_dir=x"]}}, "--run_dir is set"),
         ({"variants": {"full": [LST]}}, "there is a row 'full' already"),
         ({"variants": {"majority": [LST]}}, "there is a row 'majority' already"),
         ({"flags_for": {"ls": []}}, "Did you mean lst?"),
@@ -102,3 +105,23 @@ def test_settings_change_methods_that_have_them() -> None:
     settings = {"reduction": 2, "backbone": "mini-bert"}
     assert build(CONFIGS / "lst.yaml", **settings).hparams["reduction"] == 2
     assert "reduction" not in build(CONFIGS / "head.yaml", **settings).hparams
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{class_path: nowhere.module.Class}", "No module named 'nowhere'"),
+        ("{class_path: os.system}", "'system' is no method"),
+        ("{class_path: lit_spu.nn.lora.LowRank}", "'LowRank' is no method"),
+        ("{class_path: LoRa}", "Did you mean LoRA?"),
+        ("{class_path: 5}", "'5' is no method"),
+        ("{class_path: '.'}", "is no method|Empty module name"),
+        ("{class_path: LoRA, init_args: {rnk: 2}}", "LoRA has no setting 'rnk'. Did you mean rank?"),
+        ("{class_path: LoRA, init_args: [2]}", "must be settings by name"),
+        ("{class_path: LoRA, init_args: {rank: .nan}}", "LoRA.rank: nan is not allowed"),
+    ],
+)
+def test_a_config_without_a_method_is_explained(model: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {model}")
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        build(tmp_path / "config.yaml")
