@@ -1,4 +1,4 @@
-"""Repeat a validation that was interrupted."""
+"""Repeat a validation that was interrupted, and validate after the last step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class FinishValidation(Callback):
     """Callback that repeats an interrupted validation from its first batch when the run is resumed.
 
     Lightning would continue with the next epoch, or validate on the remaining batches alone and report the result as
-    the epoch's metrics.
+    the epoch's metrics. A run that ends within an epoch, by `max_steps`, is validated after its last step.
     """
 
     def __init__(self) -> None:
@@ -27,6 +27,12 @@ class FinishValidation(Callback):
             for counts in (progress["total"], progress["current"]):
                 # as though the first batch had been interrupted: Lightning then validates from this batch on
                 counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates then, also within an epoch
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_validating = not trainer.sanity_checking

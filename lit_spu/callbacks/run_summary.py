@@ -71,7 +71,8 @@ class RunSummary(FirstStep):
     ) -> None:
         folder, self._folder = self._folder, None  # so that it is written only once
         command = trainer.state.fn
-        if not folder or not command or command == "predict" or not trainer.is_global_zero:
+        is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not folder or is_trial or not command or command == "predict" or not trainer.is_global_zero:
             return
         record = self._record(trainer) | {"status": status, "command": str(command.value)}
         if error:

@@ -25,6 +25,13 @@ class ZeroShotReport(Callback):
         self._constant_answers: list[Any] = []  # metrics by label
         self._num_examples = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the score, which a resumed run keeps: it does not begin before training."""
+        return {"score": self.score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score = state_dict["score"]
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -34,7 +41,7 @@ class ZeroShotReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not trainer.sanity_checking or dataloader_idx:
+        if not trainer.sanity_checking or dataloader_idx or trainer.global_step:
             return
         labels, task = batch["labels"], pl_module.task
         if not self._constant_answers:
@@ -45,7 +52,8 @@ class ZeroShotReport(Callback):
                 metrics[name].update(torch.full_like(labels, label), labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
+        is_whole = trainer.num_sanity_val_batches == trainer.num_val_batches
+        if trainer.sanity_checking and is_whole and not trainer.global_step:
             metric = pl_module.task.metrics[0]
             self.score = float(pl_module.metrics["val/"][metric].compute())
             self._report(metric, self.score)

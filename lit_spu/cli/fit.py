@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jsonargparse import Namespace
@@ -17,7 +18,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import Profiler
@@ -34,6 +35,7 @@ from lit_spu.checkpoints.whole_files import WholeFiles
 from lit_spu.cli.launch import HeldLogger, SaveRun
 from lit_spu.cli.parser import Parser, limit_imports
 from lit_spu.cli.quiet import hide_callback_states, hide_expected_warnings
+from lit_spu.cli.refusals import check_honoured
 from lit_spu.cli.resume import Checkpoint, RecordRun, describe_run, open_checkpoint
 from lit_spu.cli.subcommands import RUNS
 from lit_spu.cli.user_errors import exit_on_user_error, print_to_stderr
@@ -154,10 +156,13 @@ class SpuCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's settings and the places to write, before any weights are loaded."""
+        check_honoured(self.config[str(self.subcommand)], str(self.subcommand))
         if self.subcommand == "fit":
             method = resolve_name(self._get(self.config, "model").class_path)
             method.check_trainer(vars(self._get(self.config, "trainer")))
-        if self._get(self.config, "data").text is None:
+        if self._get(self.config, "trainer").fast_dev_run:  # a trial leaves nothing
+            self.run_dir = Path(self._resources.enter_context(TemporaryDirectory()))
+        elif self._get(self.config, "data").text is None:
             self.run_dir = self._choose_run_dir()
             rank_zero_only(self._resources.enter_context)(lock_folder(self.run_dir, "--run_dir"))
         if self.subcommand == "predict":
@@ -241,16 +246,19 @@ class SpuCLI(LightningCLI):
         """Return the callbacks of the settings."""
         given = self._get(self.config_init, "trainer")["callbacks"] or []
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
-        if self._get(self.config, "trainer").enable_progress_bar is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-        return callbacks
+        trainer = self._get(self.config, "trainer")
+        hidden: list[type[Callback]] = [ProgressBar] * (trainer.enable_progress_bar is False)
+        hidden += [ModelSummary] * (trainer.enable_model_summary is False)
+        return [callback for callback in callbacks if not isinstance(callback, tuple(hidden))]
 
     def _required_callbacks(self) -> list[Callback]:
         """Return the callbacks of every run, whatever callbacks the settings name."""
         if self.subcommand == "predict":
             return [Predictions(self._output_files())]
-        if self.subcommand != "fit" or self._get(self.config, "trainer").enable_checkpointing is False:
+        if self.subcommand != "fit":
             return [RunSummary()]
+        if self._get(self.config, "trainer").enable_checkpointing is False:
+            return [FinishValidation(), RunSummary()]
         folder = Path(str(self.run_dir), "checkpoints")  # explicit, so that Lightning makes it absolute
         return [
             ModelCheckpoint(
