@@ -21,7 +21,7 @@ def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
     from transformers import DistilBertConfig
 
     config = DistilBertConfig(
-        vocab_size=1000, dim=64, hidden_dim=128, n_layers=4, n_heads=2, dropout=0.0, attention_dropout=0.0
+        vocab_size=1000, dim=64, hidden_dim=128, n_layers=5, n_heads=2, dropout=0.0, attention_dropout=0.0
     )
     task = TASKS["sst2"]
     found = methods.build_methods(models.save(config, tmp_path, task), task)
@@ -48,7 +48,7 @@ def test_the_published_algorithm_is_a_step_of_mezo(tmp_path: Path) -> None:
     """It moves along z by the slope of the loss, up to the rounding errors of writing the weights four times."""
     from transformers import DistilBertConfig
 
-    config = DistilBertConfig(vocab_size=1000, dim=64, hidden_dim=128, n_layers=4, n_heads=4)
+    config = DistilBertConfig(vocab_size=1000, dim=64, hidden_dim=128, n_layers=5, n_heads=4)
     task = TASKS["sst2"]
     method = methods.build_methods(models.save(config, tmp_path, task), task)["mezo (published)"]
     batch = batch_of(4, 8, task)
