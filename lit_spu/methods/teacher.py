@@ -68,12 +68,21 @@ def _load_method(source: str, task: Task) -> nn.Module:
     from lit_spu.export.load import load
 
     method = load(source)
-    if (method.task.labels, method.task.score_range) != (task.labels, task.score_range):
-        raise UserError(
-            f"model.teacher: {source} was trained for {method.task.name}, whose labels are {_list_labels(method.task)}."
-            f" The labels of {task.name} are {_list_labels(task)}. Choose a teacher with the same labels."
-        )
+    check_same_labels(f"model.teacher: {source}", method.task, task)
     return method
+
+
+def check_same_labels(where: str, trained_for: Task, task: Task) -> None:
+    """Check that logits of one task are answers to another: the labels are the same, in the same order.
+
+    Raises:
+        UserError: If they are not. The message starts with `where`, the flag and the source of the logits.
+    """
+    if (trained_for.labels, trained_for.score_range) != (task.labels, task.score_range):
+        raise UserError(
+            f"{where} was trained for {trained_for.name}, whose labels are {_list_labels(trained_for)}. The labels of"
+            f" {task.name} are {_list_labels(task)}. Choose one that was trained for the same labels."
+        )
 
 
 def _load_backbone(source: str, task: Task) -> nn.Module:

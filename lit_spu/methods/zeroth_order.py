@@ -24,10 +24,12 @@ from lit_spu.callbacks.zero_shot_report import ZeroShotReport
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.base import Method
+from lit_spu.methods.teacher import check_same_labels
 from lit_spu.optim.mezo import MeZOOptimizer, NoiseName, Rows
 from lit_spu.optim.replay import check_replayable
 from lit_spu.optim.trajectory import Trajectory
 from lit_spu.ranges import Count, Positive, PositiveShare, Text
+from lit_spu.tasks import load_task
 from lit_spu.tasks.metrics import task_metrics
 
 
@@ -136,7 +138,11 @@ class ZerothOrder(Method):
 
     def _load_initial_weights(self) -> None:
         if self.weights:
-            trained_weights.restore_weights(self, run_dir.find_checkpoint(self.weights, "best"))
+            file = run_dir.find_checkpoint(self.weights, "best")
+            if self.backbone.has_classifier:  # its head is among the weights
+                trained_for = load_task(run_dir.saved_config(file)["data"]["task"])
+                check_same_labels(f"model.weights: {self.weights}", trained_for, self.task)
+            trained_weights.restore_weights(self, file)
             self.total_steps = None  # the checkpoint's number is that of the other run
 
     def train(self, mode: bool = True) -> Self:

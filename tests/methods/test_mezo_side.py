@@ -74,3 +74,15 @@ def test_it_goes_on_from_a_ladder_that_gradients_trained(data: Callable[..., GLU
     (tmp_path / "text.ckpt").write_text("nothing")
     with pytest.raises(UserError, match="is not the checkpoint"):
         fit(MeZOSide(**{**settings, "weights": str(tmp_path / "text.ckpt")}), data())
+
+
+def test_initial_weights_of_another_tasks_head_are_refused(tmp_path: Path) -> None:
+    """Its labels are as many, and mean something else."""
+    from lit_spu.export import writers
+    from lit_spu.methods.mezo_lora import MeZOLoRA
+
+    writers.write_trained_weights(MeZOLoRA(task="mrpc", head="classifier"), tmp_path)
+    method = MeZOLoRA(task="sst2", head="classifier", weights=str(tmp_path))
+    with pytest.raises(UserError, match=r"model\.weights: .* was trained for mrpc, whose labels are not_equivalent"):
+        method._load_initial_weights()
+    MeZOLoRA(task="mrpc", head="classifier", weights=str(tmp_path))._load_initial_weights()
