@@ -4,24 +4,30 @@
 
 Temporary files are on another filesystem than the runs (`--tmpdir`, by default /dev/shm), where a move is a copy. A
 kill is SIGKILL. After each one all checkpoints must be readable. Then the run is resumed, or run again if there is no
-checkpoint yet, and killed again after another random time, one to four times, before it may end.
+checkpoint yet, and killed again after another random time, two to six times, before it may end. Each launch is a fork
+of this process, which has imported what the command line imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
+from lit_spu import registry
+from lit_spu.__main__ import main as lit_spu
 from lit_spu.checkpoints.trained_weights import read_checkpoint
 from lit_spu.errors import UserError
 
@@ -41,12 +47,11 @@ class KillStudy:
     Args:
         config: The config file.
         out: Folder of the runs.
-        tmpdir: Folder of temporary files.
         seed: Seed of the moments.
     """
 
-    def __init__(self, config: Path, out: Path, tmpdir: Path, seed: int) -> None:
-        self.config, self.out, self.tmpdir = config, out / config.stem, tmpdir
+    def __init__(self, config: Path, out: Path, seed: int) -> None:
+        self.config, self.out = config, out / config.stem
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.whole = self.out / "whole"
@@ -54,32 +59,28 @@ class KillStudy:
         self.out.mkdir(parents=True)
         started = time.monotonic()
         process = self._start(self._command(self.whole))
-        self._wait_for(process, self.whole)
-        self.before_run = time.monotonic() - started  # seconds until there is a run directory
-        if process.wait():
+        process.join()
+        if process.exitcode:
             raise SystemExit(f"{config} fails: {(self.out / 'log').read_text()}")
         self.seconds = time.monotonic() - started
 
     def run(self) -> None:
-        """Start a run, kill and continue it up to four times, let it end, and compare its weights."""
+        """Start a run, kill and continue it up to six times, let it end, and compare its weights."""
         folder = self.out / f"run-{self.counts['runs']}"
         self.counts["runs"] += 1
-        for _ in range(self.random.randint(1, 4)):
+        for _ in range(self.random.randint(2, 6)):
             process = self._start(self._command(folder))
-            if self.random.random() < 0.8:  # mostly while it runs, rather than while Python imports
-                self._wait_for(process, folder)
-                delay = self.random.uniform(0, self.seconds - self.before_run)
-            else:
-                delay = self.random.uniform(0, self.seconds)
-            try:
-                process.wait(delay)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                self.counts["kills"] += 1
-                self.counts["kills before the first checkpoint"] += not self._has_checkpoint(folder)
+            process.join(self.random.uniform(0, self.seconds))
+            if not process.is_alive():
+                break
+            process.kill()
+            process.join()
+            self.counts["kills"] += 1
+            self.counts["kills before the first checkpoint"] += not self._has_checkpoint(folder)
             self._check_checkpoints(folder)
-        if self._start(self._command(folder)).wait():
+        last = self._start(self._command(folder))
+        last.join()
+        if last.exitcode:
             self.counts["refused or failed"] += 1
         elif self._differs(folder):
             self.counts["other weights"] += 1
@@ -90,19 +91,10 @@ class KillStudy:
         resume = [f"--ckpt_path={folder}"] if self._has_checkpoint(folder) else []
         return ["fit", *([] if resume else [f"--config={self.config}", f"--run_dir={folder}", *FLAGS]), *resume]
 
-    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-        with (self.out / "log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "lit_spu", *arguments],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "TMPDIR": str(self.tmpdir), "OMP_NUM_THREADS": "1"},
-            )
-
-    def _wait_for(self, process: subprocess.Popen[bytes], folder: Path) -> None:
-        """Wait until a run directory is locked: its method is being loaded."""
-        while process.poll() is None and not folder.exists():
-            time.sleep(0.02)
+    def _start(self, arguments: Sequence[str]) -> BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=_launch, args=(arguments, self.out / "log"))
+        process.start()
+        return process
 
     def _has_checkpoint(self, folder: Path) -> bool:
         return any(folder.glob("checkpoints/*.ckpt"))
@@ -128,6 +120,15 @@ class KillStudy:
         return False
 
 
+def _launch(arguments: Sequence[str], log: Path) -> None:
+    """Run a command line in a process of its own, with its output in a file."""
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    lit_spu(list(arguments))
+
+
 def main(args: Sequence[str] | None = None) -> Counter[str]:
     """Run the study, print its counts, and exit with status 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -137,9 +138,12 @@ def main(args: Sequence[str] | None = None) -> Counter[str]:
     parser.add_argument("--tmpdir", type=Path, default=Path("/dev/shm"), help="folder of temporary files")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     given = parser.parse_args(args)
+    import_module("lit_spu.cli.fit")
+    list(registry.classes("lit_spu.methods"))
     if given.tmpdir.stat().st_dev == given.out.absolute().parent.stat().st_dev:
         print("--tmpdir is on the filesystem of --out: a move is not a copy there.", file=sys.stderr)
-    studies = [KillStudy(config, given.out, given.tmpdir, given.seed) for config in given.configs]
+    os.environ["TMPDIR"], tempfile.tempdir = str(given.tmpdir), None
+    studies = [KillStudy(config, given.out, given.seed) for config in given.configs]
     total: Counter[str] = Counter()
     while total["kills"] < given.kills:
         for study in studies:
