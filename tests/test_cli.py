@@ -326,7 +326,7 @@ def test_a_run_directory_is_never_used_twice(tmp_path: Path) -> None:
     (first / "checkpoints").mkdir(parents=True)
     (first / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(UserError, match="already holds a run"):
-        run_dir.new_run_dir(str(first), **names)
+        run_dir.check_unused(first)
 
 
 # -- the run directory -------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_damage_of_an_export_is_noticed(format: Any, tiny: Tiny, tmp_path: Path)
 def test_an_unreadable_summary_counts_as_none(tmp_path: Path) -> None:
     for text in ("", "[]", '{"status": "comp', json.dumps({"status": "failed"})):
         (tmp_path / "summary.json").write_text(text)
-        assert run_dir.new_run_dir(str(tmp_path), task="sst2", method="LoRA", seed=1) == tmp_path
+        run_dir.check_unused(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"status": "completed"}))
     with pytest.raises(UserError, match="already holds a run"):
-        run_dir.new_run_dir(str(tmp_path), task="sst2", method="LoRA", seed=1)
+        run_dir.check_unused(tmp_path)

@@ -152,7 +152,7 @@ def test_a_refused_or_failed_resume_changes_nothing(given: list[str], tmp_path: 
     assert contents(run) == tampered
     last.write_bytes(good)
 
-    main(["fit", "--ckpt_path=run"])
+    main(["fit", "--ckpt_path=run", "--run_dir=run"])  # the same place, said twice
     assert_same_weights(run, tmp_path / "whole")
     finished = contents(run)
     main(["fit", "--ckpt_path=run"])  # nothing is left to do
@@ -222,3 +222,28 @@ def test_two_runs_in_one_directory_are_refused(
             interrupt([command, *given, "--run_dir=run"], code=2)
             assert "error: --run_dir: another process is writing into run." in capsys.readouterr().err
         assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.slow
+def test_a_fast_dev_run_leaves_nothing(given: list[str], tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    main(["fit", *given, "--run_dir=run", "--trainer.fast_dev_run=true"])
+    assert {name for name in contents(tmp_path) if not name.startswith("cache")} == set(before)
+
+
+@pytest.mark.slow
+def test_places_that_cannot_be_written_are_refused_before_a_model_is_loaded(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lit_spu.methods.base.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "file").touch()
+    for args, flag in (
+        (["fit", *given, "--run_dir=file/run"], "--run_dir"),
+        (["predict", *given, "--output=file/predictions.jsonl"], "--output"),
+        (["predict", *given, "--output=data"], "--output"),
+        (["export", "--ckpt_path=absent", "--output=file/out"], "--output"),
+        (["replay", "--trajectory=absent", "--output=file/out"], "--output"),
+    ):
+        interrupt(args, code=2)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"error: {flag}: ")

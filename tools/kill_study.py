@@ -4,8 +4,8 @@
 
 Temporary files are on another filesystem than the runs (`--tmpdir`, by default /dev/shm), where a move is a copy. A
 kill is SIGKILL. After each one all checkpoints must be readable. Then the run is resumed, or run again if there is no
-checkpoint yet, and killed again after another random time, two to six times, before it may end. Each launch is a fork
-of this process, which has imported what the command line imports.
+checkpoint yet, and killed again, two to six times, before it may end. A kill comes at any time, after a checkpoint, or
+while one is written. Each launch is a fork of this process, which has imported what the command line imports.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class KillStudy:
         self.counts["runs"] += 1
         for _ in range(self.random.randint(2, 6)):
             process = self._start(self._command(folder))
-            process.join(self.random.uniform(0, self.seconds))
+            self._wait(process, folder)
             if not process.is_alive():
                 break
             process.kill()
@@ -95,6 +95,24 @@ class KillStudy:
         process = multiprocessing.get_context("fork").Process(target=_launch, args=(arguments, self.out / "log"))
         process.start()
         return process
+
+    def _wait(self, process: BaseProcess, folder: Path) -> None:
+        """Wait for a random moment: at any time, after the next checkpoint, or while one is written."""
+        checkpoints = folder / "checkpoints"
+        moment = self.random.choice(("any", "after", "within"))
+        before = self._time_of_last(checkpoints)
+        while process.is_alive() and (
+            (moment == "after" and self._time_of_last(checkpoints) == before)
+            or (moment == "within" and not any(checkpoints.glob("*.partial")))
+        ):
+            time.sleep(0.001)
+        longest = {"any": self.seconds, "after": self.seconds / 2, "within": 0.005}[moment]
+        process.join(self.random.uniform(0, longest))
+        self.counts[f"moments: {moment}"] += process.is_alive()
+
+    def _time_of_last(self, checkpoints: Path) -> int:
+        file = checkpoints / "last.ckpt"
+        return file.stat().st_mtime_ns if file.exists() else 0
 
     def _has_checkpoint(self, folder: Path) -> bool:
         return any(folder.glob("checkpoints/*.ckpt"))

@@ -33,7 +33,7 @@ def new_run_dir(pattern: str, *, task: str, method: str, seed: object) -> Path:
     """Return the path of a new run directory: `pattern` with its placeholders filled in. Nothing is created.
 
     Raises:
-        UserError: if the pattern has an unknown placeholder, or if the directory already holds results.
+        UserError: if the pattern has an unknown placeholder.
     """
     names = {"task": task, "method": method, "seed": seed, "time": f"{datetime.now():%Y%m%d-%H%M%S-%f}"}
     try:
@@ -42,21 +42,23 @@ def new_run_dir(pattern: str, *, task: str, method: str, seed: object) -> Path:
         placeholder = str(error).strip("'")
         hint = did_you_mean(placeholder, names)
         raise UserError(f"--run_dir: {pattern!r} has an unknown placeholder {placeholder!r}. {hint}") from error
-    if _holds_results(path):
+    return path
+
+
+def check_unused(path: Path) -> None:
+    """Check that a run directory has nothing that a new run would replace.
+
+    A run that stopped before its first checkpoint has nothing to continue from: its command can be given again.
+
+    Raises:
+        UserError: if it has checkpoints, predictions, or the summary of a completed run.
+    """
+    completed = read_summary(path).get("status") == "completed"
+    if completed or any(path.rglob("*.ckpt")) or any(path.glob("predictions.*")):
         raise UserError(
             f"--run_dir: {path} already holds a run."
             f" Give another directory, or continue that run with --ckpt_path {path}."
         )
-    return path
-
-
-def _holds_results(path: Path) -> bool:
-    """Return whether a run directory has what a run in its place would replace.
-
-    A run that stopped before its first checkpoint has nothing to continue from: its command can be given again.
-    """
-    completed = read_summary(path).get("status") == "completed"
-    return completed or any(path.rglob("*.ckpt")) or any(path.glob("predictions.*"))
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -160,11 +160,8 @@ class SpuCLI(LightningCLI):
         if self.subcommand == "fit":
             method = resolve_name(self._get(self.config, "model").class_path)
             method.check_trainer(vars(self._get(self.config, "trainer")))
-        if self._get(self.config, "trainer").fast_dev_run:  # a trial leaves nothing
-            self.run_dir = Path(self._resources.enter_context(TemporaryDirectory()))
-        elif self._get(self.config, "data").text is None:
-            self.run_dir = self._choose_run_dir()
-            rank_zero_only(self._resources.enter_context)(lock_folder(self.run_dir, "--run_dir"))
+        if self._get(self.config, "data").text is None:
+            self.run_dir = self._open_run_dir()
         if self.subcommand == "predict":
             for file in self._output_files():
                 check_writable(file, "--output")
@@ -232,15 +229,22 @@ class SpuCLI(LightningCLI):
         # the first one's directory is trainer.log_dir, into which the callbacks write
         return [CSVLogger(folder, name="", version=""), *(given if isinstance(given, list) else [given])]
 
-    def _choose_run_dir(self) -> Path:
-        """Return the run directory: that of a resumed run, unless another is given."""
-        pattern = self._get(self.config, "run_dir")
-        resumed = self.checkpoint.resumed_dir if self.checkpoint else None
-        if resumed and (pattern == run_dir.PATTERN or Path(pattern).resolve() == resumed.resolve()):
-            return resumed
+    def _open_run_dir(self) -> Path:
+        """Return the run directory, locked: that of a resumed run, unless another is given, which has no results."""
+        if self._get(self.config, "trainer").fast_dev_run:
+            return Path(self._resources.enter_context(TemporaryDirectory()))
+        pattern, resumed = self._get(self.config, "run_dir"), self.checkpoint and self.checkpoint.resumed_dir
         task = load_task(self._get(self.config, "data").task).name
         method = self._get(self.config, "model").class_path.rpartition(".")[2]
-        return run_dir.new_run_dir(pattern, task=task, method=method, seed=self._get(self.config, "seed_everything"))
+        seed = self._get(self.config, "seed_everything")
+        path = run_dir.new_run_dir(pattern, task=task, method=method, seed=seed)
+        if resumed and (pattern == run_dir.PATTERN or path.resolve() == resumed.resolve()):
+            path = resumed
+        lock = rank_zero_only(self._resources.enter_context)
+        lock(lock_folder(path, "--run_dir"))
+        if path != resumed:
+            run_dir.check_unused(path)
+        return path
 
     def _given_callbacks(self) -> list[Callback]:
         """Return the callbacks of the settings."""
