@@ -38,6 +38,7 @@ from lit_spu.cli.quiet import hide_callback_states, hide_expected_warnings
 from lit_spu.cli.refusals import check_honoured
 from lit_spu.cli.resume import Checkpoint, RecordRun, describe_run, open_checkpoint
 from lit_spu.cli.subcommands import RUNS
+from lit_spu.cli.trainer_settings import check_trainer_settings
 from lit_spu.cli.user_errors import exit_on_user_error, print_to_stderr
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
@@ -156,10 +157,12 @@ class SpuCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's settings and the places to write, before any weights are loaded."""
+        settings = vars(self._get(self.config, "trainer"))
         check_honoured(self.config[str(self.subcommand)], str(self.subcommand))
+        method = resolve_name(self._get(self.config, "model").class_path)
         if self.subcommand == "fit":
-            method = resolve_name(self._get(self.config, "model").class_path)
-            method.check_trainer(vars(self._get(self.config, "trainer")))
+            method.check_trainer(settings)
+        check_trainer_settings(settings, method, self._get(self.config, "data").task)
         if self._get(self.config, "data").text is None:
             self.run_dir = self._open_run_dir()
         if self.subcommand == "predict":

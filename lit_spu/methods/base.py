@@ -143,6 +143,8 @@ class Method(Checked, FiniteLosses, ABC):
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay, "lr": self.lr},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "lr": self.lr},
         ]
+        if not trained:
+            raise UserError(f"{type(self).__name__} has no weights to train: a callback has frozen all of them.")
         return [group for group in groups if group["params"]]
 
     def _count_steps(self) -> int:
