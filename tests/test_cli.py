@@ -257,7 +257,7 @@ def test_the_same_task_given_twice_is_accepted(capsys: pytest.CaptureFixture[str
         ("fit --model KLadder --trainer.logger CSVLogger", ["--trainer.logger.save_dir", "CSVLogger"]),
         ("fit --model KLadder --trainer.callbacks+=EarlyStopping", ["--trainer.callbacks.monitor", "EarlyStopping"]),
         (
-            "fit --model KLadder --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=a"
+            "fit --model KLadder --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=lr"
             " --trainer.callbacks.mode=up",
             ["--trainer: EarlyStopping", "min, max, got up"],
         ),

@@ -79,7 +79,7 @@ def test_an_unknown_metric_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr("lit_spu.methods.base.load_backbone", lambda *args: pytest.fail("the model was loaded"))
     message = fit(f"--trainer.callbacks+={callback}", f"--trainer.callbacks.monitor={monitor}")
-    assert f"{callback}: no metric {monitor!r}" in message
+    assert f"--trainer: {callback}: no metric {monitor!r}" in message
     assert "val/accuracy, val/loss" in message
 
 

@@ -45,11 +45,14 @@ class Plan:
 class ActivationCache:
     """A callable that returns what `Backbone.hidden_states` does, but computes no text twice.
 
+    A record that is damaged is computed again.
+
     Args:
         backbone: A frozen backbone.
         folder: The folder of the cache, which all runs share; None caches in the memory of this process.
-        precision: The format of cached states. With fp32 (or bf16 for a backbone in bf16) they equal the computed
-            states to the bit. int8 has one scale for each token of each block.
+        precision: The format of cached states. With fp32 (or bf16 for a backbone in bf16) they equal to the bit the
+            states that were computed when the text was first cached. Computed in another batch, where the padding has
+            another length, they may differ in the last bits. int8 has one scale for each token of each block.
     """
 
     def __init__(self, backbone: Backbone, folder: Path | None = None, precision: Precision = "fp32") -> None:
@@ -72,6 +75,11 @@ class ActivationCache:
             with record_function("cache"):
                 self._save(states, counts, new_rows)
                 records = self.store.find(keys)
+            if any(record is None for record in records):
+                raise UserError(
+                    f"model.activation_cache: records in {self.store} are damaged right after they were written. Use"
+                    " another folder, or --model.activation_cache=null."
+                )
         with record_function("cache"):
             return self._read([record for record in records if record is not None], counts, inputs)
 
@@ -91,9 +99,9 @@ class ActivationCache:
             inputs = self.backbone.model_inputs(batch)
             counts = self._count_tokens(inputs)
             keys = _digest_texts(inputs, counts[0])
-            for row, (key, record) in enumerate(zip(keys, self.store.find(keys), strict=True)):
+            for row, (key, is_cached) in enumerate(zip(keys, self.store.contains(keys), strict=True)):
                 sizes[key] = sum(self._num_bytes(stack, int(count[row])) for stack, count in enumerate(counts))
-                if record is None:
+                if not is_cached:
                     new.add(key)
         plan = Plan(len(sizes), len(new), sum(sizes[key] for key in new))
         needed = plan.num_bytes * (num_processes if isinstance(self.store, MemoryStore) else 1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,12 +22,16 @@ class Store(ABC):
     """Base class of stores."""
 
     @abstractmethod
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return for each key whether it has a record, without reading the record."""
+
+    @abstractmethod
     def find(self, keys: Sequence[bytes]) -> list[Record | None]:
-        """Return the record of each key, None where there is none."""
+        """Return the record of each key, None where there is none, or where it is damaged."""
 
     @abstractmethod
     def add(self, records: Mapping[bytes, Record]) -> None:
-        """Save records."""
+        """Save records of keys that have none."""
 
     @abstractmethod
     def free_bytes(self) -> int:
@@ -37,6 +43,9 @@ class MemoryStore(Store):
 
     def __init__(self) -> None:
         self.records: dict[bytes, Record] = {}
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return [key in self.records for key in keys]
 
     def find(self, keys: Sequence[bytes]) -> list[Record | None]:
         return [self.records.get(key) for key in keys]
@@ -51,35 +60,74 @@ class MemoryStore(Store):
         return "memory"
 
 
+@dataclass
+class _Place:
+    """Position of a record in a file, and its checksum."""
+
+    path: Path
+    start: int
+    end: int
+    checksum: int
+    is_checked: bool = False
+
+
 class FileStore(Store):
     """Records in a folder that any number of processes read and write at the same time.
 
-    Each process that adds records writes two files: `.taps` holds its records end to end, and `.index` a line of 32
-    bytes for each record (key, start, end). A line is written after its record. So a record that a killed process left
-    incomplete is in no index, and is never read.
+    Each process that adds records writes two files: `.taps` holds its records end to end, and `.index` a line of 36
+    bytes for each record (key, start, end, and the CRC-32 of key and record). A line is written after its record. So a
+    record that a killed process left incomplete is in no index, and is never read. A process compares a record with its
+    checksum when it reads it for the first time. A damaged one counts as absent.
     """
 
-    _LINE = np.dtype([("key", "V16"), ("start", "<u8"), ("end", "<u8")])
+    _LINE = np.dtype([("key", "V16"), ("start", "<u8"), ("end", "<u8"), ("checksum", "<u4")])
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[bytes, tuple[Path, int, int]] = {}
+        self._places: dict[bytes, list[_Place]] = {}
         self._maps: dict[Path, Record] = {}
         self._num_lines_read: dict[Path, int] = {}  # by index file
         self._own_file: Path | None = None
         self._end = 0
 
-    def find(self, keys: Sequence[bytes]) -> list[Record | None]:
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
         if any(key not in self._places for key in keys):
             self._read_indices()
-        return [self._record(*self._places[key]) if key in self._places else None for key in keys]
+        return [key in self._places for key in keys]
 
-    def _record(self, path: Path, start: int, end: int) -> Record:
-        if path not in self._maps or end > len(self._maps[path]):
-            self._maps[path] = np.memmap(path, np.uint8, "r")
-        return self._maps[path][start:end]
+    def find(self, keys: Sequence[bytes]) -> list[Record | None]:
+        self.contains(keys)
+        return [self._read_record(key) for key in keys]
+
+    def _read_record(self, key: bytes) -> Record | None:
+        """Return the record of a key, and forget its places that are damaged."""
+        places = self._places.get(key, [])
+        while places:
+            place = places[-1]
+            record = self._map(place)
+            if record is not None and (place.is_checked or _checksum(key, record) == place.checksum):
+                place.is_checked = True
+                return record
+            places.pop()
+        self._places.pop(key, None)
+        return None
+
+    def _map(self, place: _Place) -> Record | None:
+        """Return the bytes at a place, or None if the file does not have them."""
+        try:
+            if place.path not in self._maps or place.end > len(self._maps[place.path]):
+                self._maps[place.path] = np.memmap(place.path, np.uint8, "r")
+        except (OSError, ValueError):  # not there, or empty
+            return None
+        record = self._maps[place.path][place.start : place.end]
+        return record if len(record) == place.end - place.start else None
 
     def add(self, records: Mapping[bytes, Record]) -> None:
+        self._read_indices()
+        # other processes may have been faster, above all those that train on the same texts
+        records = {key: record for key, record in records.items() if self._read_record(key) is None}
+        if not records:
+            return
         if self._own_file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._own_file = self.folder / f"{uuid4().hex}.taps"
@@ -87,7 +135,8 @@ class FileStore(Store):
         with self._own_file.open("ab") as data:
             for line, (key, record) in zip(lines, records.items(), strict=True):
                 data.write(record.data)
-                line["key"], line["start"], line["end"] = key, self._end, self._end + len(record)
+                line["key"], line["checksum"] = key, _checksum(key, record)
+                line["start"], line["end"] = self._end, self._end + len(record)
                 self._end += len(record)
         with self._own_file.with_suffix(".index").open("ab") as index:
             index.write(lines.tobytes())
@@ -101,12 +150,18 @@ class FileStore(Store):
         for path in self.folder.glob("*.index"):
             known = self._num_lines_read.get(path, 0)
             count = path.stat().st_size // self._LINE.itemsize - known
-            if count:
+            if count > 0:
                 lines = np.fromfile(path, self._LINE, count, offset=known * self._LINE.itemsize)
                 data = path.with_suffix(".taps")
-                size = data.stat().st_size  # after a power cut it may be less than the index says
-                self._places |= {key: (data, start, end) for key, start, end in lines.tolist() if end <= size}
+                size = data.stat().st_size if data.exists() else 0  # after a power cut, less than the index says
+                for key, start, end, checksum in lines.tolist():
+                    if start <= end <= size:
+                        self._places.setdefault(key, []).append(_Place(data, start, end, checksum))
                 self._num_lines_read[path] = known + count
 
     def __str__(self) -> str:
         return str(self.folder)
+
+
+def _checksum(key: bytes, record: Record) -> int:
+    return zlib.crc32(record.data, zlib.crc32(key))

@@ -90,7 +90,9 @@ def _check_monitors(callbacks: Any, method: type, task: Any) -> None:
         of_sibling = monitor.rpartition("/")[0]
         if not {monitor, of_sibling} & set(known):
             name = callback.class_path.rpartition(".")[2]
-            raise UserError(f"{name}: no metric {monitor!r} is logged to monitor. {did_you_mean(monitor, known)}")
+            raise UserError(
+                f"--trainer: {name}: no metric {monitor!r} is logged to monitor. {did_you_mean(monitor, known)}"
+            )
 
 
 def _metrics(task: Any) -> Iterable[str]:

@@ -14,7 +14,6 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
-from zipfile import BadZipFile
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -220,14 +219,14 @@ def encode_cached(
 ) -> Tokens:
     """Read the tokens of `rows` from the cache in `folder`, or tokenise them as `encode` does and cache them.
 
-    A damaged file is detected by its checksums and written again.
+    A damaged file is detected by its checksums and the number of its texts, and written again.
     """
     if not rows:
         return Tokens(np.zeros(0, np.int32), np.zeros(1, np.int64), None)
     path = folder / f"{_cache_key(rows, task, encoding, template, max_length)}.npz"
     try:
-        return _read_tokens(path)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # missing or damaged
+        return _read_tokens(path, len(rows))
+    except Exception:  # missing or damaged: numpy and zipfile raise many kinds
         tokens = encode(rows, task, encoding, template, max_length)
     try:
         _write_tokens(path, tokens)
@@ -257,9 +256,14 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
     return sha256(repr(settings).encode()).hexdigest()
 
 
-def _read_tokens(path: Path) -> Tokens:
+def _read_tokens(path: Path, num_texts: int) -> Tokens:
     with path.open("rb") as file, np.load(file) as arrays:
-        return Tokens(arrays["ids"], arrays["starts"], arrays.get("types"))
+        tokens = Tokens(arrays["ids"], arrays["starts"], arrays.get("types"))
+    lengths = [len(array) for array in (tokens.ids, tokens.types) if array is not None]
+    is_whole = tokens.starts[0] == 0 and (tokens.lengths > 0).all() and {*lengths} == {int(tokens.starts[-1])}
+    if len(tokens) != num_texts or not is_whole:
+        raise ValueError(f"{path} does not hold the tokens of {num_texts} texts.")
+    return tokens
 
 
 def _write_tokens(path: Path, tokens: Tokens) -> None:

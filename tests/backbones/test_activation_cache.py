@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -121,6 +122,56 @@ def test_what_a_killed_run_left_half_written_is_computed_again(tiny: Tiny, tmp_p
         found = again(batch)
     assert (kept.num_texts, kept.num_new) == (4, 1)
     assert same(found, wanted, batch)
+
+
+@pytest.mark.parametrize("damage", ["flip", "nan", "shift", "swap", "missing", "empty", "noise", "index"])
+def test_damage_is_noticed_and_computed_again(tiny: Tiny, tmp_path: Path, damage: str) -> None:
+    backbone = frozen(tiny("bert"))
+    batch = encode(backbone)
+    with torch.no_grad():
+        wanted = ActivationCache(backbone, tmp_path)(batch)
+        (data,), (index,) = (list(tmp_path.glob(f"*/*.{suffix}")) for suffix in ("taps", "index"))
+        raw = np.fromfile(data, np.uint8)
+        lines = np.fromfile(index, FileStore._LINE)
+        if damage == "flip":
+            raw[len(raw) // 2] ^= 4
+        elif damage == "nan":
+            raw[:400] = 255  # NaN in fp32
+        elif damage == "shift":
+            lines["start"] += 4
+        elif damage == "swap":
+            lines["key"][:2] = lines["key"][1::-1]
+        elif damage == "noise":
+            raw = np.random.default_rng(0).integers(0, 256, len(raw), dtype=np.uint8)
+        raw.tofile(data)
+        lines.tofile(index)
+        if damage == "missing":
+            data.unlink()
+        elif damage == "empty":
+            data.write_bytes(b"")
+        elif damage == "index":
+            index.write_bytes(b"not an index, but as long as a few lines of one" * 3)
+        assert same(ActivationCache(backbone, tmp_path)(batch), wanted, batch)
+        again = ActivationCache(backbone, tmp_path)  # what was computed again was saved beside the damaged records
+        assert same(again(batch), wanted, batch)
+    assert len(list(tmp_path.glob("*/*.index"))) == 2
+
+
+def test_a_record_that_another_process_added_meanwhile_is_not_added_again(tiny: Tiny, tmp_path: Path) -> None:
+    backbone = frozen(tiny("bert"))
+    batch = encode(backbone)
+    one, other = (ActivationCache(backbone, tmp_path) for _ in range(2))
+    compute = backbone.hidden_states
+
+    def overtaken(batch: Batch) -> Any:
+        backbone.hidden_states = compute  # type: ignore[method-assign]
+        other(batch)
+        return compute(batch)
+
+    backbone.hidden_states = overtaken  # type: ignore[method-assign]
+    with torch.no_grad():
+        one(batch)
+    assert len(list(tmp_path.glob("*/*.taps"))) == 1
 
 
 def test_another_backbone_finds_nothing(tiny: Tiny, tmp_path: Path) -> None:

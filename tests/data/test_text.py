@@ -1,3 +1,4 @@
+import io
 import string
 from collections.abc import Callable
 from dataclasses import replace
@@ -232,6 +233,13 @@ def test_a_damaged_cache_file_is_written_again(cached: Cached, tmp_path: Path) -
         file.write_bytes(damaged)
         assert same(cached(), first)
         assert file.read_bytes() == whole  # and written again
+    foreign = io.BytesIO()
+    np.savez(foreign, ids=np.ones(3, np.int32), starts=np.array([0, 3]))
+    array = io.BytesIO()
+    np.save(array, np.ones(3))
+    for other in (foreign, array):
+        file.write_bytes(other.getvalue())
+        assert same(cached(), first)
     assert list(tmp_path.iterdir()) == [file]  # no temporary file is left
 
 
