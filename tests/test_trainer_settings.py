@@ -46,7 +46,6 @@ def fit(tiny: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixtur
         ("min_epochs=-1", "from 0"),
         ("limit_train_batches=-1", "from 0"),
         ("limit_val_batches=1.5", "from 0"),
-        ("overfit_batches=-0.5", "from 0"),
         ("num_sanity_val_steps=-2", "from -1"),
         ("log_every_n_steps=-1", "from 0"),
         ("gradient_clip_val=-1", "from 0"),

@@ -33,7 +33,6 @@ RANGES: Mapping[str, Any] = {
     "min_steps": CountOrZero | None,
     "num_nodes": Count,
     "num_sanity_val_steps": _FromMinusOne | None,
-    "overfit_batches": CountOrZero | Share,
     "reload_dataloaders_every_n_epochs": CountOrZero,
     "val_check_interval": Count | Annotated[float, Range(0, 1, without_low=True)] | str | dict[str, int] | None,
 }
