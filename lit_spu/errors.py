@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -15,6 +16,15 @@ class UserError(ValueError):
 
 class NonFiniteError(UserError):
     """Error for a loss, a score or a weight that is NaN or infinite."""
+
+
+@contextmanager
+def name_flag(flag: str) -> Iterator[None]:
+    """Context manager that begins the messages of errors in a file with the flag that named it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
 
 
 def describe_changes(before: Mapping[str, object], now: Mapping[str, object]) -> str:

@@ -153,3 +153,15 @@ def test_the_digest_covers_tokens_their_bounds_types_and_labels() -> None:
     others = [digest(labels=[1, 0]), digest(ids=[1, 2, 4, 3]), digest(starts=[0, 1, 4]), digest(types=None)]
     assert digest() == digest()
     assert len({digest(), *others, digest(types=[0, 0, 1, 0]), digest(labels=[0.0, 1.0])}) == 7
+
+
+@pytest.mark.parametrize("place", ["files", "own.yaml", "nowhere"])
+def test_initial_weights_that_are_none_are_blamed_on_their_own_flag(
+    place: str, work: Path, capsys: pytest.CaptureFixture[str], tiny: Callable[[str], str]
+) -> None:
+    model = ["--model=MeZOBitFit", f"--model.backbone={tiny('bert')}", f"--model.weights={place}"]
+    data = ["--data.task=own.yaml", "--data.source=files", "--data.cache=cache", "--trainer.callbacks=null"]
+    message = refusal(["fit", *model, *data, "--run_dir=other"], capsys)
+    assert message.startswith(f"error: --model.weights: {place} ")
+    assert "--ckpt_path" not in message
+    assert not (work / "other").exists()

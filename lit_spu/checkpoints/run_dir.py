@@ -97,11 +97,11 @@ def find_checkpoint(path: str | Path, which: Literal["best", "last"]) -> Path:
             return file
     if (path / "config.yaml").exists():
         raise UserError(
-            f"--ckpt_path: {path} is a run that stopped before its first checkpoint. Run it again:"
+            f"{path} is a run that stopped before its first checkpoint. Run it again:"
             f" lit-spu fit --config {path}/config.yaml --run_dir {path}"
         )
     raise UserError(
-        f"--ckpt_path: {path} is no checkpoint and no run directory. Give a checkpoint file, or a run directory that"
+        f"{path} is no checkpoint and no run directory. Give a checkpoint file, or a run directory that"
         " has checkpoints/last.ckpt."
     )
 
@@ -114,10 +114,8 @@ def saved_config(file: Path) -> dict[str, Any]:
     """
     try:
         return checkpoint_config(trained_weights.read_checkpoint(file, mmap=True))
-    except UserError as error:
-        raise UserError(f"--ckpt_path: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--ckpt_path: {file} is not the checkpoint of a method of lit_spu: {error!r}.") from error
+        raise UserError(f"{file} is not the checkpoint of a method of lit_spu: {error!r}.") from error
 
 
 def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

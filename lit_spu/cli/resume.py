@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_spu.checkpoints import run_dir, trained_weights
-from lit_spu.errors import UserError
+from lit_spu.errors import UserError, name_flag
 from lit_spu.safe_yaml import read_mapping
 from lit_spu.tasks import load_task
 
@@ -134,8 +134,9 @@ def open_checkpoint(path: str, subcommand: str) -> Checkpoint:
     Raises:
         UserError: if there is no checkpoint.
     """
-    file = run_dir.find_checkpoint(path, "last" if subcommand == "fit" else "best")
-    config = run_dir.saved_config(file)
+    with name_flag("--ckpt_path"):
+        file = run_dir.find_checkpoint(path, "last" if subcommand == "fit" else "best")
+        config = run_dir.saved_config(file)
     run = config.pop("run")
     if subcommand != "fit":
         return Checkpoint(file, config)

@@ -15,7 +15,7 @@ from lit_spu.backbones import Backbone, load_backbone
 from lit_spu.checkpoints import run_dir
 from lit_spu.console import make_console
 from lit_spu.data.glue import GLUE
-from lit_spu.errors import UserError
+from lit_spu.errors import UserError, name_flag
 from lit_spu.export import writers
 from lit_spu.export.load import load
 from lit_spu.measure import MIB, interleave
@@ -43,8 +43,9 @@ def separate(ckpt_path: Text, output: Text, data: dict[str, Any] | None = None) 
         UserError: if there is no checkpoint, it is of another method, or the folder is not empty.
     """
     folder = writers.new_folder(output)
-    file = run_dir.find_checkpoint(ckpt_path, "best")
-    method = load(file)
+    with name_flag("--ckpt_path"):
+        file = run_dir.find_checkpoint(ckpt_path, "best")
+        method = load(file)
     if not isinstance(method, LSTDistillation):
         raise UserError(
             f"--ckpt_path: {file} holds {type(method).__name__}, which needs its backbone. Only LSTDistillation trains"

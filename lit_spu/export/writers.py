@@ -12,7 +12,7 @@ import torch
 from lit_spu.backbones import Backbone
 from lit_spu.backbones.load import quiet_loading
 from lit_spu.checkpoints import run_dir, trained_weights
-from lit_spu.errors import UserError
+from lit_spu.errors import UserError, name_flag
 from lit_spu.export import load as loading
 from lit_spu.files import check_writable, replace_path, write_checksums
 from lit_spu.methods.base import Method
@@ -37,8 +37,9 @@ def export(ckpt_path: Text, output: Text, format: Format = "safetensors") -> Non
         UserError: if there is no checkpoint, the folder is not empty, or the method does not support the format.
     """
     folder = new_folder(output)
-    file = run_dir.find_checkpoint(ckpt_path, "best")
-    method = loading.load(file)
+    with name_flag("--ckpt_path"):
+        file = run_dir.find_checkpoint(ckpt_path, "best")
+        method = loading.load(file)
     writers: Mapping[Format, Callable[[Method, Path], None]] = {
         "peft": write_peft,
         "merged": write_merged,

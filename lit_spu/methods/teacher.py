@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_spu.checkpoints import trained_weights
-from lit_spu.errors import NonFiniteError, UserError
+from lit_spu.errors import NonFiniteError, UserError, name_flag
 from lit_spu.tasks import Encoding, Task
 
 
@@ -35,9 +35,8 @@ class Teacher:
         try:
             model: Any = _load_method(source, task) if is_method else _load_backbone(source, task)
         except UserError as error:
-            # the messages of the loaders name other flags than the user has set
-            message = str(error).replace("--ckpt_path", "model.teacher").replace("model.backbone", "model.teacher")
-            raise UserError(message) from error
+            # the loader of backbones names another flag than the user has set
+            raise UserError(str(error).replace("model.backbone", "model.teacher")) from error
         self.model, self.encoding = model.eval().requires_grad_(False), model.encoding
         self.num_logits = task.num_logits
 
@@ -67,7 +66,8 @@ def _load_method(source: str, task: Task) -> nn.Module:
     """Load a trained method of this package, and check that its labels are those of `task`."""
     from lit_spu.export.load import load
 
-    method = load(source)
+    with name_flag("model.teacher"):
+        method = load(source)
     check_same_labels(f"model.teacher: {source}", method.task, task)
     return method
 

@@ -22,7 +22,7 @@ from lit_spu.callbacks.rank_check import RankCheck
 from lit_spu.callbacks.trajectory_recorder import TrajectoryRecorder
 from lit_spu.callbacks.zero_shot_report import ZeroShotReport
 from lit_spu.checkpoints import run_dir, trained_weights
-from lit_spu.errors import UserError, did_you_mean
+from lit_spu.errors import UserError, did_you_mean, name_flag
 from lit_spu.methods.base import Method
 from lit_spu.methods.teacher import check_same_labels
 from lit_spu.optim.mezo import MeZOOptimizer, NoiseName, Rows
@@ -138,11 +138,12 @@ class ZerothOrder(Method):
 
     def _load_initial_weights(self) -> None:
         if self.weights:
-            file = run_dir.find_checkpoint(self.weights, "best")
-            if self.backbone.has_classifier:  # its head is among the weights
-                trained_for = load_task(run_dir.saved_config(file)["data"]["task"])
-                check_same_labels(f"model.weights: {self.weights}", trained_for, self.task)
-            trained_weights.restore_weights(self, file)
+            with name_flag("--model.weights"):
+                file = run_dir.find_checkpoint(self.weights, "best")
+                if self.backbone.has_classifier:  # its head is among the weights
+                    trained_for = load_task(run_dir.saved_config(file)["data"]["task"])
+                    check_same_labels(self.weights, trained_for, self.task)
+                trained_weights.restore_weights(self, file)
             self.total_steps = None  # the checkpoint's number is that of the other run
 
     def train(self, mode: bool = True) -> Self:
