@@ -138,12 +138,22 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Table:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
         header = file.schema_arrow.names
         read = file.read(columns=[name for name in header if name in wanted])
-        columns = {name: column.to_pylist() for name, column in zip(read.column_names, read.columns, strict=True)}
         features = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", "{}")).get("info", {})
-        names = {name: features.get("features", {}).get(name, {}).get("names") for name in columns}
+        names = {name: features.get("features", {}).get(name, {}).get("names") for name in read.column_names}
     except Exception as error:  # pyarrow's errors are of many kinds
         raise UserError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+    columns = {
+        name: [_read_cell(cell, f"{path}, line {line}: the {name}") for line, cell in enumerate(column, 1)]
+        for name, column in zip(read.column_names, read.columns, strict=True)
+    }
     return _typed_table(str(path), header, read.num_rows, columns, names)
+
+
+def _read_cell(cell: Any, where: str) -> Any:
+    try:
+        return cell.as_py()
+    except ValueError as error:  # bytes that are not UTF-8, a time beyond all calendars
+        raise UserError(f"{where} cannot be read: {error}.") from error
 
 
 def read_dataset(name: str, dataset: datasets.Dataset, wanted: Collection[str]) -> Table:

@@ -81,12 +81,16 @@ def test_only_wanted_columns_of_parquet_are_read(tmp_path: Path) -> None:
         "a_time": pa.array([1], pa.duration("ns")),
         "unknown": pa.ExtensionArray.from_storage(Unknown(), pa.array([1])),
         "image": pa.array([{"bytes": b"x", "path": None}]),
+        "not_utf8": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers()),
     }
     table = pa.table({"text": ["a"], "label": ["good"], **unused})
     features = {"image": {"_type": "Image"}, "pdf": {"_type": "Unheard"}, "text": {"dtype": "string", "_type": "Value"}}
     hub = json.dumps({"info": {"features": features}}).encode()
     parquet.write_table(table.replace_schema_metadata({b"huggingface": hub}), tmp_path / "train.parquet")
     assert load_split(OWN, str(tmp_path), "train")[""] == [{"text": "a", "label": 1}]
+    parquet.write_table(table.set_column(0, "text", unused["not_utf8"]), tmp_path / "dev.parquet")
+    with pytest.raises(UserError, match=r"dev\.parquet, line 1: the text cannot be read: 'utf-8' codec can't decode"):
+        load_split(OWN, str(tmp_path), "validation")
 
 
 # --- Quoted tab-separated values, long cells, line ends, damaged files -----------------------------------------------
