@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -57,9 +57,9 @@ class Length:
     low: int = 0
     unique: bool = True
 
-    def allows(self, value: Sequence[Any] | Mapping[str, Any]) -> bool:
+    def allows(self, value: Any) -> bool:
         """Return whether the list is long enough, and repeats no item that must be unique."""
-        return len(value) >= self.low and not (self.unique and len(set(map(repr, value))) < len(value))
+        return len(value) >= self.low and not (self.unique and any(item in value[:i] for i, item in enumerate(value)))
 
     def __repr__(self) -> str:
         parts = [f"at least {self.low}"] * bool(self.low) + ["none twice"] * self.unique
@@ -67,15 +67,18 @@ class Length:
 
 
 @dataclass(frozen=True, repr=False)
-class Filled:
-    """Texts that are not blank."""
+class Pattern:
+    """Texts that match a regular expression as a whole, described in words."""
+
+    regex: str
+    words: str
 
     def allows(self, value: str) -> bool:
-        """Return whether the text has more than spaces."""
-        return bool(value.strip())
+        """Return whether the whole text matches."""
+        return re.fullmatch(self.regex, value, re.DOTALL) is not None
 
     def __repr__(self) -> str:
-        return "that is not empty"
+        return self.words
 
 
 Count = Annotated[int, Range(1)]
@@ -86,7 +89,8 @@ PositiveOrZero = Annotated[float, Range(0.0, 1e9)]
 Share = Annotated[float, Range(0.0, 1.0)]
 PositiveShare = Annotated[float, Range(0.0, 1.0, without_low=True)]
 ShareBelowOne = Annotated[float, Range(0.0, 1.0, without_high=True)]
-Text = Annotated[str, Filled()]
+Text = Annotated[str, Pattern(r".*\S.*", "that is not empty")]
+Name = Annotated[str, Pattern(r"[\w-]+", "of letters, digits, - and _")]
 
 
 def allows(hint: Any, value: Any) -> bool:
@@ -129,7 +133,6 @@ def describe(hint: Any) -> str:
     return names.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
-@cache
 def declared(cls: Any) -> Mapping[str, Any]:
     """Return the types of the arguments of a class's constructor by name: its own, then those of its checked bases."""
     found: dict[str, Any] = {}
@@ -150,25 +153,24 @@ class Checked:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         names = list(inspect.signature(cls.__init__).parameters)[1:]
-        check(cls, {**dict(zip(names, args, strict=False)), **kwargs})
+        check(declared(cls), {**dict(zip(names, args, strict=False)), **kwargs}, cls.__name__)
         return super().__new__(cls)
 
 
-def check(cls: type, values: Mapping[str, Any], key: str = "") -> None:
-    """Check settings of a class; names that it does not have are left to its constructor.
+def check(hints: Mapping[str, Any], values: Mapping[str, Any], key: str) -> None:
+    """Check settings against their types. Names without a type are left to those who read them.
 
     Args:
-        cls: The class.
+        hints: The types by name.
         values: The settings by name.
-        key: The settings' full name without the last part, for the message; by default that of the class.
+        key: The settings' full name without the last part, for the message.
 
     Raises:
         UserError: If one is not allowed.
     """
-    hints = declared(cls)
     for name, value in values.items():
         if name in hints and not allows(hints[name], value):
-            raise UserError(str(Refusal(f"{key or cls.__name__}.{name}", value, hints[name])))
+            raise UserError(str(Refusal(f"{key}.{name}", value, hints[name])))
 
 
 @dataclass(frozen=True)

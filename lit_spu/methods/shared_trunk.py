@@ -18,7 +18,7 @@ from lit_spu import registry
 from lit_spu.backbones import Batch, HiddenStates
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.methods.frozen import HiddenStateReader
-from lit_spu.ranges import Length, Text
+from lit_spu.ranges import Length, Name, Seed, Text, check, declared
 
 OWN_SETTINGS = ("lr", "weight_decay", "gradient_checkpointing")
 """Settings common to all methods that may differ between siblings."""
@@ -43,15 +43,19 @@ class SharedTrunk(HiddenStateReader):
 
     def __init__(
         self,
-        siblings: Annotated[Mapping[Text, Mapping[str, Any]], Length(1, unique=False)],
+        siblings: Annotated[Mapping[Name, Mapping[str, Any]], Length(1, unique=False)],
         side: Text = "LadderSideTuning",
         settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        cls = _find_class(side)
+        for name, own in siblings.items():
+            _check_settings(cls, own, f"model.siblings.{name}")
+        _check_settings(cls, settings or {}, "model.settings")
         super().__init__(**kwargs)
         self.backbone.requires_grad_(False)
         common = {**kwargs, "activation_cache": None, **(settings or {})}
-        methods = {name: _make_sibling(side, name, common, own) for name, own in siblings.items()}
+        methods = {name: _make_sibling(cls, common, own) for name, own in siblings.items()}
         for method in methods.values():
             method.backbone.share_frozen_weights(self.backbone)
         self.siblings: Any = nn.ModuleDict(methods)
@@ -116,19 +120,29 @@ class SharedTrunk(HiddenStateReader):
         self.best = checkpoint["best_sibling"]
 
 
-def _make_sibling(side: str, name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> HiddenStateReader:
-    """Create a sibling under its own seed or the run's, as it would be created alone."""
-    classes = {cls.__name__: cls for cls in registry.classes("lit_spu.methods") if issubclass(cls, HiddenStateReader)}
+def _find_class(side: str) -> type[HiddenStateReader]:
+    """Return the method of this name that reads hidden states, and is no group of siblings itself."""
+    methods = [cls for cls in registry.concrete_subclasses(HiddenStateReader) if cls is not SharedTrunk]
+    classes = {cls.__name__: cls for cls in methods}
     if side not in classes:
         raise UserError(f"model.side={side} reads no hidden states. {did_you_mean(side, classes)}")
-    cls: Any = classes[side]
+    return classes[side]
+
+
+def _check_settings(cls: type[HiddenStateReader], own: Mapping[str, Any], key: str) -> None:
+    """Check settings of siblings, before a model is loaded."""
     shared = [s for s in registry.settings(HiddenStateReader) if s in own and s not in OWN_SETTINGS]
     if shared:
-        raise UserError(f"model.siblings.{name}: {', '.join(shared)} must be equal for all: set it for the model.")
+        raise UserError(f"{key}: {', '.join(shared)} must be equal for all: set it for the model.")
     known = {*registry.settings(cls), "seed"}
     for setting in own:
         if setting not in known:
-            raise UserError(f"model.siblings.{name}: {side} has no {setting!r}. {did_you_mean(setting, known)}")
+            raise UserError(f"{key}: {cls.__name__} has no {setting!r}. {did_you_mean(setting, known)}")
+    check({**declared(cls), "seed": Seed}, own, key)
+
+
+def _make_sibling(cls: Any, common: Mapping[str, Any], own: Mapping[str, Any]) -> HiddenStateReader:
+    """Create a sibling under its own seed or the run's, as it would be created alone."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(own.get("seed", torch.initial_seed()))
         settings = {setting: value for setting, value in own.items() if setting != "seed"}

@@ -96,6 +96,11 @@ def test_a_seed_given_to_the_run_alone_is_that_of_all() -> None:
         ({"a": {"backbone": "mini-t5"}}, "LadderSideTuning", "model.siblings.a: backbone must be equal"),
         ({"a": {"reductoin": 2}}, "LadderSideTuning", "no 'reductoin'. Did you mean reduction"),
         ({"a": {}}, "LoRA", "model.side=LoRA reads no hidden states"),
+        ({"a": {}}, "SharedTrunk", "model.side=SharedTrunk reads no hidden states"),
+        ({"a": {}}, "HiddenStateReader", "model.side=HiddenStateReader reads no hidden states"),
+        ({"a": {"lr": -1}}, "LadderSideTuning", r"model.siblings.a.lr: -1 is not allowed"),
+        ({"a": {"seed": 2**32}}, "LadderSideTuning", r"model.siblings.a.seed: 4294967296 is not allowed"),
+        ({"a.b": {}}, "LadderSideTuning", r"of letters, digits"),
     ],
 )
 def test_what_makes_no_siblings_is_refused(siblings: Any, side: str, says: str) -> None:
