@@ -128,7 +128,7 @@ def describe(hint: Any) -> str:
     if origin in (list, Sequence):
         return f"a list: each {describe(parts[0])}"
     if origin in (dict, Mapping):
-        return "a mapping"
+        return "a mapping" if parts[0] is str else f"a mapping: each name {describe(parts[0])}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
     return names.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 

@@ -50,6 +50,8 @@ class SharedTrunk(HiddenStateReader):
     ) -> None:
         cls = _find_class(side)
         for name, own in siblings.items():
+            if hasattr(nn.ModuleDict(), name):
+                raise UserError(f"model.siblings: {name!r} is an attribute of torch's ModuleDict. Choose another name.")
             _check_settings(cls, own, f"model.siblings.{name}")
         _check_settings(cls, settings or {}, "model.settings")
         super().__init__(**kwargs)

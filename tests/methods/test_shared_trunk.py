@@ -101,6 +101,7 @@ def test_a_seed_given_to_the_run_alone_is_that_of_all() -> None:
         ({"a": {"lr": -1}}, "LadderSideTuning", r"model.siblings.a.lr: -1 is not allowed"),
         ({"a": {"seed": 2**32}}, "LadderSideTuning", r"model.siblings.a.seed: 4294967296 is not allowed"),
         ({"a.b": {}}, "LadderSideTuning", r"of letters, digits"),
+        ({"items": {}}, "LadderSideTuning", "'items' is an attribute"),
     ],
 )
 def test_what_makes_no_siblings_is_refused(siblings: Any, side: str, says: str) -> None:
