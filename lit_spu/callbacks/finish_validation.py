@@ -16,17 +16,27 @@ class FinishValidation(Callback):
 
     def __init__(self) -> None:
         self._is_validating = False
+        self._logged_steps: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether a validation is running."""
         return {"is_validating": self._is_validating}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]["total"]
+        if batches["processed"] < batches["started"]:  # interrupted within a step, which is repeated
+            self._logged_steps = loops["epoch_loop.state_dict"]["_batches_that_stepped"]
         if checkpoint["callbacks"].get(self.state_key, {}).get("is_validating"):
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress = loops["epoch_loop.val_loop.batch_progress"]
             for counts in (progress["total"], progress["current"]):
                 # as though the first batch had been interrupted: Lightning then validates from this batch on
                 counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._logged_steps is not None:  # Lightning counts the repeated step twice in the loggers' steps
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_steps
+            self._logged_steps = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
