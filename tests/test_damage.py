@@ -15,6 +15,7 @@ import torch
 import lit_spu
 from lit_spu.backbones import load_backbone
 from lit_spu.checkpoints import run_dir, trained_weights
+from lit_spu.cli.resume import open_checkpoint
 from lit_spu.errors import UserError
 from lit_spu.export import writers
 from lit_spu.files import CHECKSUMS, write_checksums
@@ -133,3 +134,30 @@ def test_an_unreadable_summary_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps({"status": "completed"}))
     with pytest.raises(UserError, match="already holds a run"):
         run_dir.check_unused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"groups": 1, "directions": 1},
+        {"groups": 0, "directions": 0, "method": "a", "hyper_parameters": {"task": "sst2"}},
+        {"groups": "1", "directions": 1, "method": "a", "hyper_parameters": {"task": "sst2"}},
+        {"groups": 1, "directions": 1, "method": "a", "hyper_parameters": None},
+        [1],
+    ],
+    ids=str,
+)
+def test_a_damaged_trajectory_is_refused(header: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trajectory.mezo"
+    file.write_bytes(json.dumps(header).encode() + b"\n" + bytes(16))
+    with pytest.raises(UserError, match="was not written by a run of MeZO"):
+        lit_spu.replay(file)
+
+
+def test_an_empty_config_of_a_run_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint.rename(tmp_path / "checkpoints" / "last.ckpt")
+    (tmp_path / "config.yaml").write_text("{}\n")
+    with pytest.raises(UserError, match=r"config\.yaml lacks trainer"):
+        open_checkpoint(str(tmp_path), "fit")

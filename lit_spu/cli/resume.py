@@ -144,5 +144,10 @@ def open_checkpoint(path: str, subcommand: str) -> Checkpoint:
     if not run_config.exists():
         return Checkpoint(file, config | dict(run), run)
     saved = read_mapping(run_config)
+    if missing := [name for name in ("trainer", "seed_everything") if name not in saved]:
+        raise UserError(
+            f"--ckpt_path: {run_config} lacks {missing[0]}: it is incomplete or was changed. Give {file}, to continue"
+            " in a new run directory."
+        )
     settings = {"trainer": saved["trainer"], "seed_everything": saved["seed_everything"]}
     return Checkpoint(file, config | settings, run, Path(path))

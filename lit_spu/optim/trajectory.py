@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from lit_spu.checkpoints.run_dir import checkpoint_config
 from lit_spu.errors import UserError
 from lit_spu.files import replace_path
 from lit_spu.optim.mezo import MeZOOptimizer
@@ -43,14 +44,15 @@ class Trajectory:
         line, _, data = file.read_bytes().partition(b"\n")
         try:
             header = parse_json(line)
-            width = header["groups"] + header["directions"]
-        except (ValueError, TypeError, KeyError) as error:
+            width = len(range(header["groups"])) + len(range(header["directions"]))
+            _ = checkpoint_config(header), header["backbone"]["fingerprint"], header["seed"]  # all are there
+            rows = np.frombuffer(data[: len(data) // (4 * width) * (4 * width)], "<f4").reshape(-1, width)
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
             raise UserError(
                 f"trajectory: {file} was not written by a run of MeZO: {error!r}. Give the directory of a run by MeZO,"
                 f" or its {NAME}."
             ) from error
-        complete = len(data) // (4 * width) * (4 * width)
-        return cls(file, header, np.frombuffer(data[:complete], "<f4").reshape(-1, width).tolist())
+        return cls(file, header, rows.tolist())
 
     def first(self, steps: int | None) -> list[list[float]]:
         """Return the rows of the first `steps` steps, or all rows for None.
