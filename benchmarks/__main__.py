@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 # before torch is imported: on a shared machine, times of two threads are too noisy to compare
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,9 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import data, epochs, methods, models
+from lit_spu import ranges
 from lit_spu.backbones.load import ASSETS
+from lit_spu.errors import UserError
+from lit_spu.ranges import Count, Length
 from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS
+
+RANGES = {"rounds": Count, "lengths": Annotated[list[Count], Length(1)], "batch_size": Count}
 
 
 def main() -> None:
@@ -38,6 +44,10 @@ def main() -> None:
         "--tokenizer", type=Path, default=ASSETS / "mini-bert", help="tokenizer for --glue (default: that of mini-bert)"
     )
     options = parser.parse_args()
+    try:
+        ranges.check(RANGES, vars(options), "--")
+    except UserError as error:
+        parser.error(str(error))
     rounds, lengths = (2, [32]) if options.quick else (options.rounds, options.lengths)
     console, task = Console(), TASKS["sst2"]
 

@@ -153,24 +153,24 @@ class Checked:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         names = list(inspect.signature(cls.__init__).parameters)[1:]
-        check(declared(cls), {**dict(zip(names, args, strict=False)), **kwargs}, cls.__name__)
+        check(declared(cls), {**dict(zip(names, args, strict=False)), **kwargs}, f"{cls.__name__}.")
         return super().__new__(cls)
 
 
-def check(hints: Mapping[str, Any], values: Mapping[str, Any], key: str) -> None:
+def check(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> None:
     """Check settings against their types. Names without a type are left to those who read them.
 
     Args:
         hints: The types by name.
         values: The settings by name.
-        key: The settings' full name without the last part, for the message.
+        prefix: What the message writes before a name, such as `model.`.
 
     Raises:
         UserError: If one is not allowed.
     """
     for name, value in values.items():
         if name in hints and not allows(hints[name], value):
-            raise UserError(str(Refusal(f"{key}.{name}", value, hints[name])))
+            raise UserError(str(Refusal(f"{prefix}{name}", value, hints[name])))
 
 
 @dataclass(frozen=True)

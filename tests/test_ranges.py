@@ -16,6 +16,7 @@ from lit_spu.callbacks.policies import Policy
 from lit_spu.cli.commands import FUNCTIONS
 from lit_spu.cli.fit import SpuCLI
 from lit_spu.cli.parser import Parser
+from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
 from lit_spu.ranges import Checked, Count, Length, Positive, Range, Seed, Share, Text
@@ -126,20 +127,64 @@ METHODS = {
 """Every setting of every method once, with a method that has it."""
 
 
+def values_of_a_flag(parser: Parser, capsys: pytest.CaptureFixture[str], flag: str, *others: str) -> Iterator[Any]:
+    """Yield the configuration for each hostile value that the parser accepts; what it refuses takes one line."""
+    for value in HOSTILE:
+        Parser.command_line = [*others, f"{flag}={value}"]
+        try:
+            yield parser.parse_args(["fit", *Parser.command_line]).fit
+        except SystemExit:
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: {flag}"), line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", METHODS)
-def test_the_parser_accepts_no_value_that_the_range_refuses(
+def test_the_parser_accepts_no_value_that_the_range_of_a_method_refuses(
     setting: str, parser: Parser, capsys: pytest.CaptureFixture[str]
 ) -> None:
     method, name = METHODS[setting]
-    cls = public.find_public(method)
-    for value in HOSTILE:
-        Parser.command_line = [f"--model={method}", *REQUIRED.get(method, []), f"--model.{name}={value}"]
-        try:
-            config = parser.parse_args(["fit", *Parser.command_line])
-        except SystemExit:
-            (line,) = capsys.readouterr().err.splitlines()
-            assert line.startswith(f"error: --model.{name}"), line
-        else:
-            accepted = config.fit.model.init_args[name]
-            assert ranges.allows(ranges.declared(cls)[name], accepted), f"{value} as {accepted}"
+    hint = ranges.declared(public.find_public(method))[name]
+    others = [f"--model={method}", *REQUIRED.get(method, [])]
+    for config in values_of_a_flag(parser, capsys, f"--model.{name}", *others):
+        assert ranges.allows(hint, config.model.init_args[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ranges.declared(GLUE))
+def test_the_parser_accepts_no_value_that_the_range_of_the_data_refuses(
+    name: str, parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config in values_of_a_flag(parser, capsys, f"--data.{name}", "--model=HeadOnly"):
+        assert ranges.allows(ranges.declared(GLUE)[name], config.data[name])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model=KLadder", "--model.k=true"],
+        ["--model=LoRA", "--model.rank=null"],
+        ["--model=LoRA", "--model.roles=[]"],
+        ["--model=MeZO", "--model.epsilon=.nan"],
+        ["--model=HeadOnly", "--data.max_length=1"],
+        ["--model=HeadOnly", "--data.num_workers=-1"],
+        ["--model=HeadOnly", "--seed_everything=4294967296"],
+        ["--model=HeadOnly", "--run_dir= "],
+        ["--model=HeadOnly", "--trainer.callbacks+=GradualFreezing", "--trainer.callbacks.every=0"],
+        [
+            "--model=HeadOnly",
+            "--trainer.callbacks+=SelectiveUpdate",
+            "--trainer.callbacks.policy=Random",
+            "--trainer.callbacks.policy.rate=1.0",
+        ],
+    ],
+)
+def test_the_command_line_names_the_flag_in_one_line(
+    flags: list[str], parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Parser.command_line = flags
+    with pytest.raises(SystemExit):
+        parser.parse_args(["fit", *flags])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {flags[-1].partition('=')[0]}: ")
+    assert " is not allowed. Give " in line

@@ -88,7 +88,7 @@ class Parser(LightningArgumentParser):
 
     def refusals(self, config: Namespace) -> Iterator[ranges.Refusal]:
         """Yield the settings of a parsed configuration whose values are not allowed."""
-        for action in self._actions:
+        for action in reversed(self._actions):  # the data before the model, which is given the data's task
             if isinstance(action, argparse._SubParsersAction):
                 subparser: Any = action.choices[config[action.dest]]
                 yield from subparser.refusals(config[config[action.dest]])

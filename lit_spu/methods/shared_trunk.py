@@ -140,7 +140,7 @@ def _check_settings(cls: type[HiddenStateReader], own: Mapping[str, Any], key: s
     for setting in own:
         if setting not in known:
             raise UserError(f"{key}: {cls.__name__} has no {setting!r}. {did_you_mean(setting, known)}")
-    check({**declared(cls), "seed": Seed}, own, key)
+    check({**declared(cls), "seed": Seed}, own, f"{key}.")
 
 
 def _make_sibling(cls: Any, common: Mapping[str, Any], own: Mapping[str, Any]) -> HiddenStateReader:
