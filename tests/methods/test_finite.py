@@ -117,6 +117,10 @@ def test_a_score_that_is_not_finite_stops_the_run(tiny: Tiny, data: Data, fit: R
 def test_an_infinite_logit_is_no_score(tiny: Tiny, data: Data, fit: Run) -> None:
     """Its loss may be finite: that of the label with all of the probability is 0."""
     method = HeadOnly(backbone=tiny("bert"))
+    logits, labels = torch.tensor([[-torch.inf, 0.0]]), torch.tensor([1])
+    assert method.backbone.loss(logits, {"labels": labels}) == 0
+    method.update_metrics(logits, {"labels": labels}, "val/")
+    assert method.compute_metrics()["val/loss"].isnan()
     method.backbone.model.classifier.bias.data[0] = -torch.inf
     trainer = fit(HeadOnly(backbone=tiny("bert")), data(), limit_train_batches=0)
     with pytest.raises(NonFiniteError, match="val/loss is not finite"):
