@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,26 @@ _UNDERSTOOD: Mapping[str, type | tuple[type, ...]] = {
     "feedforward_modules": (str, list),
     "modules_to_save": list,
 }
-"""Keys that this module reads, with the types of their values. All may be null."""
+"""Keys that this module reads, with the types of their values. All but `r` and `lora_alpha` may be null."""
+
+
+def _is_rank(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool) and item > 0
+
+
+def _is_finite(item: Any) -> bool:
+    return isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+
+
+_ITEMS: Mapping[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    "rank_pattern": _is_rank,
+    "lora_alpha": _is_finite,
+    "alpha_pattern": _is_finite,
+    "layers_to_transform": lambda item: isinstance(item, int) and not isinstance(item, bool),
+    "use_rslora": lambda item: isinstance(item, bool),
+}
+"""Checks of a value, or of each item of a list or mapping. Others are texts."""
 
 _WITHOUT_EFFECT = {
     "auto_mapping",
@@ -104,13 +123,12 @@ class PeftConfig:
                 )
 
     def _check_value(self, key: str, value: Any) -> None:
-        is_type = isinstance(value, _UNDERSTOOD[key]) and (not isinstance(value, bool) or _UNDERSTOOD[key] is bool)
-        items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-        item_type = int | float if isinstance(value, dict) else int if key == "layers_to_transform" else str
-        if value is not None and not (is_type and all(isinstance(item, item_type) for item in items)):
+        if value is None and key not in ("r", "lora_alpha"):
+            return
+        items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        is_allowed = _ITEMS.get(key, lambda item: isinstance(item, str))
+        if not isinstance(value, _UNDERSTOOD[key]) or not all(map(is_allowed, items)):
             raise UserError(f"model.adapter: {self.file}: {key} cannot be {value!r}.")
-        if key == "r" and value is not None and value < 1:
-            raise UserError(f"model.adapter: {self.file}: r={value} must be at least 1.")
 
     def targets(self, path: str) -> bool:
         """Return whether the library puts an adapter on the module at this path of the whole model."""

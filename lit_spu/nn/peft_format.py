@@ -258,7 +258,7 @@ def _copy_saved_weights(backbone: Backbone, config: PeftConfig, folder: Path, te
 
 def _warn_of_another_base(trained_on: str | None, name: str, folder: Path) -> None:
     """Warn if an adapter was trained on another model. A hub's name is that of a local copy of the same last name."""
-    if not trained_on or trained_on == name or Path(trained_on).resolve() == Path(name).resolve():
+    if not trained_on or trained_on == name or Path(trained_on).absolute() == Path(name).absolute():
         return
     are_folders = Path(trained_on).is_absolute() and Path(name).is_absolute()
     if are_folders or Path(trained_on).name.casefold() != Path(name).name.casefold():

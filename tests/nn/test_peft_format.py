@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -254,7 +255,13 @@ def rewrite(folder: Path, **changes: Any) -> None:
         ({"kasa_config": {"beta": 1}}, "kasa_config="),
         ({"target_parameters": ["x"]}, "target_parameters="),
         ({"r": "4"}, "r cannot be '4'"),
-        ({"r": 0}, "r=0 must be at least 1"),
+        ({"r": 0}, "r cannot be 0"),
+        ({"r": None}, "r cannot be None"),
+        ({"lora_alpha": math.nan}, "lora_alpha cannot be nan"),
+        ({"lora_alpha": None}, "lora_alpha cannot be None"),
+        ({"rank_pattern": {"query": 0}}, "rank_pattern cannot be"),
+        ({"layers_to_transform": True}, "layers_to_transform cannot be True"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path cannot be 5"),
         ({"r": 2}, r"has a pair of the shapes \[4, 32\]"),
         ({"alpha_pattern": [1]}, r"alpha_pattern cannot be \[1\]"),
         ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
