@@ -297,4 +297,6 @@ def test_no_code_of_a_model_is_ever_run(tiny: Tiny, monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(auto, "from_pretrained", load)
     load_backbone(tiny("bert"), TASKS["sst2"])
-    assert told == [False] * 3
+    assert len(told) >= 3  # the tokenizer and the model read the config again
+    assert not any(told)
+    assert None not in told
