@@ -135,6 +135,8 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     Raises:
         UserError: if another process holds the lock, or the folder cannot be made, naming `flag`.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag}: {folder} is a file. Give another place.")
     check_writable(folder, flag)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
