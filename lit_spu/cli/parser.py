@@ -92,6 +92,12 @@ class Parser(LightningArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 subparser: Any = action.choices[config[action.dest]]
                 yield from subparser.refusals(config[config[action.dest]])
+            elif "." in action.dest and isinstance(
+                config.get(section := action.dest.partition(".")[0]), list | str | int | float
+            ):
+                # jsonargparse takes any value of a file for a group of settings
+                yield ranges.Refusal(section, config.get(section), dict[str, Any])
+                return
             elif hasattr(action, "_typehint") and action.dest in config:
                 hint = self.hints.get(action.dest, action._typehint)
                 yield from ranges.refusals(hint, config[action.dest], action.dest)

@@ -49,13 +49,16 @@ def replay(path: str | Path, step: int | None = None) -> Method:
     from lit_spu.optim.trajectory import Trajectory
 
     trajectory = Trajectory.read(path)
-    config = run_dir.checkpoint_config(trajectory.header)
-    cls: type[Any] = _find_method_class(config, trajectory.file)
-    arguments = config["model"]["init_args"] | {"trajectory": None}
-    with torch.random.fork_rng():
-        torch.manual_seed(trajectory.header["seed"])
-        method = cls(**arguments, task=config["data"]["task"])
-    method.replay(trajectory, step)
+    try:
+        config = run_dir.checkpoint_config(trajectory.header)
+        cls: type[Any] = _find_method_class(config, trajectory.file)
+        arguments = config["model"]["init_args"] | {"trajectory": None}
+        with torch.random.fork_rng():
+            torch.manual_seed(trajectory.header["seed"])
+            method = cls(**arguments, task=config["data"]["task"])
+        method.replay(trajectory, step)
+    except (KeyError, TypeError, AttributeError) as error:  # of settings that the method does not have, or lacks
+        raise UserError(f"trajectory: {trajectory.file} was not written by a run of MeZO: {error!r}.") from error
     replayed: Method = method.eval()
     return replayed
 

@@ -22,6 +22,13 @@ from lit_spu.safe_yaml import parse_json
 
 NAME = "trajectory.mezo"
 
+_TYPES = {
+    **dict.fromkeys(("groups", "directions", "seed"), int),
+    **dict.fromkeys(("method", "noise", "initial_fingerprint", "device"), str),
+    **dict.fromkeys(("backbone", "hyper_parameters"), dict),
+}
+"""Entries of the header that a replay reads, and their types."""
+
 
 @dataclass(frozen=True)
 class Trajectory:

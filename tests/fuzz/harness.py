@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -176,11 +177,13 @@ def _out_of_range(config: Any) -> Iterator[ranges.Refusal]:
     run = config[config.subcommand] if "subcommand" in config else config
     for key in ("model", "data", "trainer"):
         section = run.get(key)
-        if key == "data" and section is not None:
+        if not isinstance(section, Namespace):  # a section of a file that is no settings: refused later
+            continue
+        if key == "data":
             hints = ranges.declared(GLUE)
             for name, value in vars(section).items():
                 yield from ranges.refusals(hints.get(name, Any), value, f"data.{name}")
-        elif key == "trainer" and section is not None:
+        elif key == "trainer":
             yield from ranges.refusals(Any, section.callbacks, "trainer.callbacks")
-        elif section is not None:
+        else:
             yield from ranges.refusals(Any, section, key)
