@@ -206,7 +206,7 @@ def _check_weights(info: Any, model: Any, name: str, family: Family, head: Head,
     for key, found, needed in sorted(info["mismatched_keys"]):
         if not any(key.startswith(f"{path}.") for path in new):
             raise UserError(
-                f"model.backbone: {name!r}: {key} has the shape {list(found)}, and config.json asks for {list(needed)}."
+                f"model.backbone: {name!r}: {key} has the shape {list(found)}, and config.json needs {list(needed)}."
             )
     stacks = "|".join(map(re.escape, family.stacks))
     if more := sorted(key for key in info["unexpected_keys"] if re.search(rf"(^|\.)({stacks})\.\d+\..*weight$", key)):

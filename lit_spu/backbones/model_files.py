@@ -1,4 +1,4 @@
-"""The files of a model: faults of a folder, and transformers' errors of loading, in a line each."""
+"""Check of a model's files, and transformers' loading errors in one line each."""
 
 from __future__ import annotations
 

@@ -46,12 +46,11 @@ def make_side_model(backbone: TransformerStacks, reduction: int, layer_indices: 
     config.update({"vocab_size": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None})
     with explain_narrow_model(backbone, reduction):
         model = AutoModel.from_config(config, dtype=torch.float32)
-    for path in (*family.embeddings, *family.unused):
-        if has_module(model, path):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, NoEmbeddings() if path in family.embeddings else None)
-    side = type(backbone)(model, family)
-    with explain_narrow_model(backbone, reduction):
+        for path in (*family.embeddings, *family.unused):
+            if has_module(model, path):
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, NoEmbeddings() if path in family.embeddings else None)
+        side = type(backbone)(model, family)
         _check_reads_block_inputs(side)
     return side
 
@@ -63,7 +62,7 @@ def explain_narrow_model(backbone: TransformerStacks, reduction: int) -> Iterato
         yield
     except UserError:
         raise
-    except Exception as error:  # of transformers, which was given a config that nobody trained a model with
+    except Exception as error:  # transformers raises many kinds for a config that no trained model has
         raise UserError(
             f"model.reduction={reduction}: a {backbone.model.config.model_type} of this config does not run at"
             f" 1/{reduction} of its width ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Use a smaller"

@@ -1,4 +1,4 @@
-"""The tokenizer of a model held against the model, before its weights are read."""
+"""Check of a tokenizer against its model, before the weights are read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lit_spu.errors import UserError
 from lit_spu.tasks import Encoding, Task
 
 PROBE = "the film was great . It was not a bad story ."
-"""Plain words, which any tokenizer that was trained on text knows, or knows the pieces of."""
+"""Plain words: any tokenizer that was trained on English text knows them or their pieces."""
 
 
 def check_tokenizer(name: str, config: Any, encoding: Encoding, task: Task) -> None:
-    """Check that a model can read everything that its tokenizer gives.
+    """Check that a model can read everything that its tokenizer returns.
 
     Args:
         name: The model's name, for errors.
@@ -21,8 +21,8 @@ def check_tokenizer(name: str, config: Any, encoding: Encoding, task: Task) -> N
         task: The task.
 
     Raises:
-        UserError: If the tokenizer knows no words, gives ids or token types that the model has no embedding for,
-            lacks the padding or mask token, or appends a token behind the text where a causal model answers.
+        UserError: If the tokenizer knows no words, returns ids or token types that the model has no embedding for,
+            lacks the padding or mask token, or appends a token after the text, where a causal model answers.
     """
     tokenizer: Any = encoding.tokenizer
     problem = (
@@ -94,6 +94,6 @@ def _end_problem(tokenizer: Any, encoding: Encoding) -> str | None:
     if ids[-1:] == plain[-1:]:
         return None
     return (
-        f"it appends {tokenizer.convert_ids_to_tokens(ids[-1])} behind a text, where a causal model answers. Remove it"
+        f"it appends {tokenizer.convert_ids_to_tokens(ids[-1])} after a text, where a causal model answers. Remove it"
         " (add_eos_token: false in tokenizer_config.json, or the post_processor of tokenizer.json)."
     )

@@ -186,7 +186,7 @@ class GLUE(Checked, LightningDataModule):
             self._examples[portion] = self._tokenise(portion)
 
     def _portions(self, stage: str) -> list[Portion]:
-        """Return what a stage reads. A fit without validation batches needs no validation split."""
+        """Return the portions that a stage reads. A fit without validation batches reads no validation split."""
         no_validation = stage == "fit" and self.trainer is not None and not self.trainer.limit_val_batches
         return [portion for portion in _PORTIONS[stage] if not (portion == "validation" and no_validation)]
 

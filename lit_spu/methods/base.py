@@ -109,7 +109,10 @@ class Method(Checked, FiniteLosses, ABC):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Run the backward pass in the forward pass's default dtype, in which recomputed blocks make tensors."""
+        """Run the backward pass in the default dtype of the forward pass, for blocks that are recomputed in it.
+
+        In mixed precision, recomputed blocks restore autocast themselves.
+        """
         trainer: Any = self.trainer
         is_mixed = str(trainer.precision).endswith("mixed")
         with nullcontext() if is_mixed else trainer.precision_plugin.forward_context():

@@ -92,7 +92,7 @@ def read_outcome(cell: Cell, out: Path) -> Outcome | None:
 
 @contextmanager
 def refuse_damage(path: Path) -> Iterator[None]:
-    """Context manager that raises a UserError for whatever a damaged or foreign file raises where it is read."""
+    """Context manager that turns any error of reading a damaged or foreign file into a UserError."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, YAMLError, csv.Error) as error:

@@ -180,7 +180,7 @@ def test_a_token_that_causal_models_get_behind_the_text_is_refused(tiny: Tiny, t
         single="$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
     )
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="appends </s> behind a text, where a causal model answers"):
+    with pytest.raises(UserError, match="appends </s> after a text, where a causal model answers"):
         load_backbone(str(tmp_path / "model"), TASKS["sst2"])
 
 

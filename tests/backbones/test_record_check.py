@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lit_spu.backbones import families, load, load_backbone
 from lit_spu.backbones.family import Family
@@ -116,3 +118,17 @@ def test_known_families_are_accepted_for_any_task(tiny: Any, family: str, head: 
         backbone = load_backbone(tiny(family), TASKS[task], head)
         assert backbone.task is TASKS[task]
         assert backbone.training
+
+
+@pytest.mark.parametrize("head", ["classifier", "prompt"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_weights_that_are_not_finite_are_not_taken_for_another_function(
+    tiny: Any, family: str, head: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny(family), tmp_path / family))
+    weights = load_file(folder / "model.safetensors")
+    norm = next(name for name in weights if name.endswith(("LayerNorm.weight", "ln_1.weight")))
+    weights[norm][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="its logits are not finite"):
+        load_backbone(str(folder), TASKS["sst2"], head)
