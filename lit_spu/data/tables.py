@@ -73,8 +73,8 @@ def _has_quoted_cells(text: str) -> bool:
     """Return whether a writer has quoted cells, as pandas does, or the quotation marks belong to the texts.
 
     Every cell with a mark is then quoted, with the marks in it doubled, and the rows have the same number of cells.
-    Texts with marks may meet this by chance, so one more sign is needed: lines with different numbers of tabs, a doubled
-    mark in a cell of one line, or a first row that is quoted as a whole.
+    Texts with marks may meet this by chance, so one more sign is needed: lines with different numbers of tabs, a
+    doubled mark in a cell of one line, or a first row that is quoted as a whole.
     """
     if not _QUOTED_ROWS.fullmatch(text):
         return False

@@ -52,8 +52,8 @@ class SharedTrunk(HiddenStateReader):
         for name, own in siblings.items():
             if hasattr(nn.ModuleDict(), name):
                 raise UserError(f"model.siblings: {name!r} is an attribute of torch's ModuleDict. Choose another name.")
-            _check_settings(cls, own, f"model.siblings.{name}")
-        _check_settings(cls, settings or {}, "model.settings")
+            _check_settings(cls, own, f"model.siblings.{name}", {"seed": Seed})
+        _check_settings(cls, settings or {}, "model.settings", {})
         super().__init__(**kwargs)
         self.backbone.requires_grad_(False)
         common = {**kwargs, "activation_cache": None, **(settings or {})}
@@ -131,16 +131,16 @@ def _find_class(side: str) -> type[HiddenStateReader]:
     return classes[side]
 
 
-def _check_settings(cls: type[HiddenStateReader], own: Mapping[str, Any], key: str) -> None:
-    """Check settings of siblings, before a model is loaded."""
+def _check_settings(cls: type[HiddenStateReader], own: Mapping[str, Any], key: str, extra: Mapping[str, Any]) -> None:
+    """Check settings of siblings, before a model is loaded. `extra` has types of settings that are not the class's."""
     shared = [s for s in registry.settings(HiddenStateReader) if s in own and s not in OWN_SETTINGS]
     if shared:
         raise UserError(f"{key}: {', '.join(shared)} must be equal for all: set it for the model.")
-    known = {*registry.settings(cls), "seed"}
+    known = {*registry.settings(cls), *extra}
     for setting in own:
         if setting not in known:
             raise UserError(f"{key}: {cls.__name__} has no {setting!r}. {did_you_mean(setting, known)}")
-    check({**declared(cls), "seed": Seed}, own, f"{key}.")
+    check({**declared(cls), **extra}, own, f"{key}.")
 
 
 def _make_sibling(cls: Any, common: Mapping[str, Any], own: Mapping[str, Any]) -> HiddenStateReader:

@@ -117,7 +117,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "activation": (lambda f: change(f, hidden_act="wow"), "cannot be loaded: KeyError: 'wow'"),
     "deeper": (lambda f: change(f, num_hidden_layers=6), "lacks 32 of the weights"),
     "shallower": (lambda f: change(f, num_hidden_layers=2), "weights of blocks that its config.json does not have"),
-    "wider": (lambda f: change(f, intermediate_size=128), r"has the shape \[64\], and config.json asks for \[128\]"),
+    "wider": (lambda f: change(f, intermediate_size=128), r"has the shape \[64\], and config.json needs \[128\]"),
     "code": (lambda f: remote_code(f, "config.json"), "needs code of its own, which lit_spu never runs"),
     "tokenizer's code": (lambda f: remote_code(f, "tokenizer_config.json"), "needs code of its own"),
     "no tokenizer": (without_tokenizer, "it has 5 tokens, and knows 0 of 12"),

@@ -107,3 +107,8 @@ def test_a_seed_given_to_the_run_alone_is_that_of_all() -> None:
 def test_what_makes_no_siblings_is_refused(siblings: Any, side: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         SharedTrunk(siblings, side=side)
+
+
+def test_a_seed_is_no_setting_of_all_siblings() -> None:
+    with pytest.raises(UserError, match=r"model.settings: LadderSideTuning has no 'seed'"):
+        SharedTrunk({"a": {}}, settings={"seed": 3})
