@@ -90,7 +90,7 @@ Share = Annotated[float, Range(0.0, 1.0)]
 PositiveShare = Annotated[float, Range(0.0, 1.0, without_low=True)]
 ShareBelowOne = Annotated[float, Range(0.0, 1.0, without_high=True)]
 Text = Annotated[str, Pattern(r".*\S.*", "that is not empty")]
-Name = Annotated[str, Pattern(r"[\w-]+", "of letters, digits, - and _")]
+Name = Annotated[str, Pattern(r"[\w-]+( [\w-]+)*", "of letters, digits, - and _, and spaces between them")]
 
 
 def allows(hint: Any, value: Any) -> bool:

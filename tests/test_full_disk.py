@@ -71,7 +71,8 @@ def write_summary(folder: Path, number: int) -> None:
     summary._folder = folder
     record: dict[str, Any] = {"metrics": {"x": number}, "measured": {}, "best_score": None, "wall_seconds": 1.0}
     summary._record = lambda trainer: record  # type: ignore[method-assign]
-    state: Any = SimpleNamespace(state=SimpleNamespace(fn=SimpleNamespace(value="x")), is_global_zero=True, loggers=[])
+    stage = SimpleNamespace(fn=SimpleNamespace(value="x"))
+    state: Any = SimpleNamespace(state=stage, is_global_zero=True, loggers=[], fast_dev_run=False)
     summary._write(state, "completed")
 
 

@@ -77,7 +77,8 @@ def _check_reads_block_inputs(side: TransformerStacks) -> None:
     Raises:
         UserError: If a module beside the blocks reads the blank inputs.
     """
-    if is_fake(next(side.model.parameters())):
+    parameter = next(side.model.parameters())
+    if is_fake(parameter) or parameter.is_meta:
         return
     was_training = side.model.training
     state = torch.linspace(-1, 1, 3 * side.model.config.hidden_size).view(1, 3, -1)
