@@ -100,11 +100,12 @@ class FiniteLosses(LightningModule):
             NonFiniteError: If one was not finite.
         """
         strategy: Any = self.trainer.strategy
-        self._loss_watch.check(self.advise, lambda first: strategy.reduce(first, reduce_op="min"))
+        # MeZO's losses are on the CPU, where NCCL cannot reduce
+        self._loss_watch.check(self.advise, lambda first: strategy.reduce(first.to(self.device), reduce_op="min"))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         trainer: Any = self.trainer
-        if (batch_idx + 1) % (trainer.log_every_n_steps or 1) == 0:
+        if (batch_idx + 1) % (trainer.log_every_n_steps or 50) == 0:  # 0 logs nothing; 50 is the Trainer's default
             self.check_losses()
 
     def on_train_epoch_end(self) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from lit_spu.callbacks.policies import Always
 from lit_spu.callbacks.selective_update import SelectiveUpdate
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import NonFiniteError
-from lit_spu.methods.finite import LossWatch, check_weights
+from lit_spu.methods.finite import FiniteLosses, LossWatch, check_weights
 from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.head import HeadOnly
 from lit_spu.methods.shared_trunk import SharedTrunk
@@ -82,6 +83,20 @@ def only_add(method: Any) -> Any:
     """Let a method treat its losses as on an accelerator, which is not waited for at each step."""
     method.watch_loss = lambda loss: method._loss_watch.add(loss, method.trainer.global_step + 1, "?")
     return method
+
+
+def test_ranks_compare_their_losses_on_the_device_of_the_module() -> None:
+    devices = []
+
+    def reduce(first: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        devices.append(first.device.type)
+        return torch.tensor(torch.inf)
+
+    module: Any = FiniteLosses().to("meta")
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    module._loss_watch.add(torch.tensor(0.5), 1, "0.1")  # as MeZO's losses, which are on the CPU
+    module.check_losses()
+    assert devices == ["meta"]
 
 
 def test_no_checkpoint_is_saved_after_a_bad_loss(tiny: Tiny, data: Data, fit: Run, tmp_path: Path) -> None:
