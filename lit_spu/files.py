@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,8 +129,9 @@ def check_writable(path: str | Path, flag: str) -> None:
 def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     """Context manager that makes a folder and keeps other processes from writing into it.
 
-    The operating system holds the lock and releases it when the process ends, however it ends. Nothing is written into
-    the folder. If it is still empty at the end, it is removed, and so are the parents that were made for it.
+    The operating system holds the lock and releases it when the process ends, however it ends. Windows has no such
+    lock. Nothing is written into the folder. If it is still empty at the end, it is removed, and so are the parents
+    that were made for it. A forked process neither holds the lock nor removes anything.
 
     Raises:
         UserError: if another process holds the lock, or the folder cannot be made, naming `flag`.
@@ -140,13 +141,31 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     check_writable(folder, flag)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    process = os.getpid()
+    with _hold_lock(folder, flag):
+        try:
+            yield
+        finally:
+            if os.getpid() == process:
+                with suppress(OSError):  # not empty
+                    for place in made:
+                        place.rmdir()
+
+
+@contextmanager
+def _hold_lock(folder: Path, flag: str) -> Iterator[None]:
+    """Context manager that holds the operating system's lock of a folder. Windows has none."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
     descriptor = os.open(folder, os.O_RDONLY)
     _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            made = []
             raise UserError(
                 f"{flag}: another process is writing into {folder}. Wait until it has ended, or give another folder."
             ) from error
@@ -155,11 +174,9 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
                 raise
         yield
     finally:
-        with suppress(OSError):  # not empty
-            for place in made:
-                place.rmdir()
-        _locks.remove(descriptor)
-        os.close(descriptor)
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)
 
 
 _locks: set[int] = set()
@@ -167,15 +184,18 @@ _locks: set[int] = set()
 
 
 def _close_locks() -> None:
-    for descriptor in _locks:
-        os.close(descriptor)
+    while _locks:
+        os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_close_locks)
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
+    """Wait until a file or the entries of a folder are on the disk. Windows cannot wait for what is only read."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -254,6 +254,9 @@ def test_the_same_task_given_twice_is_accepted(capsys: pytest.CaptureFixture[str
         ("fit --model.help Kladdr", ["--model.help", "Did you mean KLadder?"]),
         ("fit --config empty.yaml", ["--config: empty.yaml", "no settings", "nothing"]),
         ("fit --config list.yaml", ["--config: list.yaml", "no settings", "- a"]),
+        ("fit --model KLadder --config number.yaml", ["data (in number.yaml): 5", "a mapping"]),
+        ("fit --model KLadder --config null.yaml", ["data (in null.yaml): null", "a mapping"]),
+        ("fit --model KLadder --config sections.yaml --trainer.max_steps=1", ["trainer (in sections.yaml): [1]"]),
         ("fit --model KLadder --trainer.logger CSVLogger", ["--trainer.logger.save_dir", "CSVLogger"]),
         ("fit --model KLadder --trainer.callbacks+=EarlyStopping", ["--trainer.callbacks.monitor", "EarlyStopping"]),
         (
@@ -274,6 +277,9 @@ def test_errors_are_explained_in_two_lines(
     (work / "broken.yaml").write_text("model: [\n")
     (work / "empty.yaml").touch()
     (work / "list.yaml").write_text("- a\n")
+    (work / "number.yaml").write_text("data: 5\n")
+    (work / "null.yaml").write_text("data: null\n")
+    (work / "sections.yaml").write_text("trainer: [1]\n")
     before = set(work.iterdir())
     message = refusal(args.split(), capsys)
     for text in parts:

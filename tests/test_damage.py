@@ -21,6 +21,7 @@ from lit_spu.export import writers
 from lit_spu.files import CHECKSUMS, write_checksums
 from lit_spu.methods.head import HeadOnly
 from lit_spu.methods.lora import LoRA
+from lit_spu.optim.trajectory import Trajectory
 from lit_spu.tasks import TASKS
 
 Tiny = Callable[[str], str]
@@ -134,6 +135,31 @@ def test_an_unreadable_summary_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps({"status": "completed"}))
     with pytest.raises(UserError, match="already holds a run"):
         run_dir.check_unused(tmp_path)
+
+
+HEADER = {
+    "groups": 1,
+    "directions": 1,
+    "seed": 0,
+    "method": "lit_spu.methods.MeZO",
+    "noise": "a",
+    "initial_fingerprint": "b",
+    "device": "cpu",
+    "torch": "2",
+    "backbone": {"name": "mini-bert", "fingerprint": "c"},
+    "hyper_parameters": {"task": "sst2"},
+}
+
+
+@pytest.mark.parametrize("name", HEADER)
+def test_a_trajectory_whose_header_lacks_an_entry_is_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "trajectory.mezo"
+    file.write_bytes(json.dumps(HEADER).encode() + b"\n" + bytes(16))
+    assert Trajectory.read(file).rows == [[0.0, 0.0]] * 2
+    for damaged in ({**HEADER, name: [1]}, {key: value for key, value in HEADER.items() if key != name}):
+        file.write_bytes(json.dumps(damaged).encode() + b"\n" + bytes(16))
+        with pytest.raises(UserError, match="was not written by a run of MeZO"):
+            Trajectory.read(file)
 
 
 @pytest.mark.parametrize(

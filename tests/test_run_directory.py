@@ -194,6 +194,7 @@ with lock_folder(Path({str(folder)!r}), "--run_dir"):
     (Path({str(folder)!r}) / "file").touch()
     if os.fork() == 0:  # a worker that outlives its parent
         time.sleep(15)
+        os._exit(0)
     print(flush=True)
     sys.stdin.read()
 """
@@ -206,6 +207,38 @@ with lock_folder(Path({str(folder)!r}), "--run_dir"):
     with lock_folder(folder, "--run_dir"):
         pass
     assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_forked_process_leaves_a_locked_folder_without_error(tmp_path: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from lit_spu.files import lock_folder
+folder = Path({str(tmp_path / "run")!r})
+with lock_folder(folder, "--run_dir"):
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert status == 0 and folder.is_dir()
+if child:
+    assert not folder.exists()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_is_usable_where_there_are_no_locks(tmp_path: Path) -> None:
+    """Windows has neither the module of locks nor forks."""
+    code = f"""
+import errno, hashlib, os, pathlib, re, shutil, sys, uuid
+sys.modules["fcntl"], sys.platform = None, "win32"
+del os.register_at_fork
+from lit_spu.files import lock_folder, write_text
+folder = pathlib.Path({str(tmp_path / "run")!r})
+with lock_folder(folder, "--run_dir"):
+    write_text(folder / "file", "text")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "run" / "file").read_text() == "text"
 
 
 def test_a_locked_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:

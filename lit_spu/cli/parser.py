@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import Namespace, _loaders_dumpers, set_dumper, set_loader, set_parsing_settings
+from jsonargparse._actions import _ActionConfigLoad
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_spu import ranges
@@ -92,15 +93,17 @@ class Parser(LightningArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 subparser: Any = action.choices[config[action.dest]]
                 yield from subparser.refusals(config[config[action.dest]])
-            elif "." in action.dest and isinstance(
-                config.get(section := action.dest.partition(".")[0]), list | str | int | float
-            ):
-                # jsonargparse takes any value of a file for a group of settings
-                yield ranges.Refusal(section, config.get(section), dict[str, Any])
-                return
             elif hasattr(action, "_typehint") and action.dest in config:
                 hint = self.hints.get(action.dest, action._typehint)
                 yield from ranges.refusals(hint, config[action.dest], action.dest)
+
+    def _check_value_key(self, action: argparse.Action, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+        """Check a value of a config file. A group of settings is a mapping: jsonargparse would take anything."""
+        checked = super()._check_value_key(action, value, key, *args, **kwargs)
+        if isinstance(action, _ActionConfigLoad) and not isinstance(checked, Namespace | Mapping):
+            refusal = ranges.Refusal(flag_or_files(key, self.command_line), value, dict[str, Any])
+            raise TypeError(key) from UserError(str(refusal))
+        return checked
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error in a line or two and exit with status 2."""

@@ -36,7 +36,7 @@ class LossWatch:
         """Read the first bad step, which waits for the device.
 
         Args:
-            advise: Function from the number of the step to a sentence about what to change.
+            advise: Function from the number of completed steps to a sentence about what to change.
             reduce: Function that returns the minimum of a tensor over all ranks.
 
         Raises:
@@ -49,7 +49,7 @@ class LossWatch:
         rates = self._rates.get(int(first), "unknown")
         raise NonFiniteError(
             f"Training stops: the loss is not finite (NaN or infinite) at step {int(first)}, learning rate {rates}."
-            f" {advise(int(first))} Earlier checkpoints are kept."
+            f" {advise(int(first) - 1)} Earlier checkpoints are kept."
         )
 
 
@@ -126,13 +126,13 @@ class FiniteLosses(LightningModule):
                 raise NonFiniteError(f"{name} is not finite, nor are some logits, so there is no score. {advice}")
         self.log_dict(dict(scores), prog_bar=prog_bar, sync_dist=True)
 
-    def advise(self, step: int) -> str:
-        """Return what to change after a loss or score that is not finite at this step (0 is before training)."""
+    def advise(self, num_steps: int) -> str:
+        """Return what to change after a loss or score that is not finite, by the number of completed steps."""
         trainer: Any = self.trainer
         advice = []
         if trainer.state.fn != "fit":
             advice.append("give another checkpoint")
-        elif step > 1:
+        elif num_steps:
             advice.append("lower --model.lr")
             if self.automatic_optimization and not trainer.gradient_clip_val:
                 advice.append("clip gradients with --trainer.gradient_clip_val=1")

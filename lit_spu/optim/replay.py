@@ -59,7 +59,7 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
             f" {recorded['initial_fingerprint']}; here {own['method']}, {own['initial_fingerprint']}):"
             f" use the run's own settings, and seed {recorded['seed']}."
         )
-    if changes := describe_changes(recorded.get("data", {}), own.get("data", recorded.get("data", {}))):
+    if changes := describe_changes(recorded["data"], own.get("data", recorded["data"])):
         raise UserError(
             f"{file} continues a run on its own data, but these differ: {changes}. Give the same data, or leave out"
             " --model.trajectory to start a new run."

@@ -24,8 +24,8 @@ NAME = "trajectory.mezo"
 
 _TYPES = {
     **dict.fromkeys(("groups", "directions", "seed"), int),
-    **dict.fromkeys(("method", "noise", "initial_fingerprint", "device"), str),
-    **dict.fromkeys(("backbone", "hyper_parameters"), dict),
+    **dict.fromkeys(("method", "noise", "initial_fingerprint", "device", "torch"), str),
+    **dict.fromkeys(("backbone", "hyper_parameters", "data"), dict),
 }
 """Entries of the header that a replay reads, and their types."""
 
@@ -50,9 +50,11 @@ class Trajectory:
             raise UserError(f"trajectory: {file} does not exist. Give the directory of a run by MeZO, or its {NAME}.")
         line, _, data = file.read_bytes().partition(b"\n")
         try:
-            header = parse_json(line)
-            width = len(range(header["groups"])) + len(range(header["directions"]))
-            _ = checkpoint_config(header), header["backbone"]["fingerprint"], header["seed"]  # all are there
+            header = {"data": {}} | parse_json(line)
+            if wrong := [name for name, kind in _TYPES.items() if type(header[name]) is not kind]:
+                raise TypeError(", ".join(wrong))
+            _ = checkpoint_config(header), header["backbone"]["fingerprint"], header["backbone"]["name"]  # are there
+            width = header["groups"] + header["directions"]
             rows = np.frombuffer(data[: len(data) // (4 * width) * (4 * width)], "<f4").reshape(-1, width)
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
             raise UserError(

@@ -129,6 +129,11 @@ def test_a_score_that_is_not_finite_stops_the_run(tiny: Tiny, data: Data, fit: R
         fit(HeadOnly(backbone=tiny("bert")), data(), Break(4))  # after the last step
 
 
+def test_a_score_after_one_step_blames_the_training_not_the_backbone(tiny: Tiny, data: Data, fit: Run) -> None:
+    with pytest.raises(NonFiniteError, match=r"val/loss is not finite.* lower --model.lr"):
+        fit(HeadOnly(backbone=tiny("bert")), data(), Break(1), val_check_interval=1)
+
+
 def test_an_infinite_logit_is_no_score(tiny: Tiny, data: Data, fit: Run) -> None:
     """Its loss may be finite: that of the label with all of the probability is 0."""
     method = HeadOnly(backbone=tiny("bert"))
