@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,20 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the plain values of a JSON document.
+    """Return the plain values of a JSON document. A number beyond the range of floats is infinite.
 
     Raises:
         ValueError: if it is not JSON, or nested too deep for the parser.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_parse_integer)
     except RecursionError as error:
         raise ValueError("too many levels of lists and objects") from error
+
+
+def _parse_integer(text: str) -> int | float:
+    number = float(text)
+    return number if math.isinf(number) else int(text)
 
 
 def read_mapping(path: str | Path, name: str | None = None) -> dict[str, Any]:

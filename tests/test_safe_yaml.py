@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,12 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, content: bytes,
         read_mapping(tmp_path / "g.yaml")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, "{", ""])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "{", ""])
 def test_json_that_cannot_be_parsed_is_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"levels|digits|Expecting"):
+    with pytest.raises(ValueError, match=r"levels|Expecting"):
         parse_json(text)
     assert parse_json('{"a": [1]}') == {"a": [1]}
+
+
+def test_json_numbers_beyond_all_floats_are_infinite() -> None:
+    assert parse_json(f"[{'9' * 5000}, -{'9' * 400}, {10**300}, 1e400]") == [math.inf, -math.inf, 10**300, math.inf]

@@ -171,10 +171,9 @@ def _read_mean_factor(run: str) -> float:
     """Return the mean factor on the learning rate of a run, or of the last run that a pattern matches."""
     summary = Path(max(glob(run), default=run)) / "summary.json"
     try:
-        factor: float = parse_json(summary.read_text())["metrics"]["lr/mean_factor"]
+        return float(parse_json(summary.read_text())["metrics"]["lr/mean_factor"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"model.control: {run} is not the directory of a finished run of LRDistillation (no lr/mean_factor in"
             f" {summary})."
         ) from error
-    return factor

@@ -26,6 +26,7 @@ from yaml import YAMLError
 from lit_spu.errors import UserError
 from lit_spu.files import write_text
 from lit_spu.measure import cores
+from lit_spu.safe_yaml import parse_json
 from lit_spu.study.grid import Cell
 
 RECORD = "cell.json"
@@ -83,7 +84,7 @@ def read_outcome(cell: Cell, out: Path) -> Outcome | None:
     with refuse_damage(file):
         if not file.exists():
             return None
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         run, returncode, seconds = record["run"], record["returncode"], float(record["seconds"])
         if not (isinstance(run, str) and Path(run).name == run and isinstance(returncode, int) and isfinite(seconds)):
             raise ValueError(f"run {run!r}, exit status {returncode!r}, {seconds} seconds")
@@ -95,7 +96,7 @@ def refuse_damage(path: Path) -> Iterator[None]:
     """Context manager that turns any error of reading a damaged or foreign file into a UserError."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, YAMLError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, YAMLError, csv.Error) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} cannot be read: {shorten(reason, 150)}") from error
 

@@ -21,7 +21,7 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.files import replace_path, write_text
 from lit_spu.measure import MIB
-from lit_spu.safe_yaml import read_mapping
+from lit_spu.safe_yaml import parse_json, read_mapping
 from lit_spu.study.compare import TEST, Outcome, refuse_damage
 from lit_spu.study.grid import MAJORITY, ZERO_SHOT
 from lit_spu.tasks import Task, load_task
@@ -68,16 +68,16 @@ def make_record(outcome: Outcome) -> Record:
 
 
 def _read_run(run: Path, outcome: Outcome) -> Record:
-    summary, cell = json.loads((run / "summary.json").read_text()), outcome.cell
+    summary, cell = parse_json((run / "summary.json").read_text()), outcome.cell
     config = read_mapping(run / "config.yaml") if (run / "config.yaml").exists() else {}
     config = json.loads(json.dumps(config, default=str))  # as it will be in results.json
     config.pop("run_dir", None)  # chosen by the study, not a setting of the method
     launches = run / "launches.jsonl"
-    launch = json.loads(launches.read_text().splitlines()[-1]) if launches.exists() else {}
+    launch = parse_json(launches.read_text().splitlines()[-1]) if launches.exists() else {}
     monitor = load_task(_find_task(cell.args)).monitor
     score = summary["best_score"] if summary["best_score"] is not None else summary["metrics"].get(monitor)
     if cell.tested:
-        test_summary = json.loads((run / TEST / "summary.json").read_text()) if cell.args[0] == "fit" else summary
+        test_summary = parse_json((run / TEST / "summary.json").read_text()) if cell.args[0] == "fit" else summary
         score = test_summary["metrics"][monitor.replace("val/", "test/")]
     checkpoint = run / "checkpoints" / "best.ckpt"
     place = {"row": cell.row, "task": cell.task, "backbone": cell.backbone, "seed": cell.seed, "rate": cell.rate}
@@ -158,7 +158,7 @@ def read_records(out: Path) -> Saved:
         return saved
     try:
         with refuse_damage(file):
-            results = json.loads(file.read_text(encoding="utf-8"))
+            results = parse_json(file.read_text(encoding="utf-8"))
             runs = [*results.get("others", []), *results["runs"]]
     except UserError as error:
         raise UserError(f"{error}. Move away what is no result of a study, or choose another --out.") from error

@@ -259,6 +259,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
         ({"r": None}, "r cannot be None"),
         ({"lora_alpha": math.nan}, "lora_alpha cannot be nan"),
         ({"lora_alpha": None}, "lora_alpha cannot be None"),
+        ({"lora_alpha": 10**400}, "lora_alpha cannot be inf"),
         ({"rank_pattern": {"query": 0}}, "rank_pattern cannot be"),
         ({"layers_to_transform": True}, "layers_to_transform cannot be True"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path cannot be 5"),

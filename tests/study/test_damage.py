@@ -40,7 +40,7 @@ FILES = {
     "metrics.csv": "step,val/accuracy\n1,0.5\n2,0.75\n",
     "launches.jsonl": '{"git": "abc"}\n',
 }
-ODD: tuple[Any, ...] = (None, [], {}, "text", math.nan, math.inf, -1, [1, {"a": [2]}], {"b": 1}, True, "../..")
+ODD: tuple[Any, ...] = (None, [], {}, "text", math.nan, math.inf, 10**400, -1, [1, {"a": [2]}], {"b": 1}, True, "../..")
 BROKEN = (b"", b"nul", b"null", b"[]", b"5", b"{", b'{"a": ', b"\xff\xfe\x00", b"[" * 100_000, b"a,b\n1\n", b"? [1]: 2")
 
 
