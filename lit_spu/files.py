@@ -63,8 +63,8 @@ def write_text(path: str | Path, text: str) -> None:
 def system_error(error: BaseException | None) -> str | None:
     """Return the message of the operating system that an exception comes from, such as `No space left on device`.
 
-    torch raises a RuntimeError of its own while it handles an OSError; safetensors and tokenizers, which are written in
-    Rust, give its message as text.
+    torch raises a RuntimeError while it handles an OSError. safetensors and tokenizers, which are written in Rust, give
+    its message as text.
     """
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError) and error.strerror:

@@ -174,7 +174,7 @@ def check(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> N
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting with a value that its type or its range does not allow.
+    """Setting with a value that its type or its range does not allow.
 
     Args:
         key: Full name of the setting, such as `model.lr`.

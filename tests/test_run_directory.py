@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_spu.__main__ import main
-from lit_spu.checkpoints import trained_weights
+from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.errors import UserError
 from lit_spu.files import lock_folder
 
@@ -224,6 +224,11 @@ if child:
     assert not folder.exists()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_launch_is_described_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_dir.describe_launch(["fit"])["git"] is None
 
 
 def test_a_folder_is_usable_where_there_are_no_locks(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ class LastCheckpoint(Checked, FirstStep, ModelCheckpoint):
 
     This is a separate callback because `save_last` of the callback that saves the best checkpoint only saves when there
     is a new best one. An interruption or a failure before the first step of a launch saves nothing: what was loaded
-    may differ from the checkpoint in its place. So does an error of the user, such as a full disk or a loss of NaN.
+    may differ from the checkpoint in its place. Errors of the user, such as a full disk or a loss of NaN, save nothing
+    either.
 
     Args:
         folder: Folder of `last.ckpt`.

@@ -132,18 +132,22 @@ def checkpoint_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def describe_launch(args: Sequence[str]) -> dict[str, object]:
     """Return a launch's time, command line, package versions and git revision, which are needed to repeat it."""
     packages = ("torch", "lightning", "transformers", "datasets", "jsonargparse")
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["lit-spu", *args]),
-        "git": git.stdout.strip() or None,
+        "git": _git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "lit-spu": __version__,
         **{package: version(package) for package in packages},
     }
+
+
+def _git_revision() -> str | None:
+    """Return the revision of this package's git repository; None without a repository or without git."""
+    flags = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None

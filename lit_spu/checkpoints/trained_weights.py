@@ -96,7 +96,7 @@ def read_weights(file: Path) -> dict[str, Any]:
             checkpoint: dict[str, Any] = parse_json(opened.metadata()["lit_spu"])
             names = opened.keys()
             checkpoint["state_dict"] = {name: opened.get_tensor(name) for name in names}
-            checkpoint["hyper_parameters"]
+            _ = checkpoint["hyper_parameters"]  # is there
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged, or was not written by lit-spu export: {error!r}") from error
     return checkpoint

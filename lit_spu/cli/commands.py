@@ -147,10 +147,7 @@ def compare(study: Study, out: str, jobs: Count = 1, retry: bool = False, dry_ru
     if find_spec("matplotlib") is None:
         raise UserError("The report needs matplotlib: pip install 'lit-spu[report]'.")
     folder, console = Path(out), make_console()
-    try:
-        (folder / "cells").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out}: {error}. Give another directory.") from error
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
     outcomes, records, problems = _read_finished(cells, folder, retry)
     if problems:
         console.print(f"{len(problems)} results count as not run. The first: {problems[0]}", soft_wrap=True)

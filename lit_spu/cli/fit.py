@@ -176,9 +176,7 @@ class SpuCLI(LightningCLI):
         def create(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
             try:
                 return cls(*args, **kwargs)
-            except (
-                Exception
-            ) as error:  # any class of Lightning or of a user may raise it, such as for want of a library
+            except Exception as error:  # of any kind: the class may be a user's, or lack a library
                 failed.append(UserError(f"--trainer: {cls.__name__} cannot be created: {' '.join(str(error).split())}"))
                 raise failed[-1] from error
 

@@ -1,4 +1,4 @@
-"""What a launch writes into its run directory about itself, from its first step on."""
+"""Record of a launch in its run directory: settings, command line and metrics, from its first step on."""
 
 from __future__ import annotations
 

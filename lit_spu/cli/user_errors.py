@@ -35,7 +35,7 @@ _ADVICE = (
 def explain_error(error: Exception) -> str | None:
     """Return the message of an error that the user can mend; None if it is an error of the program.
 
-    These are errors that were raised from a UserError, problems of the operating system, want of memory, and what
+    These are errors that were raised from a UserError, problems of the operating system, lack of memory, and what
     Lightning's own code refuses.
     """
     if cause := find_user_error(error):  # jsonargparse wraps the errors of constructors
