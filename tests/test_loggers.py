@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_spu.__main__ import main
+from lit_spu.cli.launch import HeldLogger
 from tests.test_configs import FOLDER, METHODS
 
 pytestmark = [
@@ -80,3 +82,14 @@ def test_a_logger_without_its_library_is_one_line(
     assert "pip install" in error
     assert library in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_held_logger_passes_on_what_only_the_other_has(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, "", "")
+    held = HeldLogger(logger)
+    held.log_metrics({"a": 1.0}, 0)
+    assert not list(tmp_path.iterdir())
+    held.experiment.add_text("note", "before the first step")
+    assert held.experiment is logger.experiment
+    with pytest.raises(AttributeError, match="absent"):
+        _ = held.absent

@@ -75,6 +75,12 @@ class HeldLogger(Logger):
     def log_graph(self, *args: Any, **kwargs: Any) -> None:
         self._calls.append(partial(self._logger.log_graph, *args, **kwargs))
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what only the other logger has, such as its `experiment`: a callback that uses it writes at once."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._logger, name)
+
     def release(self) -> Logger:
         """Pass on what was held back, and return the other logger."""
         for call in self._calls:
