@@ -143,3 +143,14 @@ def test_the_score_before_training_is_kept_when_a_run_is_resumed(
     assert second["zero_shot/accuracy"] == first["zero_shot/accuracy"]
     assert scores[0] == scores[1]
     assert reports == ["accuracy"]
+
+
+@pytest.mark.parametrize("setting", ["lr", "rank"])
+def test_a_number_beyond_all_floats_is_refused(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = f"--config={Path(__file__).parents[1]}/configs/lora.yaml"
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", config, f"--model.init_args.{setting}=1{'0' * 400}"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert setting in error
+    assert "is too large" in error or "is not allowed" in error

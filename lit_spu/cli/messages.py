@@ -113,7 +113,10 @@ def _explain_setting(name: str, args: Sequence[str], flags: Collection[str]) -> 
 
 def _explain_value(problem: str) -> str:
     """Explain why a value was refused: what was given and what is allowed."""
-    if setting := re.search(r"NestedArg\(key='(.+?)'", problem):
+    setting = re.search(r"NestedArg\(key='(.+?)'", problem)
+    if "int too large to convert to float" in problem:
+        return f"{f'its .{setting[1]}' if setting else 'the number'} is too large: a number below 1e308 was expected."
+    if setting:
         return (
             f"its .{setting[1]} is set before the class is named. Name the class, or give the --config that names it,"
             " first."
