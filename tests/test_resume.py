@@ -165,3 +165,20 @@ def test_initial_weights_that_are_none_are_blamed_on_their_own_flag(
     assert message.startswith(f"error: --model.weights: {place} ")
     assert "--ckpt_path" not in message
     assert not (work / "other").exists()
+
+
+@pytest.mark.slow
+def test_names_of_a_task_that_yaml_reads_as_other_values_stay_names(
+    trained: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint's settings return to the parser, where a text in a list of a task must not be read once more."""
+    Path("own.yaml").write_text("fields: [text]\nlabels: ['no', 'null']\nlabel_words: ['007', '1.0']\n")
+    for file in Path("files").iterdir():
+        file.write_text(file.read_text().replace(",good", ",no").replace(",bad", ",null"))
+    given = ["--data.task=own.yaml", "--data.source=files", "--data.cache=cache", "--data.batch_size=8"]
+    main(["fit", "--model=HeadOnly", *given, "--trainer.max_epochs=1", "--trainer.callbacks=null", "--run_dir=named"])
+    main(["validate", "--ckpt_path=named"])
+    main(["fit", "--ckpt_path=named", "--trainer.max_epochs=2"])
+    capsys.readouterr()
+    main(["predict", "--ckpt_path=named", "--data.text=good"])
+    assert capsys.readouterr().out.split("\t")[0] in ("no", "null")

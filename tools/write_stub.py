@@ -98,12 +98,16 @@ def write_type(hint: Any) -> str:
     if origin is Literal:
         return f"typing.Literal[{', '.join(map(write_default, parts))}]"
     if origin is not None:
-        return f"{write_type(origin)}[{', '.join(map(write_type, parts))}]"
+        return f"{_name_of(origin)}[{', '.join(map(write_type, parts))}]"
     if hint in (None, type(None)):
         return "None"
     if hint is Any or hint is ...:
         return "typing.Any" if hint is Any else "..."
-    return hint.__name__ if hint.__module__ == "builtins" else f"{hint.__module__}.{hint.__qualname__}"
+    return "dict[str, typing.Any]" if hint is dict else _name_of(hint)
+
+
+def _name_of(cls: type) -> str:
+    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def modules_of(cls: type) -> Iterator[str]:
@@ -115,7 +119,7 @@ def modules_of(cls: type) -> Iterator[str]:
 
 def _modules_of_type(hint: Any) -> Iterator[str]:
     origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal or hint is Any:
+    if origin is Literal or hint in (Any, dict):
         yield "typing"
     elif origin is not None:
         if origin not in (Union, types.UnionType):

@@ -74,7 +74,7 @@ class GLUE(Checked, LightningDataModule):
 
     def __init__(
         self,
-        task: Text | dict[str, Any] = "sst2",
+        task: Text | dict = "sst2",  # type: ignore[type-arg]  # jsonargparse reads texts inside a dict[str, Any] as YAML
         source: Text = "sample",
         batch_size: Count = 32,
         max_length: Annotated[int, Range(8)] = 128,

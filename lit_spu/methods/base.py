@@ -56,7 +56,7 @@ class Method(Checked, FiniteLosses, ABC):
     def __init__(
         self,
         backbone: Text = "mini-bert",
-        task: Text | dict[str, Any] = "sst2",
+        task: Text | dict = "sst2",  # type: ignore[type-arg]  # jsonargparse reads texts inside a dict[str, Any] as YAML
         head: Head = "classifier",
         lr: Positive = 1e-3,
         optimizer: Literal["adamw", "adafactor"] = "adamw",
