@@ -62,7 +62,7 @@ def test_errors_are_explained_in_two_lines(args: str, parts: list[str], capsys: 
 
 
 def test_estimates_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
-    main(f"estimate --configs {CONFIGS}/full.yaml,{CONFIGS}/head.yaml --length 16 --budget 0.05".split())
+    main(f"estimate --configs {CONFIGS}/full.yaml,{CONFIGS}/head.yaml --length 16 --budget 0.02".split())
     printed = capsys.readouterr()
     assert "1.10M" in printed.out
     assert printed.err.splitlines() == ["estimating full (1 of 2)", "estimating head (2 of 2)"]
