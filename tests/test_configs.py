@@ -86,7 +86,10 @@ def combinations() -> list[Any]:
     return cases
 
 
-@pytest.mark.filterwarnings("ignore:Precision .* is not supported by the model summary")
+@pytest.mark.filterwarnings(
+    "ignore:Precision .* is not supported by the model summary",
+    "ignore:.*AMP with fp16 is not supported on CPU",  # Lightning says that it takes bf16-mixed
+)
 @pytest.mark.parametrize(("config", "family", "combination"), combinations())
 def test_precision_clipping_and_accumulation(
     tiny: Callable[[str], str],

@@ -1,4 +1,4 @@
-"""Record of a launch in its run directory: settings, command line and metrics, from its first step on."""
+"""Callbacks and a logger that record a launch in its run directory, from its first step on."""
 
 from __future__ import annotations
 
