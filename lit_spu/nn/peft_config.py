@@ -103,6 +103,8 @@ class PeftConfig:
         self._check_keys()
         self.kind: str | None = values.get("peft_type")
         self.base_model: str | None = values.get("base_model_name_or_path")
+        self.root = ""
+        """Path, with a dot at its end, of the base model, if the adapter was made on one without a head."""
 
     def _check_keys(self) -> None:
         for key, value in self._values.items():
@@ -132,6 +134,9 @@ class PeftConfig:
 
     def targets(self, path: str) -> bool:
         """Return whether the library puts an adapter on the module at this path of the whole model."""
+        if not path.startswith(self.root):
+            return False
+        path = path.removeprefix(self.root)
         if self._matches("exclude_modules", path):
             return False
         if any(self._search(rf"(^|.*\.){name}($|\..*)", path) for name in self.saved_modules):
@@ -173,7 +178,7 @@ class PeftConfig:
 
     def saves(self, name: str) -> bool:
         """Return whether the library reads the parameter of this name in the whole model from the folder."""
-        parts = name.split(".")
+        parts = name.removeprefix(self.root).split(".")
         paths = [".".join(parts[:end]) for end in range(1, len(parts))]
         return any(path.endswith(saved) for path in paths for saved in self.saved_modules)
 
@@ -188,12 +193,14 @@ class PeftConfig:
 
     def _by_pattern(self, key: str, path: str, default: float) -> float:
         """Return the value of the first pattern that matches the end of a path."""
+        path = path.removeprefix(self.root)
         patterns: Mapping[str, float] = self._values.get(key) or {}
         found = (value for pattern, value in patterns.items() if self._search(rf"(.*\.)?({pattern})$", path))
         return next(found, default)
 
     def scales_inputs(self, path: str) -> bool:
         """Return whether the (IA)³ vector at a path scales the inputs of the linear layer, not its outputs."""
+        path = path.removeprefix(self.root)
         given = self._values.get("feedforward_modules") or ()
         if isinstance(given, str):
             return self._search(given, path, re.fullmatch) is not None

@@ -124,6 +124,9 @@ def init_from_peft_folder(backbone: Backbone, adapters: Sequence[Adapter], folde
     if config.kind != kind:
         raise UserError(f"model.adapter: {folder} holds {config.kind}, but this method needs {kind}.")
     tensors = _read_tensors(folder)
+    root = f"{backbone.model.base_model_prefix}."
+    if hasattr(backbone.model, root[:-1]) and not any(name.startswith(root) for name in tensors):
+        config.root, tensors = root, {root + name: tensor for name, tensor in tensors.items()}
     by_path: dict[str, list[Adapter]] = defaultdict(list)
     for adapter in adapters:
         by_path[backbone.full_path(adapter.target)].append(adapter)

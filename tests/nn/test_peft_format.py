@@ -340,6 +340,27 @@ def test_any_parts_of_a_fused_layer_are_read_back(tiny: Tiny, tmp_path: Path, ro
     torch.testing.assert_close(library_logits(tiny("gpt2"), tmp_path / "out"), own_logits(method), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("targets", [["query", "value"], r"encoder\.layer\..*\.query"])
+@pytest.mark.filterwarnings("ignore")  # of peft about transformers
+def test_an_adapter_made_on_a_model_without_a_head(tiny: Tiny, tmp_path: Path, targets: Any) -> None:
+    """As transformers' AutoModel is; the library's adapter changes the base model in place, below the head."""
+    patterns = {"layer.0.attention.self.query": 16}
+    config = peft.LoraConfig(r=4, lora_alpha=16, alpha_pattern=patterns, target_modules=targets)
+    made = peft.get_peft_model(plain(tiny("bert")).model.base_model, config)
+    torch.manual_seed(2)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=3)
+    made.save_pretrained(tmp_path)
+    own = own_logits(lora(tiny("bert"), tmp_path))
+    backbone = plain(tiny("bert"))
+    without = backbone.model(**backbone.model_inputs(encode(backbone))).logits
+    peft.PeftModel.from_pretrained(backbone.model.base_model, str(tmp_path)).eval()
+    expected = backbone.model(**backbone.model_inputs(encode(backbone))).logits
+    torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-4)
+    assert (own - without).abs().max() > 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["all-MiniLM-L6-v2"])
 def test_the_reported_alpha_pattern_on_a_real_model(shared: Path, tmp_path: Path, name: str) -> None:
