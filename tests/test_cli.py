@@ -253,6 +253,7 @@ def test_the_same_task_given_twice_is_accepted(capsys: pytest.CaptureFixture[str
         ("fit --model KLadder surplus", ["'surplus'"]),
         ("fit --model.help Kladdr", ["--model.help", "Did you mean KLadder?"]),
         ("fit --config empty.yaml", ["--config: empty.yaml", "no settings", "nothing"]),
+        ("fit --config latin.yaml", ["latin.yaml", "UTF-8", "byte 8"]),
         ("fit --config list.yaml", ["--config: list.yaml", "no settings", "- a"]),
         ("fit --model KLadder --config number.yaml", ["data (in number.yaml): 5", "a mapping"]),
         ("fit --model KLadder --config null.yaml", ["data (in null.yaml): null", "a mapping"]),
@@ -276,6 +277,7 @@ def test_errors_are_explained_in_two_lines(
     (work / "trainer.yaml").write_text("trainer: {max_epoch: 4}\n")
     (work / "broken.yaml").write_text("model: [\n")
     (work / "empty.yaml").touch()
+    (work / "latin.yaml").write_bytes("model: Mé\n".encode("latin-1"))
     (work / "list.yaml").write_text("- a\n")
     (work / "number.yaml").write_text("data: 5\n")
     (work / "null.yaml").write_text("data: null\n")

@@ -57,6 +57,8 @@ def small(tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.Monkey
             "fit --trainer.callbacks+=StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.1",
             ["StochasticWeightAveraging", "leave it out"],
         ),
+        ("fit --trainer.callbacks+=TrajectoryRecorder", ["TrajectoryRecorder", "MeZO", "leave it out"]),
+        ("fit --trainer.callbacks+=RankCheck", ["RankCheck", "MeZO", "leave it out"]),
         ("fit --trainer.callbacks+=EMAWeightAveraging", ["EMAWeightAveraging", "leave it out"]),
         ("fit --trainer.callbacks+=BackboneFinetuning", ["BackboneFinetuning", "GradualFreezing"]),
         (

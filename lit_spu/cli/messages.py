@@ -72,7 +72,7 @@ def explain(
         return _explain_missing(found[1], args)
     if found := re.match("Unexpected config: (.*)", message, re.DOTALL):
         return _explain_no_settings(found[1], args)
-    files = _config_files(args) if re.search("config|in keys", message) else ""
+    files = config_files(args) if re.search("config|in keys", message) else ""
     return f"{files}{': ' if files else ''}{' '.join(message.split())}"
 
 
@@ -158,11 +158,11 @@ def flag_or_files(key: str, args: Sequence[str]) -> str:
     """
     given = [word.removesuffix("+") for word in _split_flags(args) if word.startswith("--")]
     flags = [flag for flag in given if flag.replace(".init_args.", ".").endswith((f".{key}", f"--{key}"))]
-    files = _config_files(args)
+    files = config_files(args)
     return flags[-1] if flags else (f"{key} (in {files})" if files else f"--{key}")
 
 
-def _config_files(args: Sequence[str]) -> str:
+def config_files(args: Sequence[str]) -> str:
     """Return the config files among the arguments, joined by `or`."""
     return " or ".join(value for flag, value in pairwise(_split_flags(args)) if flag in ("-c", "--config"))
 

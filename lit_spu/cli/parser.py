@@ -17,7 +17,7 @@ from jsonargparse._actions import _ActionConfigLoad
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_spu import ranges
-from lit_spu.cli.messages import explain, flag_or_files
+from lit_spu.cli.messages import config_files, explain, flag_or_files
 from lit_spu.cli.user_errors import find_user_error
 from lit_spu.errors import UserError
 from lit_spu.safe_yaml import load_checked
@@ -80,7 +80,11 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse arguments, and check the values against the ranges that the settings declare."""
-        config: Namespace = super().parse_args(*args, **kwargs)
+        try:
+            config: Namespace = super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            files = config_files(self.command_line) or "a config file"
+            self.error("", UserError(f"{files} is not text in UTF-8: {error.reason} at byte {error.start}."))
         if self.exit_on_error:  # otherwise this is jsonargparse's parser of one class, which knows no full names
             for refusal in self.refusals(config):
                 key = flag_or_files(refusal.key, self.command_line)

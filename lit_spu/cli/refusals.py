@@ -17,6 +17,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from lit_spu.callbacks.rank_check import RankCheck
+from lit_spu.callbacks.trajectory_recorder import TrajectoryRecorder
+from lit_spu.callbacks.zero_shot_report import ZeroShotReport
 from lit_spu.checkpoints import run_dir
 from lit_spu.errors import UserError
 
@@ -30,6 +33,9 @@ _CHANGING: Mapping[type[Callback], str] = {
     ModelPruning: "the weights: leave it out",
 }
 """Callbacks that change a run after its settings were written down, with what they change and what to do instead."""
+
+_OF_MEZO = (RankCheck, TrajectoryRecorder, ZeroShotReport)
+"""Callbacks that MeZO's methods add themselves, and that work with nothing else."""
 
 
 def check_honoured(settings: Mapping[str, Any], subcommand: str) -> None:
@@ -71,6 +77,10 @@ def check_honoured(settings: Mapping[str, Any], subcommand: str) -> None:
                 value = value[key]
             raise UserError(f"--{flag}={value} has no effect here, because {advice}.")
     for callback in _classes(trainer["callbacks"]):
+        if issubclass(callback, _OF_MEZO):
+            raise UserError(
+                f"--trainer.callbacks: {callback.__name__} is a part of MeZO, which adds it itself: leave it out."
+            )
         for cls, change in _CHANGING.items():
             if issubclass(callback, cls):
                 raise UserError(
