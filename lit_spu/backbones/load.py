@@ -73,16 +73,15 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
             f"model.backbone: {name!r} is of the family {source.config.model_type!r}, which lit_spu does not support."
             f" Supported: {', '.join(FAMILIES)}."
         )
-    tokenizer = source.tokenizer
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     architecture = cast(type[Backbone], family.architecture)
-    format_, mask = architecture.prompt_format(head, tokenizer)
     positions = getattr(source.config, "max_position_embeddings", None)  # a T5 has relative positions, without limit
-    max_tokens = positions and positions - family.position_offset
-    encoding = Encoding(tokenizer, format_, mask, max_tokens)
-    check_tokenizer(name, source.config, encoding, task)
     with explain_loading_errors(name, source.path):
+        tokenizer = source.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        format_, mask = architecture.prompt_format(head, tokenizer)
+        encoding = Encoding(tokenizer, format_, mask, positions and positions - family.position_offset)
+        check_tokenizer(name, source.config, encoding, task)
         model, new_head_reason = load_model(source, name, family, task, head)
         backbone = architecture(model, family, task, head, encoding, name)
         check_record(backbone)

@@ -125,6 +125,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "added token": (add_token, "the token '<new>' has the id 38, and the model has embeddings for the ids 0 to 37"),
     "other tokenizer": (steps(without_tokenizer, lambda f: tiny_byte_tokenizer().save_pretrained(f)), "has the id 209"),
     "template": (template_ids, "has the id 99"),
+    "tokenizer's length": (
+        lambda f: change(f, "tokenizer_config.json", model_max_length=[160]),
+        "cannot be loaded: TypeError",
+    ),
     "vocabulary": (lambda f: change(f, vocab_size=20), "the token 'bad' has the id 37"),
 }
 
