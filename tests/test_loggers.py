@@ -84,12 +84,17 @@ def test_a_logger_without_its_library_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_held_logger_passes_on_what_only_the_other_has(tmp_path: Path) -> None:
+def test_a_held_logger_holds_back_the_calls_of_its_experiment(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, "", "")
     held = HeldLogger(logger)
     held.log_metrics({"a": 1.0}, 0)
     assert not list(tmp_path.iterdir())
+    assert held.log_dir == logger.log_dir
     held.experiment.add_text("note", "before the first step")
-    assert held.experiment is logger.experiment
+    held.experiment.file_writer.flush()
+    assert not list(tmp_path.iterdir())
+    held.release()
+    (file,) = tmp_path.iterdir()
+    assert b"before the first step" in file.read_bytes()
     with pytest.raises(AttributeError, match="absent"):
         _ = held.absent

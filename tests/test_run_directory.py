@@ -193,9 +193,9 @@ from lit_spu.files import lock_folder
 with lock_folder(Path({str(folder)!r}), "--run_dir"):
     (Path({str(folder)!r}) / "file").touch()
     if os.fork() == 0:  # a worker that outlives its parent
+        print(flush=True)  # it has dropped the lock by now
         time.sleep(15)
         os._exit(0)
-    print(flush=True)
     sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

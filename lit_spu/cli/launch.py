@@ -66,6 +66,10 @@ class HeldLogger(Logger):
     def save_dir(self) -> str | None:
         return self._logger.save_dir
 
+    @property
+    def log_dir(self) -> str | None:
+        return self._logger.log_dir
+
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         self._calls.append(partial(self._logger.log_metrics, *args, **kwargs))
 
@@ -75,8 +79,13 @@ class HeldLogger(Logger):
     def log_graph(self, *args: Any, **kwargs: Any) -> None:
         self._calls.append(partial(self._logger.log_graph, *args, **kwargs))
 
+    @property
+    def experiment(self) -> Any:
+        """The other logger's experiment, whose calls are held back as well. Lightning reads it before training."""
+        return HeldCalls(self._calls, lambda: self._logger.experiment)  # type: ignore[attr-defined]
+
     def __getattr__(self, name: str) -> Any:
-        """Return what only the other logger has, such as its `experiment`: a callback that uses it writes at once."""
+        """Return what only the other logger has, such as its `log_dir`."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._logger, name)
@@ -86,3 +95,22 @@ class HeldLogger(Logger):
         for call in self._calls:
             call()
         return self._logger
+
+
+class HeldCalls:
+    """Object in place of another one, whose calls, and those of its attributes, are held back.
+
+    Args:
+        calls: List of the calls that are held back.
+        find: Function that returns the other object.
+    """
+
+    def __init__(self, calls: list[Callable[[], Any]], find: Callable[[], Any]) -> None:
+        self._calls, self._find = calls, find
+
+    def __getattr__(self, name: str) -> HeldCalls:
+        return HeldCalls(self._calls, lambda: getattr(self._find(), name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Hold a call back."""
+        self._calls.append(lambda: self._find()(*args, **kwargs))
