@@ -11,8 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_spu.data.glue import GLUE
+from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.base import Method
 from lit_spu.study.grid import build, method_configs
+from tests.conftest import encode
 from tests.ddp import quiet_trainer
 
 METHODS = method_configs([f"{Path(__file__).parents[1]}/configs/*.yaml"])
@@ -31,6 +33,15 @@ def fit(method: Method, folder: Path, *callbacks: Callback, ckpt_path: Path | No
     trainer = quiet_trainer(callbacks=list(callbacks), **settings)
     trainer.fit(method, data, ckpt_path=ckpt_path)
     return trainer
+
+
+def gradient_step(method: Any) -> tuple[Tensor, int, list[Tensor | None]]:
+    """The loss of a batch, the bytes saved for the backward pass, and the gradients of all parameters."""
+    batch = encode(method.backbone)
+    with SavedForBackward(method.parameters()) as counter:
+        loss = method.loss(batch)
+    loss.backward()
+    return loss.detach(), counter.nbytes, [parameter.grad for parameter in method.parameters()]
 
 
 class StopBehind(Callback):

@@ -1,4 +1,4 @@
-"""What a launch changes in a run directory, and when: nothing before its first step, and one process at a time."""
+"""A launch changes nothing in its run directory before its first step, and one process at a time writes there."""
 
 from __future__ import annotations
 

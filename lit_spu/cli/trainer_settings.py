@@ -86,8 +86,8 @@ def _check_monitors(callbacks: Any, method: type, task: Any) -> None:
         monitor = callback.init_args.get("monitor") if "init_args" in callback else None
         if not isinstance(monitor, str) or ("/" in monitor and not monitor.startswith(("val/", "test/"))):
             continue  # none, or that of another callback
-        of_sibling = monitor.rpartition("/")[0]
-        if not {monitor, of_sibling} & set(known):
+        without_sibling = monitor.rpartition("/")[0]  # the metrics of siblings are val/<metric>/<name>
+        if not {monitor, without_sibling} & set(known):
             name = callback.class_path.rpartition(".")[2]
             raise UserError(
                 f"--trainer: {name}: no metric {monitor!r} is logged to monitor. {did_you_mean(monitor, known)}"

@@ -55,7 +55,7 @@ class Ended:
 
     @property
     def problem(self) -> str:
-        """What is wrong with this end, or nothing."""
+        """Return the property that this end violates, or an empty text."""
         message = [line for line in self.errors.splitlines() if line.strip()]
         if self.crash:
             return f"traceback: {self.crash}"

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.bitfit import BitFit
 from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.ia3 import IA3
 from lit_spu.methods.lora import LoRA
 from tests.conftest import encode
+from tests.runs import gradient_step
 
 Tiny = Callable[[str], str]
 METHODS: dict[str, Callable[..., Any]] = {
@@ -32,7 +32,7 @@ FAMILIES = ("bert", "deberta-v2", "t5", "gpt2", "opt", "llama")
 def test_it_saves_memory_and_gives_the_same_gradients(tiny: Tiny, method: str, family: str) -> None:
     if method == "bitfit" and family in ("t5", "llama"):
         pytest.skip("without biases")
-    losses, gradients, saved = [], [], []
+    steps = []
     for recompute in (False, True):
         torch.manual_seed(0)
         made = METHODS[method](backbone=tiny(family), gradient_checkpointing=recompute).train()
@@ -40,13 +40,8 @@ def test_it_saves_memory_and_gives_the_same_gradients(tiny: Tiny, method: str, f
             for parameter in made.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        batch = encode(made.backbone)
-        with SavedForBackward(made.parameters()) as counter:
-            loss = made.loss(batch)
-        losses.append(loss.detach())
-        saved.append(counter.nbytes)
-        loss.backward()
-        gradients.append([p.grad for p in made.parameters()])
+        steps.append(gradient_step(made))
+    losses, saved, gradients = zip(*steps, strict=True)
     assert torch.equal(*losses)
     for a, b in zip(*gradients, strict=True):
         assert (a is None) == (b is None)

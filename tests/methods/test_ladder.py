@@ -17,6 +17,7 @@ from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.nn import pruning
 from tests.conftest import FAMILIES, encode
+from tests.runs import gradient_step
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,18 +43,13 @@ def test_the_backbone_keeps_no_gradient_and_no_activation(tiny: Callable[[str], 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_memory_alone(tiny: Callable[[str], str], family: str) -> None:
-    losses, gradients, saved = [], [], []
+    steps = []
     folder = tiny(family)
     for recompute in (False, True):
         torch.manual_seed(0)
         method = LadderSideTuning(backbone=folder, reduction=2, gradient_checkpointing=recompute).train()
-        batch = encode(method.backbone)
-        with SavedForBackward(method.parameters()) as counter:
-            loss = method.loss(batch)
-        losses.append(loss.detach())
-        saved.append(counter.nbytes)
-        loss.backward()
-        gradients.append([p.grad for p in method.side.parameters()])
+        steps.append(gradient_step(method))
+    losses, saved, gradients = zip(*steps, strict=True)
     assert torch.equal(*losses)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
     assert saved[1] < 0.6 * saved[0]
