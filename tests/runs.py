@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_spu.__main__ import main
 from lit_spu.data.glue import GLUE
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.base import Method
@@ -42,6 +44,18 @@ def gradient_step(method: Any) -> tuple[Tensor, int, list[Tensor | None]]:
         loss = method.loss(batch)
     loss.backward()
     return loss.detach(), counter.nbytes, [parameter.grad for parameter in method.parameters()]
+
+
+def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the error that a refused command line prints, of at most two lines."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = "\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith("error: ")) :])
+    assert message.count("\n") <= 1
+    return message
 
 
 class StopBehind(Callback):

@@ -30,6 +30,7 @@ from lit_spu.cli.fit import _without_repeats
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
+from tests.runs import refusal
 
 CHECKOUT = Path(__file__).parents[1]
 CONFIGS = CHECKOUT / "configs"
@@ -119,18 +120,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the error that a refused command line prints, of at most two lines."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(args)
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    message = "\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith("error: ")) :])
-    assert message.count("\n") <= 1
-    return message
 
 
 def printed_config(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:

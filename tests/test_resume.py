@@ -14,6 +14,7 @@ import torch
 from lit_spu.__main__ import main
 from lit_spu.data.batching import Examples
 from lit_spu.data.text import Tokens
+from tests.runs import refusal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -53,17 +54,6 @@ def work(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def content(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the message of a refused launch, of at most two lines."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    message = "error: " + capsys.readouterr().err.partition("error: ")[2].strip()
-    assert message.count("\n") <= 1
-    return message
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoints/last.ckpt"])
