@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lit_spu.__main__ import main
 from lit_spu.data.batching import Examples
@@ -64,6 +66,7 @@ def content(folder: Path) -> dict[Path, bytes]:
         "data.max_length=64",
         "data.shots=2",
         "data.split_seed=1",
+        "data.held_out=0.25",
         "data.template='{text} It was {mask} .'",
         "data.same_batches=true",
         "data.limit_train=20",
@@ -100,6 +103,24 @@ def test_other_examples_in_a_file_of_the_same_length_are_refused(
     message = refusal(["fit", "--ckpt_path=run", "--trainer.max_epochs=2"], capsys)
     assert f"examples of {'train' if name == 'train' else 'validation'} " in message
     assert content(work / "run") == before
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_chosen_on_held_out_examples_and_tested_on_the_validation_split(work: Path) -> None:
+    def metrics(name: str, *args: str) -> Any:
+        main([*args, f"--run_dir={name}"])
+        return json.loads((work / name / "summary.json").read_text())
+
+    saved = yaml.safe_load((work / "run" / "config.yaml").read_text())
+    given = [f"--data.{name}={saved['data'][name]}" for name in ("task", "source", "cache", "batch_size")]
+    model = ["--model=HeadOnly", f"--model.backbone={saved['model']['init_args']['backbone']}", "--model.lr=0.01"]
+    trained = metrics("new", "fit", *model, *given, "--data.held_out=0.5", "--trainer.max_epochs=2")
+    assert trained["steps"] == 2 * 2  # 12 of 24 examples
+    validated = metrics("validated", "validate", "--ckpt_path=new")["metrics"]["val/accuracy"]
+    tested = metrics("tested", "test", "--ckpt_path=new")["metrics"]["test/accuracy"]
+    original = metrics("original", "validate", "--ckpt_path=new", "--data.held_out=0")["metrics"]["val/accuracy"]
+    assert validated == trained["best_score"]
+    assert tested == original != validated
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoints/last.ckpt"])

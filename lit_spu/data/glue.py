@@ -22,7 +22,7 @@ from lit_spu.data.sources import Parts
 from lit_spu.data.tables import decode
 from lit_spu.data.text import Row
 from lit_spu.errors import UserError, describe_changes
-from lit_spu.ranges import Checked, Count, Range, Seed, Text
+from lit_spu.ranges import Checked, Count, Range, Seed, ShareBelowOne, Text
 from lit_spu.tasks import Encoding, Split, Task, load_task
 
 Portion = Split | Literal["predict"]
@@ -52,7 +52,10 @@ class GLUE(Checked, LightningDataModule):
         max_length: Largest number of tokens of an example. Longer texts are cut at their end.
         shots: Number of training examples of each label, for few-shot training. The validation examples are the
             same number of other examples of the train split. The test examples are the original validation split.
-        split_seed: Random seed of the few-shot examples, of the limited subsets and of the synthetic sample data.
+        split_seed: Random seed of the few-shot, held-out and limited examples, and of the synthetic sample data.
+        held_out: Share of the training examples, drawn at random with `split_seed`, that are the validation split; the
+            others are the train split. The test examples are the original validation split. So the checkpoint is
+            chosen on other examples than those that are reported. It excludes `shots`. Example: --data.held_out=0.1.
         template: Form of the input text. Allowed: auto (the form that the backbone expects), pair, named, cloze,
             prefix, or a text with {field} for each field of the task and {mask} for the mask token.
             Example: --data.template='{sentence} All in all, it was {mask}.'
@@ -61,6 +64,7 @@ class GLUE(Checked, LightningDataModule):
             the backbone would compute.
         num_workers: Number of processes that prepare batches. 0 is enough, because examples are tokenised in advance.
         limit_train: Number of training examples to use, drawn at random with `split_seed`, in their original order.
+            With `held_out`, the held-out examples are among them.
         limit_validation: The same for each validation set.
         limit_test: The same for each test set.
         text: Text to predict instead of the test split. Allowed: one example (tabs separate its fields), or - to read
@@ -80,6 +84,7 @@ class GLUE(Checked, LightningDataModule):
         max_length: Annotated[int, Range(8)] = 128,
         shots: Count | None = None,
         split_seed: Seed = 42,
+        held_out: ShareBelowOne = 0.0,
         template: Text = "auto",
         same_batches: bool = False,
         num_workers: Annotated[int, Range(0, 256)] = 0,
@@ -90,6 +95,11 @@ class GLUE(Checked, LightningDataModule):
         cache: Text | None = None,
     ) -> None:
         super().__init__()
+        if shots and held_out:
+            raise UserError(
+                f"data.held_out={held_out:g} and data.shots={shots} both draw the validation split from the train"
+                " split: leave one of them out."
+            )
         self.save_hyperparameters()
         self.task = load_task(task)
         self.source = source
@@ -97,6 +107,7 @@ class GLUE(Checked, LightningDataModule):
         self.max_length = max_length
         self.shots = shots
         self.split_seed = split_seed
+        self.held_out = held_out
         self.template = template
         self.same_batches = same_batches
         self.num_workers = num_workers
@@ -159,9 +170,10 @@ class GLUE(Checked, LightningDataModule):
         return sources.select_labelled(self.task, parts) if portion == "test" else parts
 
     def _load_split(self, split: Split) -> Parts:
-        parts = sources.load_split(self.task, self.source, split, self.shots, self.split_seed)
+        drawn = (self.shots, self.split_seed, self.held_out, self.limit_train)
+        parts = sources.load_split(self.task, self.source, split, *drawn)
         limit = getattr(self, f"limit_{split}")
-        return {part: _draw_rows(rows, limit, self.split_seed) for part, rows in parts.items()}
+        return {part: sources.draw_rows(rows, limit, self.split_seed) for part, rows in parts.items()}
 
     def _parse_text(self) -> list[Row]:
         if self.text != "-":
@@ -332,13 +344,6 @@ def _warn_of_one_label(task: Task, rows: list[Row]) -> None:
 def _shuffle_seed() -> int:
     """Return the random seed of the order of batches, that of `seed_everything` if it was called."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-
-def _draw_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    """Draw `limit` rows, in their original order. The rows of a smaller limit are among those of a larger one."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), len(rows))[:limit])]
 
 
 def user_cache() -> Path:

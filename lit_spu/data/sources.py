@@ -29,8 +29,19 @@ Parts = dict[str, list[Row]]
 """Examples of a split by the name of its part. The first part's name is empty; MNLI has a second, `mismatched`."""
 
 
-def load_split(task: Task, source: str, split: Split, shots: int | None = None, split_seed: int = 42) -> Parts:
+def load_split(
+    task: Task,
+    source: str,
+    split: Split,
+    shots: int | None = None,
+    split_seed: int = 42,
+    held_out: float = 0.0,
+    limit_train: int | None = None,
+) -> Parts:
     """Return the examples of one split.
+
+    With `shots` or `held_out`, the train and validation splits are both drawn from the train split, and the original
+    validation split becomes the test split.
 
     Args:
         task: The task.
@@ -38,29 +49,36 @@ def load_split(task: Task, source: str, split: Split, shots: int | None = None, 
         split: The split.
         shots: Number k of examples of each label, for MeZO's few-shot protocol (https://arxiv.org/abs/2305.17333,
             appendix E). The train split is shuffled. The first k examples of each label are the new train split, the
-            next k the validation split, and the original validation split becomes the test split. A regression counts
-            as one label. If `source` has a folder `<shots>-<split_seed>` with such splits, they are read from it.
-        split_seed: Random seed of the shuffle and of the sample data.
+            next k the validation split. A regression counts as one label. If `source` has a folder
+            `<shots>-<split_seed>` with such splits, they are read from it.
+        split_seed: Random seed of what is drawn and of the sample data.
+        held_out: Share of the train split that becomes the validation split.
+        limit_train: Number of examples of the train split to draw before `held_out` divides them.
 
     Raises:
         UserError: if the source is not available, or if it has data that the task cannot use.
     """
     try:
-        return _load_split(task, source, split, shots, split_seed)
+        return _load_split(task, source, split, shots, split_seed, held_out, limit_train)
     except OSError as error:  # a name that is too long, or a folder that may not be read
         raise UserError(f"data.source={source[:200]} cannot be read: {error.strerror}.") from error
 
 
-def _load_split(task: Task, source: str, split: Split, shots: int | None, split_seed: int) -> Parts:
-    if shots is None:
+def _load_split(
+    task: Task, source: str, split: Split, shots: int | None, split_seed: int, held_out: float, limit_train: int | None
+) -> Parts:
+    if not (shots or held_out):
         return _load_full_split(task, source, split, split_seed)
-    if source not in ("sample", "hub") and (ready := _find_folder(task, source) / f"{shots}-{split_seed}").is_dir():
+    ready = _find_folder(task, source) / f"{shots}-{split_seed}" if source not in ("sample", "hub") else None
+    if shots and ready and ready.is_dir():
         folders = (ready, ready.parent) if split == "test" else (ready,)
         return _load_from_folders(task, split, folders)
     if split == "test":
         return _load_full_split(task, source, "validation", split_seed)
     train = _load_full_split(task, source, "train", split_seed)[""]
-    return {"": draw_few_shot_splits(task, train, shots, split_seed)[split]}
+    if shots:
+        return {"": draw_few_shot_splits(task, train, shots, split_seed)[split]}
+    return {"": hold_out(task, draw_rows(train, limit_train, split_seed), held_out, split_seed)[split]}
 
 
 def draw_few_shot_splits(task: Task, rows: Sequence[Row], shots: int, seed: int) -> dict[str, list[Row]]:
@@ -85,6 +103,33 @@ def draw_few_shot_splits(task: Task, rows: Sequence[Row], shots: int, seed: int)
         split: [rows[i] for i in sorted(i for group in by_label.values() for i in group[cut])]
         for split, cut in cuts.items()
     }
+
+
+def hold_out(task: Task, rows: Sequence[Row], share: float, seed: int) -> dict[str, list[Row]]:
+    """Divide rows at random into a train and a validation split, both in the order of `rows`.
+
+    Raises:
+        UserError: if one of them would be empty.
+    """
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        purpose, change = ("train", "smaller") if count else ("validate", "larger")
+        raise UserError(
+            f"data.held_out={share:g} of {len(rows)} training examples of {task.name} leaves none to {purpose} on:"
+            f" give a {change} share, or use more examples."
+        )
+    drawn = set(Random(seed).sample(range(len(rows)), count))
+    return {
+        "train": [row for i, row in enumerate(rows) if i not in drawn],
+        "validation": [row for i, row in enumerate(rows) if i in drawn],
+    }
+
+
+def draw_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    """Draw `limit` rows, in their original order. The rows of a smaller limit are among those of a larger one."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), len(rows))[:limit])]
 
 
 def parse_lines(task: Task, lines: Iterable[str], where: str) -> list[Row]:

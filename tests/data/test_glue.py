@@ -163,6 +163,9 @@ def test_mnli_has_two_validation_sets(tmp_path: Path) -> None:
     assert glue.part_names("validation") == ["", "mismatched"]
     assert Counter(batch[0] for batch in model.seen["val"] for _ in batch[1:]) == {0: 3, 1: 5}
     assert {row["hypothesis"] for row in glue.examples("validation", "mismatched")} == {"w5"}
+    held_out = data(str(tmp_path), tmp_path, task="mnli", held_out=0.5)
+    assert held_out.part_names("validation") == [""]
+    assert held_out.examples("test", "mismatched") == glue.examples("validation", "mismatched")
 
 
 def test_a_larger_limit_contains_a_smaller_one_in_order(source: str, tmp_path: Path) -> None:
@@ -186,6 +189,29 @@ def test_few_shot_training_tests_on_the_validation_split(source: str, tmp_path: 
     assert Counter(row["label"] for row in glue.examples("train")) == {0: 3, 1: 3}
     assert Counter(row["label"] for row in glue.examples("validation")) == {0: 3, 1: 3}
     assert glue.examples("test") == data(source, tmp_path).examples("validation")
+
+
+@pytest.mark.parametrize("limit", [None, 20])
+@pytest.mark.parametrize("sample", [False, True])
+def test_the_checkpoint_is_chosen_on_held_out_training_examples(
+    limit: int | None, sample: bool, source: str, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"limit_train": limit}
+    source = "sample" if sample else source
+    pool = data(source, tmp_path, **given).examples("train")
+    glue = data(source, tmp_path, held_out=0.1, **given)
+    train, validation = glue.examples("train"), glue.examples("validation")
+    assert len(validation) == round(0.1 * len(pool))
+    assert sorted(map(str, train + validation)) == sorted(map(str, pool))
+    for rows in (train, validation):
+        assert [row for row in pool if row in rows] == rows  # in their order, with their labels
+    assert glue.examples("test") == glue.examples("predict") == data(source, tmp_path).examples("validation")
+    assert data(source, tmp_path, held_out=0.1, **given).examples("validation") == validation
+    assert sample or data(source, tmp_path, held_out=0.1, split_seed=1, **given).examples("validation") != validation
+    few = data(source, tmp_path, held_out=0.1, limit_validation=1, limit_test=3, **given)
+    assert few.examples("train") == train
+    assert [len(few.examples(split)) for split in ("validation", "test")] == [1, 3]
+    assert few.examples("validation")[0] in validation
 
 
 # --- Templates -------------------------------------------------------------------------------------------------------
@@ -270,6 +296,17 @@ def test_training_on_one_label_is_warned_of(tmp_path: Path) -> None:
 def test_numbers_below_their_range_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"GLUE\.{name}: 0 is not allowed\. Give a whole number"):
         data("sample", Path(), **{name: 0})
+
+
+@pytest.mark.parametrize("share", [1, 1.0, -0.1, float("nan"), True, None])
+def test_a_held_out_share_outside_its_range_is_refused(share: Any) -> None:
+    with pytest.raises(UserError, match=r"GLUE\.held_out: .* is not allowed\. Give a number from 0 to below 1"):
+        data("sample", Path(), held_out=share)
+
+
+def test_held_out_examples_and_shots_exclude_each_other() -> None:
+    with pytest.raises(UserError, match=r"data\.held_out=0\.1 and data\.shots=4 both .*leave one of them out"):
+        data("sample", Path(), held_out=0.1, shots=4)
 
 
 def test_a_model_for_another_task_is_refused(source: str, tmp_path: Path, encoding: Encoding) -> None:

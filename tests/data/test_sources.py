@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_spu.data import sources
-from lit_spu.data.sources import draw_few_shot_splits, load_split, parse_lines
+from lit_spu.data.sources import draw_few_shot_splits, hold_out, load_split, parse_lines
 from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS, Split, Task, load_task
 
@@ -461,7 +461,7 @@ def test_trecs_test_split_is_used_for_validation(monkeypatch: pytest.MonkeyPatch
     assert load_split(TASKS["trec"], "hub", "validation")[""] == [{"sentence": "Who ?", "label": 3}]
 
 
-# --- Few shots -------------------------------------------------------------------------------------------------------
+# --- Few shots, and held-out examples ---------------------------------------------------------------------------------
 
 
 @given(
@@ -534,3 +534,21 @@ def test_lines_become_examples() -> None:
 def test_unusable_lines_are_explained(task: str, lines: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         parse_lines(TASKS[task], lines, "here")
+
+
+@given(count=st.integers(0, 40), share=st.floats(1e-9, 1, exclude_max=True), seed=st.integers(0, 9))
+def test_held_out_examples_are_a_share_of_at_least_one(count: int, share: float, seed: int) -> None:
+    rows = [{"sentence": str(i), "label": i % 2} for i in range(count)]
+    if round(share * count) in (0, count):
+        purpose = "train on: give a smaller" if round(share * count) else "validate on: give a larger"
+        with pytest.raises(
+            UserError, match=rf"data\.held_out=.* of {count} training examples .* none to {purpose} share"
+        ):
+            hold_out(TASKS["sst2"], rows, share, seed)
+        return
+    drawn = hold_out(TASKS["sst2"], rows, share, seed)
+    numbers = {split: [int(row["sentence"]) for row in part] for split, part in drawn.items()}
+    assert all(part == sorted(part) for part in numbers.values())
+    assert sorted(numbers["train"] + numbers["validation"]) == list(range(count))
+    assert len(numbers["validation"]) == round(share * count)
+    assert hold_out(TASKS["sst2"], rows, share, seed) == drawn
