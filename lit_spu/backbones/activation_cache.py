@@ -3,7 +3,7 @@
 The hidden states of a text depend on its tokens and on the backbone alone. A digest of both is their key, so no cached
 record can be out of date, and runs of any task, method, seed or batch size share the cache.
 
-The record of a text holds for each stack its states [blocks + 1, tokens, width], then the scales of int8.
+The record of a text holds for each stack the wanted states [states, tokens, width], then the scales of int8.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lit_spu.backbones.activation_store import FileStore, MemoryStore, Record, Store
 from lit_spu.backbones.backbone import Backbone
 from lit_spu.backbones.precision import Precision, is_quantized
-from lit_spu.backbones.stacks import Batch, HiddenStates
+from lit_spu.backbones.stacks import Batch, HiddenStates, StateIndices
 from lit_spu.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -48,19 +48,26 @@ class ActivationCache:
     A record that is damaged is computed again.
 
     Args:
-        backbone: A frozen backbone.
+        backbone: A backbone whose blocks are frozen, at least those that the wanted states depend on.
         folder: The folder of the cache, which all runs share; None caches in the memory of this process.
         precision: The format of cached states. With fp32 (or bf16 for a backbone in bf16) they equal to the bit the
             states that were computed when the text was first cached. Computed in another batch, where the padding has
             another length, they may differ in the last bits. int8 has one scale for each token of each block.
+        wanted: The hidden states to cache; None caches all.
     """
 
-    def __init__(self, backbone: Backbone, folder: Path | None = None, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        folder: Path | None = None,
+        precision: Precision = "fp32",
+        wanted: StateIndices | None = None,
+    ) -> None:
         self.backbone = backbone
         self.cached_dtype = _DTYPES[precision]
-        self.shapes = [(stack.depth + 1, stack.width) for stack in backbone.stacks]
+        self.wanted = [sorted(numbers) for numbers in wanted or [range(s.depth + 1) for s in backbone.stacks]]
         self.dtype = next(backbone.base_model.embeddings[0].parameters()).dtype
-        name = f"{_digest_backbone(backbone)}-{precision}"
+        name = f"{_digest_backbone(backbone, self.wanted)}-{precision}"
         self.store: Store = MemoryStore() if folder is None else FileStore(folder / name)
 
     def __call__(self, batch: Batch) -> tuple[HiddenStates, ...]:
@@ -70,7 +77,7 @@ class ActivationCache:
         keys = _digest_texts(inputs, counts[0])
         records = self.store.find(keys)
         if any(record is None for record in records):  # new states are read back, for the same rounding each time
-            states = self.backbone.hidden_states(batch)
+            states = self.backbone.hidden_states(batch, self.wanted)
             new_rows = {key: row for row, (key, record) in enumerate(zip(keys, records, strict=True)) if record is None}
             with record_function("cache"):
                 self._save(states, counts, new_rows)
@@ -124,9 +131,9 @@ class ActivationCache:
         )
 
     def _num_bytes(self, stack: int, num_tokens: int) -> int:
-        blocks, width = self.shapes[stack]
         scale = _SCALE_BYTES if self.cached_dtype is torch.int8 else 0
-        return blocks * num_tokens * (width * self.cached_dtype.itemsize + scale)
+        state = self.backbone.stacks[stack].width * self.cached_dtype.itemsize + scale
+        return len(self.wanted[stack]) * num_tokens * state
 
     def _count_tokens(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return for each stack the number of tokens of each text, [batch]."""
@@ -143,8 +150,11 @@ class ActivationCache:
     def _save(self, states: Sequence[HiddenStates], counts: Sequence[Tensor], rows: Mapping[bytes, int]) -> None:
         """Save the states of some rows of a batch by their keys, without padding."""
         parts: dict[bytes, list[Record]] = {key: [] for key in rows}
-        for stack_states, stack_counts in zip(states, counts, strict=True):
-            numbers = torch.stack([stack_states.embeddings, *stack_states.blocks])
+        for stack_states, stack_counts, wanted in zip(states, counts, self.wanted, strict=True):
+            if not wanted:
+                continue
+            every = (stack_states.embeddings, *stack_states.blocks)
+            numbers = torch.stack([every[number] for number in wanted])
             scales = None
             if self.cached_dtype is torch.int8:
                 scales = numbers.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
@@ -176,8 +186,14 @@ class ActivationCache:
             return part.view(dtype).reshape(shape)
 
         states = []
-        for stack, stack_counts in enumerate(counts):
-            (blocks, width), longest = self.shapes[stack], int(stack_counts.max())
+        for number, (stack, stack_counts, wanted) in enumerate(
+            zip(self.backbone.stacks, counts, self.wanted, strict=True)
+        ):
+            mask = None if number else inputs.get("attention_mask")
+            if not wanted:
+                states.append(HiddenStates.select({}, stack.depth, mask))
+                continue
+            blocks, width, longest = len(wanted), stack.width, int(stack_counts.max())
             numbers = torch.empty(blocks, len(records), longest, width, dtype=self.cached_dtype)
             raw = (numbers.view(torch.int16) if self.cached_dtype is torch.bfloat16 else numbers).numpy()
             scales = torch.zeros(blocks, len(records), longest, 1) if self.cached_dtype is torch.int8 else None
@@ -187,8 +203,8 @@ class ActivationCache:
                 if scales is not None:
                     scales.numpy()[:, row, :count] = take(row, np.float32, blocks, count, 1)
             unscaled = numbers if scales is None else map(torch.mul, numbers, scales)  # one block at a time
-            first, *others = (state.to(inputs["input_ids"].device, self.dtype) for state in unscaled)
-            states.append(HiddenStates(first, tuple(others), None if stack else inputs.get("attention_mask")))
+            found = (state.to(inputs["input_ids"].device, self.dtype) for state in unscaled)
+            states.append(HiddenStates.select(dict(zip(wanted, found, strict=True)), stack.depth, mask))
         return tuple(states)
 
 
@@ -207,8 +223,8 @@ def _digest_texts(inputs: Mapping[str, Tensor], counts: Tensor) -> list[bytes]:
     ]
 
 
-def _digest_backbone(backbone: Backbone) -> str:
-    """Return a digest of all that determines a frozen backbone's hidden states: weights, settings and code."""
+def _digest_backbone(backbone: Backbone, wanted: StateIndices) -> str:
+    """Return a digest of all that determines the wanted hidden states: weights of the blocks, settings and code."""
     model, digest = backbone.base_model.model, sha256()
     config = {
         name: value
@@ -219,10 +235,11 @@ def _digest_backbone(backbone: Backbone) -> str:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     packages = [f"{package} {version(package)}" for package in ("torch", "transformers")]
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    digest.update(repr((code, config, device, autocast, packages)).encode())
-    head = set(backbone.head_modules.parameters())  # a BERT's pooler reads the hidden states and does not change them
+    digest.update(repr((code, config, device, autocast, packages, wanted)).encode())
+    above = nn.ModuleList([*backbone.head_modules, *backbone.base_model.blocks_above(wanted)])
+    unread = set(above.parameters())  # a BERT's pooler reads the hidden states and does not change them
     for name, parameter in model.named_parameters():
-        if parameter not in head:
+        if parameter not in unread:
             plain = parameter.dequantize() if is_quantized(parameter) else parameter
             digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
             digest.update(plain.detach().cpu().reshape(-1).view(torch.uint8).numpy())

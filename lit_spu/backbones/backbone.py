@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -22,7 +22,14 @@ from lit_spu.backbones.precision import (
     quantize_to_int8,
 )
 from lit_spu.backbones.side_model import LayerIndices, explain_narrow_model, scaled_config
-from lit_spu.backbones.stacks import Batch, HiddenStates, Stack, TransformerStacks, find_norms
+from lit_spu.backbones.stacks import (
+    Batch,
+    FrozenStates,
+    HiddenStates,
+    Stack,
+    StateIndices,
+    TransformerStacks,
+)
 from lit_spu.backbones.target_linears import Role, TargetLinear
 from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.errors import UserError
@@ -105,14 +112,16 @@ class Backbone(nn.Module, Architecture, ABC):
             return torch.zeros_like(batch["input_ids"][:, 0])
         return self.label_word_position(batch)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [batch, labels]."""
-        hidden = self.base_model.forward_at(self.model_inputs(batch), self.answer_position(batch))
+    def forward(self, batch: Batch, frozen: FrozenStates | None = None) -> Tensor:
+        """Return the logits [batch, labels]. Blocks whose states are given as `frozen` do not run."""
+        hidden = self.base_model.forward_at(self.model_inputs(batch), self.answer_position(batch), frozen)
         return self.apply_head(self.select_answer_state(hidden, batch))
 
-    def hidden_states(self, batch: Batch) -> tuple[HiddenStates, ...]:
-        """Return the hidden states of all stacks."""
-        return self.base_model.hidden_states(self.model_inputs(batch))
+    def hidden_states(
+        self, batch: Batch, wanted: StateIndices | None = None, frozen: FrozenStates | None = None
+    ) -> tuple[HiddenStates, ...]:
+        """Return the hidden states of all stacks; see `TransformerStacks.hidden_states`."""
+        return self.base_model.hidden_states(self.model_inputs(batch), wanted, frozen)
 
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
         """Return the logits [batch, labels] from the hidden states of all stacks."""
@@ -174,10 +183,18 @@ class Backbone(nn.Module, Architecture, ABC):
         """All blocks, from the embeddings up."""
         return self.base_model.blocks
 
-    @property
-    def norms(self) -> list[nn.Module]:
-        """The normalisation layers of all blocks."""
-        return [norm for block in self.blocks for norm in find_norms(block)]
+    def last_blocks(self, count: int | None, flag: str) -> list[nn.Module]:
+        """Return the last blocks of the last stack (an encoder-decoder's decoder); None returns the blocks of all.
+
+        Raises:
+            UserError: If it has fewer. The message starts with the flag that sets `count`.
+        """
+        if count is None:
+            return self.blocks
+        depth = self.stacks[-1].depth
+        if count > depth:
+            raise UserError(f"{flag}={count}: the backbone's last stack has {depth} blocks; use 1 to {depth}.")
+        return self.blocks[len(self.blocks) - count :]
 
     @property
     def width(self) -> int:
@@ -189,9 +206,9 @@ class Backbone(nn.Module, Architecture, ABC):
         """The modules of the head."""
         return nn.ModuleList(step for step in self.head_steps if isinstance(step, nn.Module))
 
-    def target_linears(self, *roles: Role) -> list[TargetLinear]:
-        """Return the linear layers of all blocks that have one of these roles, from the embeddings up."""
-        return self.base_model.target_linears(*roles)
+    def target_linears(self, *roles: Role, blocks: Collection[nn.Module] | None = None) -> list[TargetLinear]:
+        """Return the linear layers of blocks, by default of all, that have one of these roles."""
+        return self.base_model.target_linears(*roles, blocks=blocks)
 
     def full_path(self, target: TargetLinear) -> str:
         """Return the path of a target linear in the whole model."""

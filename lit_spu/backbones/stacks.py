@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,14 @@ from lit_spu.backbones import absorbed_cross_attention, last_position
 from lit_spu.backbones.family import Family
 from lit_spu.backbones.hooks import override_forward, position_wise
 from lit_spu.backbones.last_position import gather_position
+from lit_spu.backbones.partial_pass import PartialStack
 from lit_spu.backbones.target_linears import Role, TargetLinear, parse_pattern
 from lit_spu.errors import UserError
 
 Batch = Mapping[str, Tensor]
+
+StateIndices = Sequence[Collection[int]]
+"""For each stack, numbers of hidden states: 0 is the first block's input, and i + 1 the output of block i."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +44,30 @@ class Stack:
 
 
 class HiddenStates(NamedTuple):
-    """Hidden states of one stack: its first block's input and the outputs of its blocks, [batch, tokens, width]."""
+    """Hidden states of one stack: its first block's input and the outputs of its blocks, [batch, tokens, width].
+
+    States that were not asked for are None.
+    """
 
     embeddings: Tensor
     blocks: tuple[Tensor, ...]
     mask: Tensor | None  # [batch, tokens], 1 where a token is real; None if all are
+
+    @classmethod
+    def select(cls, states: Mapping[int, Tensor], depth: int, mask: Tensor | None) -> HiddenStates:
+        """Return the hidden states of a stack of `depth` blocks from some of them by their numbers."""
+        embeddings, *blocks = (cast(Tensor, states.get(number)) for number in range(depth + 1))
+        return cls(embeddings, tuple(blocks), mask)
+
+
+class FrozenStates(NamedTuple):
+    """Hidden states of the lowest blocks, above which a forward pass starts.
+
+    For each stack they contain the output of its last block that does not run.
+    """
+
+    num_blocks: int  # of all stacks together, from the embeddings up
+    stacks: Sequence[HiddenStates]
 
 
 class TransformerStacks:
@@ -70,6 +94,7 @@ class TransformerStacks:
         )
         self._install_shortcuts()
         self._recorder: HiddenStateRecorder | None = None
+        self._partial_stacks: list[PartialStack] | None = None
 
     def _install_shortcuts(self) -> None:
         self.runs_at_position = last_position.install(
@@ -97,8 +122,12 @@ class TransformerStacks:
         """Width of the last hidden states."""
         return int(getattr(self.model.config, self.family.hidden_size))
 
-    def target_linears(self, *roles: Role) -> list[TargetLinear]:
-        """Return the linear layers of all blocks that have one of these roles, block by block from the embeddings up.
+    def target_linears(self, *roles: Role, blocks: Collection[nn.Module] | None = None) -> list[TargetLinear]:
+        """Return the linear layers of blocks that have one of these roles, block by block from the embeddings up.
+
+        Args:
+            roles: Roles of the linear layers.
+            blocks: The blocks to search; None searches all.
 
         Raises:
             UserError: If the family has no linear layer for one of the roles.
@@ -107,6 +136,7 @@ class TransformerStacks:
             target
             for number, stack in enumerate(self.stacks)
             for block in range(stack.depth)
+            if blocks is None or stack.blocks[block] in blocks
             for target in self.block_target_linears(number, block, *roles)
         ]
         if missing := set(roles) - {target.role for target in found}:
@@ -138,24 +168,70 @@ class TransformerStacks:
         hidden: Tensor = self.model(**inputs).last_hidden_state
         return hidden
 
-    def forward_at(self, inputs: Batch, position: Tensor) -> Tensor:
+    def forward_at(self, inputs: Batch, position: Tensor, frozen: FrozenStates | None = None) -> Tensor:
         """Return the states of `forward` at one position [batch] of each text, [batch, 1, width].
 
-        If the family allows it, the last block computes no other position (see `last_position`).
+        If the family allows it, the last block computes no other position (see `last_position`). With frozen states,
+        their blocks do not run.
         """
         if self.runs_at_position:
             inputs = {**inputs, "answer_position": position}
-        hidden = self.forward(inputs)
+        with self._run_blocks(frozen):
+            hidden = self.forward(inputs)
         return hidden if hidden.shape[1] == 1 else gather_position(hidden, position)
 
-    def hidden_states(self, inputs: Batch) -> tuple[HiddenStates, ...]:
-        """Return the hidden states of all stacks."""
+    def hidden_states(
+        self, inputs: Batch, wanted: StateIndices | None = None, frozen: FrozenStates | None = None
+    ) -> tuple[HiddenStates, ...]:
+        """Return the hidden states of all stacks.
+
+        Args:
+            inputs: The arguments of the base model.
+            wanted: The states to return; None returns all. Blocks above all of these do not run.
+            frozen: States of the lowest blocks, which do not run. They must contain those of their blocks in `wanted`.
+        """
         if self._recorder is None:  # its hooks stay: setting them for each pass costs more than they do
             self._recorder = HiddenStateRecorder(self.stacks)
-        with self._recorder.record() as (embeddings, outputs):
+        with self._run_blocks(frozen, wanted), self._recorder.record(wanted) as found:
             self.forward(inputs)
+        if frozen:
+            for states, known, count in zip(found, frozen.stacks, self._split(frozen.num_blocks), strict=True):
+                states.update({number: known.blocks[number - 1] for number in states if 0 < number <= count})
         masks = (inputs.get("attention_mask"), *[None] * (len(self.stacks) - 1))
-        return tuple(map(HiddenStates, embeddings, map(tuple, outputs), masks))
+        return tuple(map(HiddenStates.select, found, (stack.depth for stack in self.stacks), masks))
+
+    def states_above(self, num_blocks: int) -> StateIndices:
+        """Return the hidden states that a pass reads if its lowest blocks, `num_blocks` of all stacks, do not run."""
+        return [[count] if count else [] for count in self._split(num_blocks)]
+
+    def blocks_above(self, wanted: StateIndices) -> list[nn.Module]:
+        """Return the blocks that none of these hidden states depends on."""
+        return self.blocks[self._count_below(wanted) :]
+
+    def _count_below(self, wanted: StateIndices | None) -> int:
+        """Return the number of blocks, of all stacks together, up to the highest of these hidden states."""
+        if wanted is None:
+            return len(self.blocks)
+        starts = accumulate((stack.depth for stack in self.stacks), initial=0)
+        return max(start + max(numbers, default=-start) for start, numbers in zip(starts, wanted, strict=False))
+
+    def _split(self, num_blocks: int) -> list[int]:
+        """Return how many of the lowest `num_blocks` blocks of all stacks are in each stack."""
+        starts = accumulate((stack.depth for stack in self.stacks), initial=0)
+        return [max(0, min(stack.depth, num_blocks - start)) for stack, start in zip(self.stacks, starts, strict=False)]
+
+    @contextmanager
+    def _run_blocks(self, frozen: FrozenStates | None, wanted: StateIndices | None = None) -> Iterator[None]:
+        """Context manager in which no block runs whose output is frozen, or above all wanted states."""
+        starts = self._split(frozen.num_blocks if frozen else 0)
+        ends = self._split(self._count_below(wanted))
+        if self._partial_stacks is None:
+            self._partial_stacks = [PartialStack(stack.blocks) for stack in self.stacks]
+        with ExitStack() as passes:
+            for number, (part, start, end) in enumerate(zip(self._partial_stacks, starts, ends, strict=True)):
+                below = frozen.stacks[number].blocks[start - 1] if frozen and start else None
+                passes.enter_context(part.run_only(range(start, max(start, end)), below))
+            yield
 
     def apply_final_modules(self, last: Tensor) -> Tensor:
         """Apply the modules after the last block, such as its final norm, to its output [batch, tokens, width]."""
@@ -182,31 +258,32 @@ class HiddenStateRecorder:
 
     def __init__(self, stacks: tuple[Stack, ...]) -> None:
         self.stacks = stacks
-        self._embeddings: list[Tensor] | None = None
-        self._outputs: list[list[Tensor]] = []
+        self._wanted: StateIndices = ()
+        self._found: list[dict[int, Tensor]] = []
         for number, stack in enumerate(stacks):
-            stack.blocks[0].register_forward_pre_hook(self._record_input)
-            for block in stack.blocks:
-                block.register_forward_hook(partial(self._record_output, number))
+            stack.blocks[0].register_forward_pre_hook(partial(self._record_input, number))
+            for index, block in enumerate(stack.blocks):
+                block.register_forward_hook(partial(self._record_output, number, index + 1))
 
     @contextmanager
-    def record(self) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
-        """Yield two lists that a forward pass fills: the input of each stack, and the outputs of its blocks."""
-        self._embeddings, self._outputs = [], [[] for _ in self.stacks]
+    def record(self, wanted: StateIndices | None = None) -> Iterator[list[dict[int, Tensor]]]:
+        """Yield for each stack a dict that a forward pass fills with the wanted states by their numbers."""
+        self._wanted = wanted or [range(stack.depth + 1) for stack in self.stacks]
+        self._found = [{} for _ in self.stacks]
         try:
-            yield self._embeddings, self._outputs
+            yield self._found
         finally:
-            self._embeddings, self._outputs = None, []
+            self._wanted, self._found = (), []
 
     @position_wise
-    def _record_input(self, block: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._embeddings is not None:
-            self._embeddings.append(args[0])
+    def _record_input(self, stack: int, block: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._found and 0 in self._wanted[stack]:
+            self._found[stack][0] = args[0]
 
     @position_wise
-    def _record_output(self, stack: int, block: nn.Module, args: Any, output: Any) -> None:
-        if self._embeddings is not None:
-            self._outputs[stack].append(tensor_of(output))
+    def _record_output(self, stack: int, index: int, block: nn.Module, args: Any, output: Any) -> None:
+        if self._found and index in self._wanted[stack]:
+            self._found[stack][index] = tensor_of(output)
 
 
 def find_norms(block: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.profiler import record_function
 
-from lit_spu.backbones import Batch, Head, load_backbone
+from lit_spu.backbones import Batch, FrozenStates, Head, load_backbone
 from lit_spu.errors import NonFiniteError, UserError
 from lit_spu.methods.finite import FiniteLosses, check_weights
 from lit_spu.nn.adapter import Adapter
@@ -89,8 +89,12 @@ class Method(Checked, FiniteLosses, ABC):
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [batch, labels]."""
         with record_function("backbone"):
-            logits: Tensor = self.backbone(batch)
+            logits: Tensor = self.backbone(batch, self.frozen_states(batch))
         return logits
+
+    def frozen_states(self, batch: Batch) -> FrozenStates | None:
+        """Return cached hidden states of the lowest blocks, which then do not run; None if there is no cache."""
+        return None
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the training loss of a batch, a scalar."""

@@ -1,4 +1,4 @@
-"""Base classes of methods that freeze the backbone, and of methods that read its hidden states."""
+"""Base classes of methods that freeze a part of the backbone or all of it, and of those that read its hidden states."""
 
 from __future__ import annotations
 
@@ -12,14 +12,96 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.profiler import record_function
 
-from lit_spu.backbones import Batch, HiddenStates, Precision
+from lit_spu.backbones import Batch, FrozenStates, HiddenStates, Precision, StateIndices
 from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
 from lit_spu.ranges import Text
 
 
-class FrozenBackbone(Method):
+class CachedBackbone(Method):
+    """Base class of methods whose lowest blocks are frozen. They can run once for each text.
+
+    Args:
+        activation_cache: Run the frozen blocks below the lowest trained one once for each text, and cache the hidden
+            states that the rest reads, while training: in `memory`, or in files in this folder, which all runs share.
+            From the second epoch on a step costs the other blocks alone. The memory that the cache needs is logged
+            before training.
+        cache_precision: Format of the cache: fp32, or bf16 or int8 for a half or a quarter of the memory.
+
+    Raises:
+        UserError: If no block is frozen below the lowest trained weight, or there is no room for the cache.
+    """
+
+    @abstractmethod
+    def __init__(
+        self, activation_cache: Text | None = None, cache_precision: Precision = "fp32", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.activation_cache, self.cache_precision = activation_cache, cache_precision
+        self.cache: ActivationCache | None = None
+        self._num_cached_blocks = 0
+
+    def count_frozen_blocks(self) -> int:
+        """Return the number of blocks, of all stacks together, that are below every trained weight."""
+        for depth, parameters in enumerate(self.parameters_by_depth):
+            if any(parameter.requires_grad for parameter in parameters):
+                return max(0, depth - 1)  # the embeddings come first
+        return len(self.backbone.blocks)
+
+    def wanted_states(self) -> StateIndices | None:
+        """Return the hidden states to cache: by default those that the blocks above the frozen ones read."""
+        return self.backbone.base_model.states_above(self._num_cached_blocks)
+
+    def frozen_states(self, batch: Batch) -> FrozenStates | None:
+        if self.cache is None:
+            return None
+        with torch.no_grad():
+            return FrozenStates(self._num_cached_blocks, self.cache(batch))
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._num_cached_blocks = self.count_frozen_blocks()
+        if stage == "fit" and self.activation_cache is not None and not self._num_cached_blocks:
+            raise UserError(
+                f"model.activation_cache={self.activation_cache}: {type(self).__name__} trains weights of the lowest"
+                " block with these settings, so its hidden states change in each step. Leave out"
+                " --model.activation_cache, or train fewer blocks (such as --model.layers=2, if the method has it)."
+            )
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.activation_cache is not None:
+            self._open_cache(None if self.activation_cache == "memory" else Path(self.activation_cache))
+
+    def on_train_epoch_start(self) -> None:
+        """Check that no callback trains a block that is cached.
+
+        Raises:
+            UserError: If one does.
+        """
+        if self.cache is not None and self.count_frozen_blocks() < self._num_cached_blocks:
+            raise UserError("model.activation_cache: a callback trains blocks that are cached. Leave out one of them.")
+
+    def _open_cache(self, folder: Path | None) -> None:
+        with self.trainer.precision_plugin.forward_context():  # the cache's key contains the autocast settings
+            self.cache = ActivationCache(self.backbone, folder, self.cache_precision, self.wanted_states())
+        texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
+        if texts is None:
+            rank_zero_info(f"Cache in {self.cache.store}: its size is unknown for these data.")
+            return
+        plan = self.cache.plan(texts(), self.trainer.num_devices)
+        rank_zero_info(
+            f"Cache in {self.cache.store}: {plan.num_texts:,} texts, {plan.num_new:,} of them new, for which"
+            f" {plan.num_bytes / 2**20:,.0f} MiB ({self.cache_precision}) will be cached."
+        )
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        self.cache = None
+
+
+class FrozenBackbone(CachedBackbone):
     """Base class of methods that change no pretrained weight.
 
     Args:
@@ -42,24 +124,7 @@ class HiddenStateReader(FrozenBackbone):
 
     `forward` and `loss` accept the hidden states as an argument, so that one pass of the backbone can serve several
     calls.
-
-    Args:
-        activation_cache: Run the backbone once for each text and cache its hidden states while training: in `memory`,
-            or in files in this folder, which all runs share. A step on cached texts takes about a tenth of a forward
-            pass. The memory that the cache needs is logged before training.
-        cache_precision: Format of the cache: fp32, or bf16 or int8 for a half or a quarter of the memory.
-
-    Raises:
-        UserError: If there is no room for the cache.
     """
-
-    @abstractmethod
-    def __init__(
-        self, activation_cache: Text | None = None, cache_precision: Precision = "fp32", **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.activation_cache, self.cache_precision = activation_cache, cache_precision
-        self.cache: ActivationCache | None = None
 
     def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
         """Prepare a new training run, for example initialise weights from data. A resumed run skips this.
@@ -68,10 +133,16 @@ class HiddenStateReader(FrozenBackbone):
             examples: Function that yields a given number of training examples, each as a batch of one.
         """
 
+    def wanted_states(self) -> StateIndices | None:
+        """Return the hidden states that the method reads; None stands for all."""
+        return None
+
     def hidden_states(self, batch: Batch) -> tuple[HiddenStates, ...]:
-        """Return the backbone's hidden states of all stacks."""
+        """Return the hidden states of the frozen blocks, of all stacks."""
         with torch.no_grad(), record_function("backbone"):
-            return self.backbone.hidden_states(batch) if self.cache is None else self.cache(batch)
+            if self.cache is not None:
+                return self.cache(batch)
+            return self.backbone.hidden_states(batch, self.wanted_states())
 
     @abstractmethod
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
@@ -89,21 +160,6 @@ class HiddenStateReader(FrozenBackbone):
         super().on_fit_start()
         if not self.trainer.ckpt_path:
             self.prepare(self._draw_examples)
-        if self.activation_cache is not None:
-            self._open_cache(None if self.activation_cache == "memory" else Path(self.activation_cache))
-
-    def _open_cache(self, folder: Path | None) -> None:
-        with self.trainer.precision_plugin.forward_context():  # the cache's key contains the autocast settings
-            self.cache = ActivationCache(self.backbone, folder, self.cache_precision)
-        texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
-        if texts is None:
-            rank_zero_info(f"Cache in {self.cache.store}: its size is unknown for these data.")
-            return
-        plan = self.cache.plan(texts(), self.trainer.num_devices)
-        rank_zero_info(
-            f"Cache in {self.cache.store}: {plan.num_texts:,} texts, {plan.num_new:,} of them new, for which"
-            f" {plan.num_bytes / 2**20:,.0f} MiB ({self.cache_precision}) will be cached."
-        )
 
     def _draw_examples(self, count: int) -> Iterator[Batch]:
         draw = getattr(getattr(self.trainer, "datamodule", None), "draw", None)
@@ -112,6 +168,3 @@ class HiddenStateReader(FrozenBackbone):
                 "model.init=fisher draws examples from lit_spu's GLUE data: train on them, or use magnitude."
             )
         yield from map(self.trainer.strategy.batch_to_device, draw(count))
-
-    def teardown(self, stage: str) -> None:
-        self.cache = None

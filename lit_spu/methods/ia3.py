@@ -12,7 +12,7 @@ from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.peft_format import init_from_peft_folder
-from lit_spu.ranges import Length, Text
+from lit_spu.ranges import Count, Length, Text
 
 
 class IA3(FrozenBackbone):
@@ -22,6 +22,7 @@ class IA3(FrozenBackbone):
         outputs: Roles of the linear layers to scale the outputs of.
         inputs: Roles of the linear layers to scale the inputs of. The paper scales the inner state of the feed-forward,
             the input of `down`. At the outputs of `up`, a negative scale would not pass a ReLU.
+        layers: Number of blocks with scales at the end (of an encoder-decoder, the decoder's); null for all blocks.
         adapter: A folder of the peft library with initial vectors for these linear layers.
 
     Raises:
@@ -32,6 +33,7 @@ class IA3(FrozenBackbone):
         self,
         outputs: Annotated[Sequence[Role], Length()] = ("key", "value"),
         inputs: Annotated[Sequence[Role], Length()] = ("down",),
+        layers: Count | None = None,
         adapter: Text | None = None,
         **kwargs: Any,
     ) -> None:
@@ -41,7 +43,8 @@ class IA3(FrozenBackbone):
                 f"model.outputs={list(outputs)}, model.inputs={list(inputs)}: put each role in one of the lists, and at"
                 " least one role in total."
             )
-        targets = self.backbone.target_linears(*outputs, *inputs)
+        blocks = self.backbone.last_blocks(layers, "model.layers")
+        targets = self.backbone.target_linears(*outputs, *inputs, blocks=blocks)
         self.scales = adapter_dict(Scale(target, inputs=target.role in inputs).attach() for target in targets)
         if adapter:
             init_from_peft_folder(self.backbone, self.adapters, Path(adapter))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_spu.errors import UserError
-from lit_spu.methods.base import Method
+from lit_spu.methods.frozen import CachedBackbone
 from lit_spu.ranges import Count
 
 
-class LastLayers(Method):
+class LastLayers(CachedBackbone):
     """Freeze the backbone except for its last blocks, and train these and a classification head.
 
     Args:
@@ -18,9 +17,6 @@ class LastLayers(Method):
 
     def __init__(self, layers: Count = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        depth = self.backbone.stacks[-1].depth
-        if layers > depth:
-            raise UserError(f"model.layers={layers}: the backbone's last stack has {depth} blocks; use 1 to {depth}.")
         self.backbone.freeze()
-        for block in self.backbone.blocks[-layers:]:
+        for block in self.backbone.last_blocks(layers, "model.layers"):
             block.requires_grad_(True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from lit_spu.backbones import Role, TargetLinear
+from lit_spu.backbones import Role, TargetLinear, find_norms
 from lit_spu.errors import UserError
 from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.nn.adapter import adapter_dict
@@ -23,6 +23,8 @@ class LoRA(FrozenBackbone):
         alpha: α, which scales B·A by α/r.
         dropout: Share of the inputs of A that is dropped in training.
         roles: Roles of the linear layers that get a low-rank pair (A, B).
+        layers: Number of blocks with pairs at the end (of an encoder-decoder, the decoder's); null for all blocks. No
+            gradient passes below them.
         norms: Train the blocks' normalisation layers as well.
         rank_stabilised: Scale by α/√r, so that the size of a step does not fall with the rank
             (https://arxiv.org/abs/2312.03732).
@@ -40,6 +42,7 @@ class LoRA(FrozenBackbone):
         alpha: Positive = 8.0,
         dropout: ShareBelowOne = 0.0,
         roles: Annotated[Sequence[Role], Length(1)] = get_args(Role),
+        layers: Count | None = None,
         norms: bool = False,
         rank_stabilised: bool = False,
         init: Literal["zero", "svd"] = "zero",
@@ -54,9 +57,11 @@ class LoRA(FrozenBackbone):
                 pair.init_from_svd()
             return pair
 
-        self.pairs = adapter_dict(map(make_pair, self.backbone.target_linears(*roles)))
-        for norm in self.backbone.norms if norms else ():
-            self.backbone.unfreeze(norm)
+        blocks = self.backbone.last_blocks(layers, "model.layers")
+        self.pairs = adapter_dict(map(make_pair, self.backbone.target_linears(*roles, blocks=blocks)))
+        for block in blocks if norms else ():
+            for norm in find_norms(block):
+                self.backbone.unfreeze(norm)
         if adapter and init == "svd":
             raise UserError(f"model.adapter={adapter} and model.init=svd are both initial values: use one of them.")
         if adapter:

@@ -163,12 +163,12 @@ def test_a_record_that_another_process_added_meanwhile_is_not_added_again(tiny: 
     one, other = (ActivationCache(backbone, tmp_path) for _ in range(2))
     compute = backbone.hidden_states
 
-    def overtaken(batch: Batch) -> Any:
+    def overtaken(*args: Any) -> Any:
         backbone.hidden_states = compute  # type: ignore[method-assign]
         other(batch)
-        return compute(batch)
+        return compute(*args)
 
-    backbone.hidden_states = overtaken  # type: ignore[method-assign]
+    backbone.hidden_states = overtaken  # type: ignore[method-assign, assignment]
     with torch.no_grad():
         one(batch)
     assert len(list(tmp_path.glob("*/*.taps"))) == 1

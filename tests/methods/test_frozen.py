@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_spu import registry
+from lit_spu.backbones import find_norms
 from lit_spu.errors import UserError
 from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.methods.lora import LoRA
@@ -65,7 +66,7 @@ def test_norms_that_are_trained_after_all_are_so_in_fp32(tiny: Tiny, family: str
         method = LoRA(backbone=tiny(family), norms=True, backbone_precision=precision).eval()
         batch = {**encode(method.backbone), "labels": torch.ones(4, dtype=torch.long)}
         method.loss(batch).backward()
-        norms.append([p for norm in method.backbone.norms for p in norm.parameters()])
+        norms.append([p for block in method.backbone.blocks for norm in find_norms(block) for p in norm.parameters()])
         scores.append(method(batch).detach())
     assert all(p.dtype is torch.float32 for p in norms[1])
     flat = [torch.cat([p.grad.flatten() for p in some if p.grad is not None]) for some in norms]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_spu.backbones import load_backbone
+from lit_spu.backbones import find_norms, load_backbone
 from lit_spu.backbones.hooks import position_wise
 from lit_spu.errors import UserError
 from lit_spu.measure import LiveBytes
@@ -115,7 +115,7 @@ def test_the_last_block_at_one_position_is_the_whole_one_there(
         )
     widths: list[int] = []
     record = position_wise(lambda _m, _i, out: widths.append(out.shape[1]))
-    handle = side.backbone.norms[-1].register_forward_hook(record)
+    handle = find_norms(side.backbone.blocks[-1])[-1].register_forward_hook(record)
     found = side(batch)
     handle.remove()
     assert set(widths) == {1}
