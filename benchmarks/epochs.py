@@ -1,4 +1,4 @@
-"""Time whole epochs on texts of different lengths, with and without the activation cache of side methods."""
+"""Time whole epochs on texts of different lengths, with and without the activation cache."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from benchmarks.data import random_texts
 from benchmarks.methods import CONFIGS, FORWARD, FULL, make_forward_pass, make_plain_copy
-from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import interleave
 from lit_spu.methods.base import Method
-from lit_spu.methods.frozen import HiddenStateReader
+from lit_spu.methods.frozen import CachedBackbone
 from lit_spu.study.grid import build
 from lit_spu.study.steps import training_step
 from lit_spu.tasks import Task
@@ -26,19 +26,19 @@ def measure_epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, ba
     batches = list(random_texts(texts, batch_size, vocabulary=16))
     calls: dict[str, Callable[[], None]] = {}
 
-    def add(name: str, method: Method, cache: Callable[[], ActivationCache] | None = None) -> None:
+    def add(name: str, method: Method, empties_cache: bool = False) -> None:
         step, _ = training_step(method, batches[0])
 
         def epoch() -> None:
-            if cache is not None and isinstance(method, HiddenStateReader):
-                method.cache = cache()
+            if empties_cache and isinstance(method, CachedBackbone):
+                method.cache = method.make_cache()
             for batch in batches:
                 step(batch)
 
         calls[name] = epoch
 
-    def build_method(config: str) -> Method:
-        return build(CONFIGS / f"{config}.yaml", backbone=str(backbone), task=task.name, reduction=8)
+    def build_method(config: str, **settings: str) -> Any:
+        return build(CONFIGS / f"{config}.yaml", backbone=str(backbone), task=task.name, reduction=8, **settings)
 
     full = build_method(FULL)
     plain = make_plain_copy(full.backbone)
@@ -51,12 +51,12 @@ def measure_epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, ba
     with TemporaryDirectory() as folder:
         calls[FORWARD] = forward
         add(FULL, full)
-        add("lst", build_method("lst"))
-        fresh, in_ram, on_disk = (build_method("lst") for _ in range(3))
-        ram_cache = ActivationCache(in_ram.backbone)
-        disk_cache = ActivationCache(on_disk.backbone, Path(folder), "bf16")
-        add("lst, cached: first epoch", fresh, lambda: ActivationCache(fresh.backbone))
-        add("lst, cached: later epochs", in_ram, lambda: ram_cache)
-        add("lst, cached in files, bf16: later epochs", on_disk, lambda: disk_cache)
+        for config in ("lst", "last_layer"):
+            add(config, build_method(config))
+            add(f"{config}, cached: first epoch", build_method(config), empties_cache=True)
+            in_ram, on_disk = build_method(config), build_method(config, cache_precision="bf16")
+            in_ram.cache, on_disk.cache = in_ram.make_cache(), on_disk.make_cache(Path(folder))
+            add(f"{config}, cached: later epochs", in_ram)
+            add(f"{config}, cached in files, bf16: later epochs", on_disk)
         seconds = interleave(calls, rounds)
     return {name: median(measured) for name, measured in seconds.items()}

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from lit_spu.backbones import Backbone
-from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
 from lit_spu.methods.base import Method
-from lit_spu.methods.frozen import HiddenStateReader
+from lit_spu.methods.frozen import CachedBackbone
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
 from lit_spu.study.grid import build, method_configs
@@ -52,18 +51,19 @@ class Cost:
     allocator_mib: float | None = None
 
 
+CACHED = ("head", "last_layer", "last_layers", "lora_top", "lst", "kladder", "mezo_side")
+"""Configs with an additional row: the same method with an activation cache."""
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full, recomputed": (FULL, {"gradient_checkpointing": True}),
     **{f"kladder, k={k}": ("kladder", {"k": k}) for k in (2, 3, 4)},
     "kladder, k=4, cross-attention": ("kladder", {"k": 4, "fusion": "cross_attention"}),
     "lst, nothing recomputed": ("lst", {"gradient_checkpointing": False}),
-    "lst, cached": ("lst", {"activation_cache": "memory"}),
-    "kladder, cached": ("kladder", {"activation_cache": "memory"}),
+    **{f"{name}, cached": (name, {"activation_cache": "memory"}) for name in CACHED},
     "mezo, rademacher": ("mezo", {"noise": "rademacher"}),
     "mezo, table": ("mezo", {"noise": "table"}),
     "mezo, gaussian": ("mezo", {"noise": "gaussian"}),
     "mezo, gaussian, seen rows": ("mezo", {"noise": "gaussian", "rows": "seen"}),
-    "mezo_side, cached": ("mezo_side", {"activation_cache": "memory"}),
 }
 """Additional rows: the name of a config, and the settings that differ from it."""
 
@@ -205,8 +205,8 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
     allocated: dict[str, float] = {}
     for name, method in methods.items():
         method.to(device)
-        if isinstance(method, HiddenStateReader) and method.activation_cache:
-            method.cache = ActivationCache(method.backbone)
+        if isinstance(method, CachedBackbone) and method.activation_cache:
+            method.cache = method.make_cache()
         optimizers: list[torch.optim.Optimizer]
         if name == f"{MEZO} (published)":
             calls[name], optimizers = make_published_step(method, batch), []

@@ -282,13 +282,17 @@ class Backbone(nn.Module, Architecture, ABC):
         self.head_modules.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode on modules with trained weights. Frozen ones stay in evaluation mode, without dropout."""
+        """Set training mode on modules with trained weights. Frozen ones stay in evaluation mode, without dropout.
+
+        Modules between the embeddings and the blocks, such as a T5's dropout, follow the lowest of both.
+        """
         super().train(False)
         self.training = self.model.training = mode
-        if mode and any(p.requires_grad for p in self.base_model.model.parameters()):
-            self.base_model.model.train()
-            for part in (*self.base_model.embeddings, *self.blocks):
-                part.train(any(p.requires_grad for p in part.parameters()))
+        if mode:
+            parts = {part: _is_trained(part) for part in (*self.base_model.embeddings, *self.blocks)}
+            self.base_model.model.train(any(parts[part] for part in (*self.base_model.embeddings, self.blocks[0])))
+            for part, is_trained in parts.items():
+                part.train(is_trained)
         self.head_modules.train(mode and self.head_is_trained)
         return self
 
@@ -309,7 +313,7 @@ class Backbone(nn.Module, Architecture, ABC):
     @property
     def head_is_trained(self) -> bool:
         """True if a weight of the head is trained."""
-        return self.label_weight is not None or any(p.requires_grad for p in self.head_modules.parameters())
+        return self.label_weight is not None or _is_trained(self.head_modules)
 
     # -- label words --------------------------------------------------------------------------------------------------
 
@@ -332,3 +336,7 @@ class Backbone(nn.Module, Architecture, ABC):
             classifier = bool(self.base_model.family.classifier)
             raise label_word_error(self.task.name, self.name, rejected, self.one_token_words, classifier)
         return tokens
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_spu.backbones.hooks import override_forward
+from lit_spu.backbones.hooks import override_forward, position_wise
 
 
 class PartialStack:
@@ -44,6 +44,8 @@ class PartialStack:
             for number, block in enumerate(self.blocks)
             if number not in numbers
         ]
+        if self._others is None and 0 in numbers:
+            restores.append(override_forward(self.blocks[0], self._run_first))
         try:
             yield
         finally:
@@ -61,16 +63,22 @@ class PartialStack:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if self._others is None or (number == 0 and self._has_shared_parts and numbers):
+        if number == 0 and (self._others is None or (self._has_shared_parts and numbers)):
             with torch.no_grad():
-                self._note_parts(forward(state, *args, **kwargs))
+                self._run_first(forward, state, *args, **kwargs)
         new = below if below is not None and number == numbers.start - 1 else state
         others = self._shared or self._others
         return (new, *others) if others else new
 
-    def _note_parts(self, output: Any) -> None:
-        """Remember the parts of a block's output after its hidden state."""
+    @position_wise
+    def _run_first(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the first block and remember the parts of its output after the hidden state.
+
+        A later block does not serve: it may be trained, and draw random numbers for its dropout.
+        """
+        output = forward(*args, **kwargs)
         others = output[1:] if isinstance(output, tuple) else ()
         self._others = (None,) * len(others)
         self._has_shared_parts = any(isinstance(part, Tensor) for part in others)
         self._shared = others
+        return output

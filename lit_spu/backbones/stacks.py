@@ -201,8 +201,14 @@ class TransformerStacks:
         return tuple(map(HiddenStates.select, found, (stack.depth for stack in self.stacks), masks))
 
     def states_above(self, num_blocks: int) -> StateIndices:
-        """Return the hidden states that a pass reads if its lowest blocks, `num_blocks` of all stacks, do not run."""
-        return [[count] if count else [] for count in self._split(num_blocks)]
+        """Return the hidden states that a pass reads if its lowest blocks, `num_blocks` of all stacks, do not run.
+
+        If no block runs, the last stack's output is read alone.
+        """
+        counts = self._split(num_blocks)
+        if num_blocks == len(self.blocks):
+            counts[:-1] = [0] * (len(counts) - 1)
+        return [[count] if count else [] for count in counts]
 
     def blocks_above(self, wanted: StateIndices) -> list[nn.Module]:
         """Return the blocks that none of these hidden states depends on."""

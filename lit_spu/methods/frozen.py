@@ -59,10 +59,14 @@ class CachedBackbone(Method):
         with torch.no_grad():
             return FrozenStates(self._num_cached_blocks, self.cache(batch))
 
+    def make_cache(self, folder: Path | None = None) -> ActivationCache:
+        """Return a new cache in a folder, by default in memory, of the states above the frozen blocks of now."""
+        self._num_cached_blocks = self.count_frozen_blocks()
+        return ActivationCache(self.backbone, folder, self.cache_precision, self.wanted_states())
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._num_cached_blocks = self.count_frozen_blocks()
-        if stage == "fit" and self.activation_cache is not None and not self._num_cached_blocks:
+        if stage == "fit" and self.activation_cache is not None and not self.count_frozen_blocks():
             raise UserError(
                 f"model.activation_cache={self.activation_cache}: {type(self).__name__} trains weights of the lowest"
                 " block with these settings, so its hidden states change in each step. Leave out"
@@ -85,7 +89,7 @@ class CachedBackbone(Method):
 
     def _open_cache(self, folder: Path | None) -> None:
         with self.trainer.precision_plugin.forward_context():  # the cache's key contains the autocast settings
-            self.cache = ActivationCache(self.backbone, folder, self.cache_precision, self.wanted_states())
+            self.cache = self.make_cache(folder)
         texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
         if texts is None:
             rank_zero_info(f"Cache in {self.cache.store}: its size is unknown for these data.")

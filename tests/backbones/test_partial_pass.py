@@ -50,7 +50,7 @@ def test_any_number_of_blocks_can_be_known(tiny: Tiny, family: str) -> None:
 def test_no_other_block_runs(tiny: Tiny, family: str) -> None:
     backbone = load(tiny(family))
     batch = encode(backbone)
-    backbone.hidden_states(batch, [[2]])  # the first skipped block runs once, to learn the form of its output
+    backbone.hidden_states(batch, [[2]])  # the first block runs once, to learn the form of its output
     ran = count_runs(backbone)
     part = backbone.hidden_states(batch, [[2]])
     assert set(ran) == {0, 1}
