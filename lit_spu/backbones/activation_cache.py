@@ -52,7 +52,8 @@ class ActivationCache:
         folder: The folder of the cache, which all runs share; None caches in the memory of this process.
         precision: The format of cached states. With fp32 (or bf16 for a backbone in bf16) they equal to the bit the
             states that were computed when the text was first cached. Computed in another batch, where the padding has
-            another length, they may differ in the last bits. int8 has one scale for each token of each block.
+            another length, they may differ in the last bits. So may the last block's state at the answer's position,
+            which a pass without a cache computes alone. int8 has one scale for each token of each block.
         wanted: The hidden states to cache; None caches all.
     """
 

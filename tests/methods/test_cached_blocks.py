@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_spu.methods.frozen import CachedBackbone
 from lit_spu.methods.head import HeadOnly
 from lit_spu.methods.ia3 import IA3
 from lit_spu.methods.kladder import KLadder
@@ -21,7 +20,9 @@ from lit_spu.methods.lora import LoRA
 from lit_spu.methods.mezo_ia3 import MeZOIA3
 from lit_spu.methods.mezo_lora import MeZOLoRA
 from lit_spu.study.steps import training_step
+from tests.backbones.test_partial_pass import count_runs
 from tests.conftest import FAMILIES, encode
+from tests.runs import gradient_step
 
 Tiny = Callable[[str], str]
 Make = Callable[..., Any]
@@ -83,3 +84,74 @@ def test_losses_and_weights_are_equal_to_the_bit(tiny: Tiny, tmp_path: Path, fam
     exact = method != "head"
     assert_same(plain, train(make(method, tiny(family), cached=True)), exact)
     assert_same(plain, train(make(method, tiny(family), cached=True, where=tmp_path)), exact)
+
+
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "t5", "gpt2"])
+@pytest.mark.parametrize("method", ["last 2", pytest.param("lora 2, norms", marks=pytest.mark.slow)])
+def test_dropout_is_active_in_trained_blocks_alone(tiny: Tiny, family: str, method: str) -> None:
+    """A T5's encoder and a GPT-2 drop a part of the embeddings outside of any block."""
+    runs = []
+    for cached in (False, True):
+        made = make(method, tiny(family), cached)
+        for part in made.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.3
+        runs.append(train(made))
+    assert_same(*runs)
+    with torch.no_grad():
+        assert made.loss(encode(made.backbone)) != made.loss(encode(made.backbone))
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "expected"),
+    [("bert", "head", []), ("bert", "last 1", [3]), ("llama", "lora 2, norms", [2, 3]), ("t5", "last 2", [4, 6, 7])],
+)
+def test_later_steps_run_the_trained_blocks_alone(tiny: Tiny, family: str, method: str, expected: list[int]) -> None:
+    """In a T5's decoder the first block runs as well: it makes the position bias of all."""
+    made = make(method, tiny(family), cached=True)
+    train(made, 1)
+    ran = count_runs(made.backbone)
+    train(made, 2)
+    assert sorted(set(ran)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "states"),
+    [("bert", "head", (1,)), ("bert", "last 2", (1,)), ("t5", "last 1", (1, 1)), ("t5", "head", (0, 1))],
+)
+def test_one_state_a_token_is_cached(tiny: Tiny, family: str, method: str, states: tuple[int, ...]) -> None:
+    cache = make(method, tiny(family), cached=True).cache
+    batch = encode(cache.backbone)
+    tokens = (int(batch["attention_mask"].sum()), len(batch["labels"]))  # a T5 decodes one token of each text
+    plan = cache.plan([batch])
+    assert plan.num_bytes == sum(4 * 32 * count * number for count, number in zip(tokens, states, strict=False))
+    cache(batch)
+    assert sum(record.nbytes for record in cache.store.records.values()) == plan.num_bytes
+
+
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.02), ("int8", 0.05)])
+@pytest.mark.parametrize("method", ["head", "last 1", pytest.param("lora 2, norms", marks=pytest.mark.slow)])
+def test_a_smaller_cache_is_nearly_as_exact(tiny: Tiny, method: str, precision: str, error: float) -> None:
+    plain = train(make(method, tiny("bert"), cached=False))
+    small = train(make(method, tiny("bert"), cached=True, cache_precision=precision))
+    assert_same(plain, small, exact=False, atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["last 2", pytest.param("lora 2, norms", marks=pytest.mark.slow)])
+def test_trained_blocks_can_be_recomputed_above_a_cache(tiny: Tiny, family: str, method: str) -> None:
+    made = [make(method, tiny(family), cached=True, gradient_checkpointing=on).train() for on in (False, True)]
+    with torch.no_grad():
+        for one in made:
+            one.cache(encode(one.backbone))
+    steps = []
+    for one in made:
+        torch.manual_seed(0)
+        steps.append(gradient_step(one))
+    losses, saved, gradients = zip(*steps, strict=True)
+    assert torch.equal(*losses)
+    assert saved[1] < saved[0]
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
