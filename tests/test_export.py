@@ -74,6 +74,7 @@ def test_peft_gives_the_same_logits_and_loads_back(tiny: Tiny, tmp_path: Path, f
     torch.testing.assert_close(theirs, expected, atol=2e-6, rtol=1e-5)
     if kind == "siva":  # the export adds the factors that SVD removed: twice the rank
         back: Method = LoRA(rank=6, alpha=16, adapter=str(tmp_path / "out"), backbone=tiny(family))
+        assert back.is_trained
     else:
         back = MADE[kind](adapter=str(tmp_path / "out"), backbone=tiny(family))
     torch.testing.assert_close(answers(back, batch), expected, atol=2e-6, rtol=1e-5)

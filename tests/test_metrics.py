@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from lit_spu.tasks import load_task
-from lit_spu.tasks.metrics import format_score, task_metrics
+from lit_spu.tasks.metrics import CALIBRATED, format_score, task_metrics
 
 TASKS = {
     count: load_task({"name": "t", "fields": ["x"], "labels": list("abcd"[:count]), "metrics": [*names]})
@@ -78,6 +78,26 @@ def test_metrics_of_regressions_are_scipys(batches: list[tuple[list[float], list
     x, y = x.astype(np.float64), y.astype(np.float64)
     expected = {"pearson": oracle(stats.pearsonr, x, y), "spearman": oracle(stats.spearmanr, x, y)}
     assert compute(REGRESSION, batches, torch.float32) == pytest.approx(expected, abs=1e-5, nan_ok=True)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 99), size=st.integers(2, 40), labels=st.sampled_from([2, 3, 4]))
+def test_calibrated_metrics_are_those_of_probabilities_over_their_mean(seed: int, size: int, labels: int) -> None:
+    random = np.random.default_rng(seed)
+    logits, true = (
+        random.normal(size=(size, labels)) * 3 + random.normal(size=labels) * 9,
+        random.integers(labels, size=size),
+    )
+    metrics = task_metrics(TASKS[labels], calibrated=True)
+    for part in np.split(np.arange(size), [size // 3]):
+        for name in TASKS[labels].metrics:
+            metrics[f"{name}{CALIBRATED}"].update(torch.tensor(logits[part]), torch.tensor(true[part]))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    guess = (probabilities / probabilities.mean(0)).argmax(1)
+    for name in TASKS[labels].metrics:
+        plain = compute(TASKS[labels], [(guess, true)], torch.long)[name]
+        for _ in range(2):  # computing a value changes nothing
+            assert float(metrics[f"{name}{CALIBRATED}"].compute()) == pytest.approx(plain, abs=1e-6)
 
 
 def test_matthews_of_one_true_class_is_0() -> None:

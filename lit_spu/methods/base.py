@@ -22,7 +22,7 @@ from lit_spu.optim import schedules
 from lit_spu.optim.adamw import fused_adamw
 from lit_spu.ranges import Checked, Positive, PositiveOrZero, Share, Text
 from lit_spu.tasks import Encoding, load_task
-from lit_spu.tasks.metrics import task_metrics
+from lit_spu.tasks.metrics import CALIBRATED, task_metrics
 
 StepLoss = Callable[[Batch], Tensor | None]
 
@@ -74,6 +74,7 @@ class Method(Checked, FiniteLosses, ABC):
         self.metrics: dict[str, Any] = {}
         self.total_steps: int | None = None
         self.seed = 0
+        self.is_trained = False
         self._trained_names: set[str] = set()
 
     # -- what a method may override -----------------------------------------------------------------------------------
@@ -186,6 +187,7 @@ class Method(Checked, FiniteLosses, ABC):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the run's seed, the rank and the batch, so that a resumed run draws the same masks."""
+        self.is_trained = True
         torch.manual_seed(self.batch_seed(self.seed))
 
     def batch_seed(self, seed: int) -> int:
@@ -232,6 +234,11 @@ class Method(Checked, FiniteLosses, ABC):
         name = names[dataloader_idx] if dataloader_idx < len(names) else str(dataloader_idx)
         return f"{stage}/{name}_" if name else f"{stage}/"
 
+    @property
+    def is_zero_shot(self) -> bool:
+        """True if the logits are those of the pretrained model's label words: nothing was trained or loaded."""
+        return not (self.is_trained or self.backbone.has_classifier) and type(self).forward is Method.forward
+
     def evaluate_batch(self, batch: Batch, prefix: str) -> None:
         """Compute the logits of a batch and add them to the metrics of this prefix."""
         self.update_metrics(self(batch), batch, prefix)
@@ -240,13 +247,16 @@ class Method(Checked, FiniteLosses, ABC):
         """Add the logits [batch, labels] of a batch to the metrics of this prefix."""
         labels = batch["labels"]
         if prefix not in self.metrics:
-            self.metrics[prefix] = task_metrics(self.task).to(self.device)
+            calibrated = self.is_zero_shot and not self.task.regression
+            self.metrics[prefix] = task_metrics(self.task, calibrated).to(self.device)
         # the loss is a metric because Lightning's own mean over ranks rounds the number of examples
         loss = self.backbone.loss(logits, batch)  # finite even for some infinite logits
         self.metrics[prefix]["loss"].update(loss.where(logits.isfinite().all(), torch.nan), len(labels))
         prediction, _ = self.backbone.predict(logits)
         for name in self.task.metrics:
             self.metrics[prefix][name].update(prediction, labels)
+            if (calibrated_name := f"{name}{CALIBRATED}") in self.metrics[prefix]:
+                self.metrics[prefix][calibrated_name].update(logits, labels)
 
     def compute_metrics(self) -> dict[str, Tensor]:
         """Return all metrics by their logged names and reset them. A correlation that is undefined is NaN."""
@@ -344,3 +354,4 @@ class Method(Checked, FiniteLosses, ABC):
         check_weights(state, "This checkpoint is of a failed training. Give an earlier one")
         checkpoint["state_dict"] = {**own, **state}
         self.total_steps = checkpoint.get("total_steps")
+        self.is_trained = True

@@ -48,4 +48,5 @@ class IA3(FrozenBackbone):
         self.scales = adapter_dict(Scale(target, inputs=target.role in inputs).attach() for target in targets)
         if adapter:
             init_from_peft_folder(self.backbone, self.adapters, Path(adapter))
+            self.is_trained = True
             self.hparams["adapter"] = None  # a checkpoint holds the trained vectors; the folder may be gone

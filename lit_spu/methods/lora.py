@@ -66,4 +66,5 @@ class LoRA(FrozenBackbone):
             raise UserError(f"model.adapter={adapter} and model.init=svd are both initial values: use one of them.")
         if adapter:
             init_from_peft_folder(self.backbone, self.adapters, Path(adapter))
+            self.is_trained = True
             self.hparams["adapter"] = None  # a checkpoint holds the trained pairs; the folder may be gone

@@ -250,4 +250,5 @@ class ZerothOrder(Method):
         optimizer.seed = header["seed"]
         for row in rows:
             optimizer.replay_step(row)
+        self.is_trained = True
         self.cpu()

@@ -24,8 +24,14 @@ PACKAGED_CONFIGS = (f"{escape(str(Path(__file__).parents[1] / 'configs'))}/*.yam
 ZERO_SHOT = "zero-shot"
 """Name of the row that evaluates the untrained backbone by its prompt."""
 
+CALIBRATED_ZERO_SHOT = "zero-shot, calibrated"
+"""Name of the row with the calibrated score of the same evaluation."""
+
 MAJORITY = "majority"
 """Name of the row with the best constant answer."""
+
+UNTRAINED = (ZERO_SHOT, CALIBRATED_ZERO_SHOT, MAJORITY)
+"""Names of the rows that need no training."""
 
 SET_BY_STUDY = {
     "--data.task": "Use --tasks",
@@ -76,7 +82,7 @@ class Study(Checked):
         for name, flags in self.variants.items():
             if not flags or not flags[0].startswith("--config="):
                 raise UserError(f"--variants: the flags of {name!r} must start with --config=…, got {flags}.")
-            if name in (*rows, ZERO_SHOT, MAJORITY):
+            if name in (*rows, *UNTRAINED):
                 raise UserError(f"--variants: there is a row {name!r} already. Give this variant another name.")
             method_configs([flags[0].removeprefix("--config=")])
         rows |= self.variants

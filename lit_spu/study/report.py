@@ -12,7 +12,7 @@ from lit_spu.files import write_text
 from lit_spu.study import plots
 from lit_spu.study.columns import COLUMNS, MEMORY, RELATIVE, TRAINED
 from lit_spu.study.compare import Outcome
-from lit_spu.study.grid import MAJORITY, ZERO_SHOT, Study
+from lit_spu.study.grid import UNTRAINED, ZERO_SHOT, Study
 from lit_spu.study.results import Record, Row, group_by
 
 
@@ -27,7 +27,7 @@ class Part:
 
     def save_plots(self, folder: Path) -> dict[str, str]:
         """Write the plots as SVG and PNG into a subdirectory, and return the SVG texts by name."""
-        trained = [row for row in self.rows if row.name not in (ZERO_SHOT, MAJORITY)]
+        trained = [row for row in self.rows if row.name not in UNTRAINED]
         figures = {draw.__name__: draw(trained) for draw in (plots.pareto, plots.memory, plots.curves) if trained}
         return plots.save(figures, folder / f"{self.task}-{self.backbone}")
 

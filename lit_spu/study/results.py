@@ -23,9 +23,9 @@ from lit_spu.files import replace_path, write_text
 from lit_spu.measure import MIB
 from lit_spu.safe_yaml import parse_json, read_mapping
 from lit_spu.study.compare import TEST, Outcome, refuse_damage
-from lit_spu.study.grid import MAJORITY, ZERO_SHOT
+from lit_spu.study.grid import CALIBRATED_ZERO_SHOT, MAJORITY, UNTRAINED, ZERO_SHOT
 from lit_spu.tasks import Task, load_task
-from lit_spu.tasks.metrics import task_metrics
+from lit_spu.tasks.metrics import CALIBRATED, task_metrics
 
 Record = dict[str, Any]
 """Results and settings of one finished run, by name."""
@@ -44,7 +44,6 @@ RENAMED = {
     "model.tap_dropout": "model.hidden_state_dropout",
 }
 """Names in older results and their present names. `model.x` also stands for `model.init_args.x`.
-
 A record is found by its command line, so every flag or class path that gets a new name needs an entry here.
 """
 
@@ -277,6 +276,12 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
     """
     table = []
     scored = [record for record in records if record["score"] is not None]
+    scored += [
+        record | {"row": CALIBRATED_ZERO_SHOT, "score": score}
+        for record in scored
+        for name, score in record.items()
+        if record["row"] == ZERO_SHOT and name.endswith(f"/{record['metric']}{CALIBRATED}")
+    ]
     for (task, backbone), group in group_by(scored, _task_and_backbone).items():
         constant, metric = constant_scores.get((task, backbone), []), group[0]["metric"]
         for name, of_row in group_by(group, lambda record: str(record["row"])).items():
@@ -294,7 +299,7 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
                     scores=[run["score"] for run in best],
                     costs=_average_costs(best),
                     curve=_average_curves([run["curve"] for run in best]),
-                    collapsed=0 if name == ZERO_SHOT else collapsed,
+                    collapsed=0 if name in UNTRAINED else collapsed,
                     command=best[0]["command"],
                 )
             )
@@ -369,9 +374,8 @@ def write(records: Sequence[Record], table: Sequence[Row], out: Path) -> None:
 
     Records of other runs that are already in `results.json` stay there: their run directories may be gone.
     """
-    others = read_records(out).records
-    for record in records:
-        others.pop(record["command"], None)
+    commands = {record["command"] for record in records}
+    others = [record for command, record in read_records(out).records.items() if command not in commands]
     names = list(dict.fromkeys(name for record in records for name in record if name not in ("curve", "data")))
     with replace_path(out / "results.csv") as partial, partial.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
@@ -392,5 +396,5 @@ def write(records: Sequence[Record], table: Sequence[Row], out: Path) -> None:
         }
         for row in table
     ]
-    contents = {"rows": summary, "runs": list(records), "others": list(others.values())}
+    contents = {"rows": summary, "runs": list(records), "others": others}
     write_text(out / RESULTS, json.dumps(contents, indent=1, default=str) + "\n")

@@ -11,13 +11,21 @@ from torch import Tensor
 
 from lit_spu.tasks import Metric, Task
 
+CALIBRATED = "_calibrated"
+"""End of the names of the metrics of calibrated predictions."""
 
-def task_metrics(task: Task) -> Any:
+
+def task_metrics(task: Task, calibrated: bool = False) -> Any:
     """Return a torchmetrics collection of the loss and the task's metrics, synchronised across processes.
 
     The metrics follow GLUE: accuracy over all examples, F1 of the second of two labels. Every value is that of
     scikit-learn or scipy, also where it is a convention: F1 and Matthews are 0 without two classes. A correlation of
     constant values is undefined, which is NaN. A loss that is not finite makes the mean loss not finite.
+
+    Args:
+        task: The task.
+        calibrated: Add each metric of the predictions by `calibrate`, under its name and `_calibrated`. Unlike the
+            others it is updated with logits [batch, labels] instead of predictions [batch].
     """
     from torchmetrics import Metric as BaseMetric
     from torchmetrics import MetricCollection
@@ -81,6 +89,29 @@ def task_metrics(task: Task) -> Any:
             value = _correlate(x, y)
             return value.float().to(self.device)
 
+    class Calibrated(BaseMetric):
+        """Metric of calibrated predictions, which depend on all logits."""
+
+        full_state_update = False
+        logits: list[Tensor]
+        targets: list[Tensor]
+
+        def __init__(self, metric: BaseMetric) -> None:
+            super().__init__()
+            self.metric = metric
+            for name in ("logits", "targets"):
+                self.add_state(name, [], dist_reduce_fx="cat")
+
+        def update(self, logits: Tensor, targets: Tensor) -> None:
+            self.logits.append(logits.detach())
+            self.targets.append(targets)
+
+        def compute(self) -> Any:
+            logits, targets = (torch.cat([*values]) for values in (self.logits, self.targets))
+            self.metric.reset()
+            self.metric.update(calibrate(logits).argmax(-1), targets)
+            return self.metric.compute()
+
     labels = len(task.labels)
     make: dict[Metric, Callable[[], Any]] = {
         "accuracy": lambda: MulticlassAccuracy(labels, average="micro"),
@@ -90,7 +121,19 @@ def task_metrics(task: Task) -> Any:
         "spearman": lambda: Correlation(_rank),
     }
     metrics: dict[str, Any] = {name: make[name]() for name in task.metrics}
+    if calibrated:
+        metrics |= {f"{name}{CALIBRATED}": Calibrated(make[name]()) for name in task.metrics}
     return MetricCollection({"loss": Mean(), **metrics}, compute_groups=False)
+
+
+def calibrate(logits: Tensor) -> Tensor:
+    """Return log-probabilities [texts, labels], less the log of each label's mean probability over the texts.
+
+    This removes the preference of a prompt for some label words, and needs no labels: Batch Calibration
+    (https://arxiv.org/abs/2309.17249).
+    """
+    log_probabilities = logits.float().log_softmax(-1)
+    return log_probabilities - log_probabilities.logsumexp(0) + math.log(len(logits))
 
 
 def format_score(value: float) -> str:

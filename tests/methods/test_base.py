@@ -120,6 +120,39 @@ def test_metrics_of_classes_equal_scikit_learn(tiny: Tiny, data: Data, fit: Run,
             assert {k: v for part in logged for k, v in part.items()}[key] == pytest.approx(expected[metric], abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+def test_untrained_label_words_have_a_calibrated_score_too(tiny: Tiny, data: Data, family: str) -> None:
+    method, module = FullFineTuning(backbone=tiny(family), head="prompt"), data()
+    (logged,) = quiet_trainer().validate(method, module, verbose=False)
+    batches = list(module.val_dataloader()[0])
+    labels = torch.cat([batch["labels"] for batch in batches]).numpy()
+    with torch.no_grad():
+        scores = torch.cat([method.eval()(batch) for batch in batches]).softmax(-1).numpy()
+    assert logged["val/accuracy"] == pytest.approx((scores.argmax(1) == labels).mean())
+    calibrated = (scores / scores.mean(0)).argmax(1)
+    assert logged["val/accuracy_calibrated"] == pytest.approx((calibrated == labels).mean())
+    assert len(set(calibrated)) == 2  # tiny models prefer one label word for all texts
+
+
+def test_trained_methods_new_heads_and_regressions_have_no_calibrated_score(
+    tiny: Tiny, data: Data, fit: Run, tmp_path: Path
+) -> None:
+    def logged(method: Any, task: str = "sst2", **settings: Any) -> set[str]:
+        found = quiet_trainer().test(method, data(task, source="sample"), verbose=False, **settings)
+        return {name for part in found for name in part}
+
+    prompt: dict[str, Any] = {"backbone": tiny("bert"), "head": "prompt"}
+    plain = {"test/accuracy", "test/loss"}
+    assert logged(HeadOnly(**prompt)) == plain | {"test/accuracy_calibrated"}
+    assert logged(HeadOnly(backbone=tiny("bert"))) == plain
+    assert logged(LadderSideTuning(**prompt)) == plain
+    assert logged(HeadOnly(**prompt, task="stsb"), "stsb") == {"test/pearson", "test/spearman", "test/loss"}
+    method = HeadOnly(**prompt)
+    fit(method, data(), max_steps=1).save_checkpoint(tmp_path / "trained.ckpt")
+    assert logged(method) == plain
+    assert logged(HeadOnly(**prompt), ckpt_path=tmp_path / "trained.ckpt") == plain
+
+
 def test_metrics_of_regressions_equal_scipy(tiny: Tiny, data: Data, fit: Run) -> None:
     from scipy import stats
 

@@ -133,7 +133,7 @@ def test_a_whole_study(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"study.yaml", "cache", "runs"}
     out = tmp_path / "runs" / "compare" / "study"
     results = json.loads((out / "results.json").read_text())
-    assert {row["row"] for row in results["rows"]} == {"full", "head", "zero-shot", "majority"}
+    assert {row["row"] for row in results["rows"]} == {"full", "head", "majority", "zero-shot", "zero-shot, calibrated"}
     by_row = {run["row"]: run for run in results["runs"]}
     assert by_row["full"]["steps"] == by_row["head"]["steps"] == by_row["head"]["passes/backward"] == 2
     assert by_row["head"]["config.model.init_args.lr"] == 0.01

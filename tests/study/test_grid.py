@@ -87,6 +87,7 @@ def test_rates_are_factors_of_each_rows_learning_rate() -> None:
         ({"variants": {"x": [LST, "--run_dir=x"]}}, "--run_dir is set"),
         ({"variants": {"full": [LST]}}, "there is a row 'full' already"),
         ({"variants": {"majority": [LST]}}, "there is a row 'majority' already"),
+        ({"variants": {"zero-shot, calibrated": [LST]}}, "there is a row 'zero-shot, calibrated' already"),
         ({"flags_for": {"ls": []}}, "Did you mean lst?"),
     ],
 )

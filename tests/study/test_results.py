@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_spu.data.glue import GLUE
-from lit_spu.study.grid import MAJORITY
+from lit_spu.study.grid import CALIBRATED_ZERO_SHOT, MAJORITY, ZERO_SHOT
 from lit_spu.study.results import Record, find_unfair_differences, flatten, rows, score_constants
 
 
@@ -61,6 +61,25 @@ def test_constant_answers_are_the_majority_row_and_mark_collapsed_runs() -> None
     assert (found["lst"].collapsed, found["full"].collapsed) == (2, 0)
     assert found[MAJORITY].score == pytest.approx(shares[0])
     assert found[MAJORITY].deviation is None
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_the_calibrated_score_of_the_zero_shot_run_is_a_row(stage: str) -> None:
+    scores = {
+        f"{stage}/accuracy": 0.5,
+        f"{stage}/accuracy_calibrated": 0.0,
+        f"{stage}/mismatched_accuracy_calibrated": 1,
+    }
+    records = [record(ZERO_SHOT, 1, 0.5, **scores), record("lst", 1, 0.9, **{"val/accuracy_calibrated": 0.8})]
+    found = {row.name: row for row in rows(records, {("sst2", "mini-bert"): [0.5, 0.0]})}
+    assert {name: row.scores for name, row in found.items()} == {
+        ZERO_SHOT: [0.5],
+        CALIBRATED_ZERO_SHOT: [0.0],
+        "lst": [0.9],
+        MAJORITY: [0.5],
+    }
+    assert found[CALIBRATED_ZERO_SHOT].collapsed == 0
+    assert [row.name for row in rows([record(ZERO_SHOT, 1, 0.5)], {})] == [ZERO_SHOT]
 
 
 def test_a_constant_answer_has_no_score_in_regression() -> None:
