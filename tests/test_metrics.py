@@ -100,6 +100,23 @@ def test_calibrated_metrics_are_those_of_probabilities_over_their_mean(seed: int
             assert float(metrics[f"{name}{CALIBRATED}"].compute()) == pytest.approx(plain, abs=1e-6)
 
 
+def test_lists_are_gathered_from_all_ranks() -> None:
+    def gathered(task: Any, name: str, answers: torch.Tensor, targets: torch.Tensor) -> float:
+        """Compute a metric on the first of two ranks; the second has the same answers in reverse."""
+        metric = task_metrics(task, calibrated=not task.regression)[name]
+        metric.distributed_available_fn = lambda: True
+        metric.dist_sync_fn = lambda values, group=None: [values, values.flip(0)]
+        metric.update(answers, targets)
+        return float(metric.compute())
+
+    torch.manual_seed(0)
+    x, y, logits, labels = torch.randn(9), torch.randn(9), torch.randn(9, 2), torch.randint(2, (9,))
+    assert gathered(REGRESSION, "pearson", x, y) == pytest.approx(oracle(stats.pearsonr, x, y), abs=1e-5)
+    guess = (logits.softmax(-1) / logits.softmax(-1).mean(0)).argmax(1)
+    expected = pytest.approx(oracle(sklearn_metrics.accuracy_score, labels, guess))
+    assert gathered(TASKS[2], f"accuracy{CALIBRATED}", logits, labels) == expected
+
+
 def test_matthews_of_one_true_class_is_0() -> None:
     guess = [0] * 23 + [1]
     assert compute(TASKS[2], [(guess, [0] * 24)], torch.long)["matthews"] == 0.0

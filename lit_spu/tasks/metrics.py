@@ -35,6 +35,7 @@ def task_metrics(task: Task, calibrated: bool = False) -> Any:
         MulticlassF1Score,
         MulticlassMatthewsCorrCoef,
     )
+    from torchmetrics.utilities import dim_zero_cat  # of a list, or of a tensor that is gathered from all ranks
 
     class Mean(BaseMetric):
         """Mean of values with weights. Unlike torchmetrics' own, it drops no NaN."""
@@ -84,8 +85,8 @@ def task_metrics(task: Task, calibrated: bool = False) -> Any:
             self.targets.append(targets)
 
         def compute(self) -> Any:
-            lists = (torch.cat([*values]) for values in (self.predictions, self.targets))
-            x, y = (self.transform(values.cpu().double()) for values in lists)
+            lists = (self.predictions, self.targets)
+            x, y = (self.transform(dim_zero_cat(values).cpu().double()) for values in lists)
             value = _correlate(x, y)
             return value.float().to(self.device)
 
@@ -107,9 +108,8 @@ def task_metrics(task: Task, calibrated: bool = False) -> Any:
             self.targets.append(targets)
 
         def compute(self) -> Any:
-            logits, targets = (torch.cat([*values]) for values in (self.logits, self.targets))
             self.metric.reset()
-            self.metric.update(calibrate(logits).argmax(-1), targets)
+            self.metric.update(calibrate(dim_zero_cat(self.logits)).argmax(-1), dim_zero_cat(self.targets))
             return self.metric.compute()
 
     labels = len(task.labels)
