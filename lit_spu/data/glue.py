@@ -143,11 +143,19 @@ class GLUE(Checked, LightningDataModule):
                 for start in range(0, len(examples), 256):
                     yield examples[range(start, min(start + 256, len(examples)))]
 
-    def draw(self, count: int) -> Iterator[Batch]:
-        """Yield at most `count` training examples, drawn with `split_seed`, as batches of one example."""
+    def draw(self, count: int | None, batch_size: int = 1) -> Iterator[Batch]:
+        """Yield training examples, drawn with `split_seed`, in batches of texts of similar lengths.
+
+        Args:
+            count: Largest number of examples; None yields all.
+            batch_size: Number of examples of a batch.
+        """
         (examples,) = self._examples["train"]
-        for index in Random(self.split_seed).sample(range(len(examples)), min(count, len(examples))):
-            yield examples[[index]]
+        indices = Random(self.split_seed).sample(range(len(examples)), min(count or len(examples), len(examples)))
+        if batch_size > 1:
+            indices.sort(key=lambda index: int(examples.tokens.lengths[index]))
+        for start in range(0, len(indices), batch_size):
+            yield examples[indices[start : start + batch_size]]
 
     def as_read_by(self, encoding: Encoding) -> Iterator[Batch]:
         """Yield all training examples in batches, tokenised for another model, such as a teacher."""

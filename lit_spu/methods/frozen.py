@@ -18,6 +18,9 @@ from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
 from lit_spu.ranges import Text
 
+DrawExamples = Callable[[int | None, int], Iterable[Batch]]
+"""A function of a number of training examples (None for all) and a batch size that yields them in batches."""
+
 
 class CachedBackbone(Method):
     """Base class of methods whose lowest blocks are frozen. They can run once for each text.
@@ -133,11 +136,12 @@ class HiddenStateReader(FrozenBackbone):
     calls.
     """
 
-    def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
+    def prepare(self, examples: DrawExamples) -> None:
         """Prepare a new training run, for example initialise weights from data. A resumed run skips this.
 
         Args:
-            examples: Function that yields a given number of training examples, each as a batch of one.
+            examples: Function that yields training examples in batches. It is given their number, None for all, and
+                the size of a batch.
         """
 
     def wanted_states(self) -> StateIndices | None:
@@ -166,12 +170,14 @@ class HiddenStateReader(FrozenBackbone):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if not self.trainer.ckpt_path:
-            self.prepare(self._draw_examples)
+            with self.trainer.precision_plugin.forward_context():
+                self.prepare(self._draw_examples)
 
-    def _draw_examples(self, count: int) -> Iterator[Batch]:
+    def _draw_examples(self, count: int | None, batch_size: int) -> Iterator[Batch]:
         draw = getattr(getattr(self.trainer, "datamodule", None), "draw", None)
         if draw is None:
             raise UserError(
-                "model.init=fisher draws examples from lit_spu's GLUE data: train on them, or use magnitude."
+                "model.init=fisher and model.fit_readout draw examples from lit_spu's GLUE data: train on them, or use"
+                " another start."
             )
-        yield from map(self.trainer.strategy.batch_to_device, draw(count))
+        yield from map(self.trainer.strategy.batch_to_device, draw(count, batch_size))

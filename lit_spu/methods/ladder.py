@@ -6,7 +6,7 @@ Gradients pass through the side network alone, so no activation of the backbone 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, HiddenStates
 from lit_spu.errors import UserError
-from lit_spu.methods.frozen import HiddenStateReader
+from lit_spu.methods.frozen import DrawExamples, HiddenStateReader
 from lit_spu.nn import pruning
 from lit_spu.nn.ladder import SideNetwork
 from lit_spu.ranges import Count, CountOrZero, Length
@@ -66,10 +66,11 @@ class LadderSideTuning(HiddenStateReader):
         if gradient_checkpointing or (gradient_checkpointing is None and not self.activation_cache):
             self.side.side_model.enable_gradient_checkpointing()
 
-    def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
+    def prepare(self, examples: DrawExamples) -> None:
+        super().prepare(examples)
         if self.init == "fisher":
             self.eval()
-            self._init_from_pruned(pruning.fisher(self.backbone, examples(self.fisher_examples)))
+            self._init_from_pruned(pruning.fisher(self.backbone, examples(self.fisher_examples, 1)))
             self.train()
 
     def _init_from_pruned(self, importance: pruning.Importance) -> None:

@@ -6,7 +6,7 @@ pass of the backbone and several of side networks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lit_spu import registry
 from lit_spu.backbones import Batch, HiddenStates
 from lit_spu.errors import UserError, did_you_mean
-from lit_spu.methods.frozen import HiddenStateReader
+from lit_spu.methods.frozen import DrawExamples, HiddenStateReader
 from lit_spu.ranges import Length, Name, Seed, Text, check, declared
 
 OWN_SETTINGS = ("lr", "weight_decay", "gradient_checkpointing")
@@ -65,7 +65,7 @@ class SharedTrunk(HiddenStateReader):
         self.batch_seeds: dict[str, int] = {}
         self.best = next(iter(siblings))
 
-    def prepare(self, examples: Callable[[int], Iterable[Batch]]) -> None:
+    def prepare(self, examples: DrawExamples) -> None:
         for sibling in self.siblings.values():
             sibling.prepare(examples)
 

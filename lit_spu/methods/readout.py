@@ -1,0 +1,126 @@
+"""Linear read-outs of a frozen backbone: a forward pass, and a linear layer on the hidden states of some of its blocks.
+
+Optionally the last blocks are tuned by LoRA. Then no gradient passes below them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.profiler import record_function
+
+from lit_spu.backbones import Batch, FrozenStates, HiddenStates, Role, StateIndices
+from lit_spu.methods.frozen import DrawExamples, HiddenStateReader
+from lit_spu.nn.adapter import adapter_dict
+from lit_spu.nn.lora import LowRank
+from lit_spu.nn.readout import Blocks, ReadOut, Tokens, select_blocks
+from lit_spu.ranges import Count, CountOrZero, Positive, PositiveOrZero, ShareBelowOne
+from lit_spu.tasks.metrics import task_metrics
+
+
+class LinearReadOut(HiddenStateReader):
+    """Train a linear layer on the hidden states of some blocks of the last stack, each normalised without parameters.
+
+    Args:
+        blocks: Blocks to read: the last, the upper half, all, or a list of numbers; 0 is the lowest.
+        tokens: Tokens to read of each block: the answer's position, the mean over all tokens, or both.
+        dropout: Share of the features that is dropped in training.
+        fit_readout: Start at the logistic regression on all training examples (for a number, the ridge regression), and
+            not at zero. The strength of its L2 penalty is chosen on a fifth of the training examples.
+        lr: Peak learning rate of the linear layer. With 0 it stays as it was fitted.
+        layers: Number of blocks at the end that are tuned by LoRA.
+        rank: Rank of LoRA in these blocks.
+        alpha: α, which scales LoRA's product by α/rank.
+        inner_lr: Peak learning rate of all other trained weights; null for `lr`.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks = "upper",
+        tokens: Tokens = "both",
+        dropout: ShareBelowOne = 0.5,
+        fit_readout: bool = False,
+        lr: PositiveOrZero = 1e-3,
+        layers: CountOrZero = 0,
+        rank: Count = 8,
+        alpha: Positive = 16.0,
+        inner_lr: Positive | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(lr=lr, **kwargs)
+        self.backbone.requires_grad_(False)  # the backbone's own head is not used
+        self.fit_readout, self.inner_lr = fit_readout, lr if inner_lr is None else inner_lr
+        stack = self.backbone.stacks[-1]
+        self.readout = ReadOut(select_blocks(blocks, stack.depth), stack.width, self.task.num_logits, tokens, dropout)
+        tuned = self.backbone.last_blocks(layers, "model.layers")
+        targets = self.backbone.target_linears(*get_args(Role), blocks=tuned) if tuned else ()
+        self.pairs = adapter_dict(LowRank(target, rank, alpha).attach() for target in targets)
+        self.num_tuned = layers
+
+    def prepare(self, examples: DrawExamples) -> None:
+        super().prepare(examples)
+        if self.fit_readout:
+            self._fit_readout(examples(None, 32))
+
+    @torch.no_grad()
+    def _fit_readout(self, batches: Iterable[Batch]) -> None:
+        """Fit the linear layer to training examples; the other trained weights add nothing yet."""
+        was_training = self.training
+        self.eval()
+        features, labels = [], []
+        for batch in batches:
+            states = self.read_states(self.hidden_states(batch), batch)
+            features.append(self.readout.features(states, self.backbone.answer_position(batch)))
+            labels.append(batch["labels"])
+        self.train(was_training)
+        metric = task_metrics(self.task)[self.task.metrics[0]]
+
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            return self.backbone.loss(logits, {"labels": labels})
+
+        def score(logits: Tensor, labels: Tensor) -> float:
+            value = metric.to(logits.device)(self.backbone.predict(logits)[0], labels)
+            return float(value.nan_to_num(-torch.inf))
+
+        penalty = self.readout.fit(torch.cat(features), torch.cat(labels), loss, score)
+        rank_zero_info(f"The read-out starts at its fit to {sum(map(len, labels)):,} examples, L2 penalty {penalty:g}.")
+
+    def wanted_states(self) -> StateIndices | None:
+        """Return the states of frozen blocks that the read-out and the tuned blocks read."""
+        num_frozen = len(self.backbone.blocks) - self.num_tuned
+        *below, first = self.backbone.base_model.states_above(num_frozen if self.num_tuned else 0)
+        lowest_tuned = self.backbone.stacks[-1].depth - self.num_tuned
+        return [*below, {*first, *(block + 1 for block in self.readout.blocks if block < lowest_tuned)}]
+
+    def read_states(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> HiddenStates:
+        """Return the last stack's hidden states, those of the tuned blocks with gradients."""
+        if not self.num_tuned:
+            return hidden_states[-1]
+        frozen = FrozenStates(len(self.backbone.blocks) - self.num_tuned, hidden_states)
+        wanted: StateIndices = [*([()] * (len(hidden_states) - 1)), [block + 1 for block in self.readout.blocks]]
+        with record_function("tuned blocks"):
+            return self.backbone.hidden_states(batch, wanted, frozen)[-1]
+
+    def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        states = self.read_states(hidden_states, batch)
+        with record_function("read-out"):
+            logits: Tensor = self.readout(self.readout.features(states, self.backbone.answer_position(batch)))
+        return logits
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trained weights, those outside of the read-out with the learning rate `inner_lr`."""
+        own = set(self.readout.parameters())
+        groups = super().parameter_groups()
+        return [
+            {**group, "params": params, "lr": rate}
+            for group in groups
+            for is_own, rate in ((True, self.lr), (False, self.inner_lr))
+            if (params := [p for p in group["params"] if (p in own) is is_own])
+        ]
