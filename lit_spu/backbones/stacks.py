@@ -195,7 +195,7 @@ class TransformerStacks:
         with self._run_blocks(frozen, wanted), self._recorder.record(wanted) as found:
             self.forward(inputs)
         if frozen:
-            for states, known, count in zip(found, frozen.stacks, self._split(frozen.num_blocks), strict=True):
+            for states, known, count in zip(found, frozen.stacks, self.count_by_stack(frozen.num_blocks), strict=True):
                 states.update({number: known.blocks[number - 1] for number in states if 0 < number <= count})
         masks = (inputs.get("attention_mask"), *[None] * (len(self.stacks) - 1))
         return tuple(map(HiddenStates.select, found, (stack.depth for stack in self.stacks), masks))
@@ -205,7 +205,7 @@ class TransformerStacks:
 
         If no block runs, the last stack's output is read alone.
         """
-        counts = self._split(num_blocks)
+        counts = self.count_by_stack(num_blocks)
         if num_blocks == len(self.blocks):
             counts[:-1] = [0] * (len(counts) - 1)
         return [[count] if count else [] for count in counts]
@@ -221,7 +221,7 @@ class TransformerStacks:
         starts = accumulate((stack.depth for stack in self.stacks), initial=0)
         return max(start + max(numbers, default=-start) for start, numbers in zip(starts, wanted, strict=False))
 
-    def _split(self, num_blocks: int) -> list[int]:
+    def count_by_stack(self, num_blocks: int) -> list[int]:
         """Return how many of the lowest `num_blocks` blocks of all stacks are in each stack."""
         starts = accumulate((stack.depth for stack in self.stacks), initial=0)
         return [max(0, min(stack.depth, num_blocks - start)) for stack, start in zip(self.stacks, starts, strict=False)]
@@ -229,8 +229,8 @@ class TransformerStacks:
     @contextmanager
     def _run_blocks(self, frozen: FrozenStates | None, wanted: StateIndices | None = None) -> Iterator[None]:
         """Context manager in which no block runs whose output is frozen, or above all wanted states."""
-        starts = self._split(frozen.num_blocks if frozen else 0)
-        ends = self._split(self._count_below(wanted))
+        starts = self.count_by_stack(frozen.num_blocks if frozen else 0)
+        ends = self.count_by_stack(self._count_below(wanted))
         if self._partial_stacks is None:
             self._partial_stacks = [PartialStack(stack.blocks) for stack in self.stacks]
         with ExitStack() as passes:

@@ -6,7 +6,9 @@ Gradients pass through the side network alone, so no activation of the backbone 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from torch import Tensor
@@ -15,17 +17,25 @@ from torch.profiler import record_function
 from lit_spu.backbones import Batch, HiddenStates
 from lit_spu.errors import UserError
 from lit_spu.methods.frozen import DrawExamples, HiddenStateReader
+from lit_spu.nn import fusion as fusions
 from lit_spu.nn import pruning
-from lit_spu.nn.ladder import SideNetwork
-from lit_spu.ranges import Count, CountOrZero, Length
+from lit_spu.nn.ladder import Ladder, Projection, SideNetwork
+from lit_spu.ranges import Count, CountOrZero, Length, ShareBelowOne
 
 
-class LadderSideTuning(HiddenStateReader):
-    """Train a side network beside the frozen backbone.
+class LadderBase(HiddenStateReader):
+    """Base class of methods that train a ladder side network beside the frozen backbone.
 
     Args:
         reduction: The backbone's width divided by the side network's (r).
         drop_layers: Blocks without a side block, in every stack; 0 is the lowest.
+        k: Radius of the windows: rung i reads the blocks i−k … i+k.
+        fusion: Function that joins a window with the side state: LST's gate on the window's mean under learned weights;
+            a plain sum; a gate computed for each example; attention of each token over its own 2k+1 hidden states; or
+            attention over all tokens of these.
+        hidden_state_dropout: Probability of dropping a whole hidden state of a window in training, drawn for each
+            example.
+        share_projections: One down-projection per block for all windows, instead of one per block and rung.
         init: Initial weights of the side network: random, or pruned from the backbone. Pruning keeps the most important
             1/r of each width, by the weights' magnitude or by their Fisher information about the task.
         prune_order: Coordinates of the backbone's residual stream that pruning keeps: the same everywhere (`residual`),
@@ -40,10 +50,15 @@ class LadderSideTuning(HiddenStateReader):
         UserError: If a number is out of range, or settings exclude each other.
     """
 
+    @abstractmethod
     def __init__(
         self,
         reduction: Count = 8,
         drop_layers: Annotated[Sequence[CountOrZero], Length()] = (),
+        k: CountOrZero = 0,
+        fusion: Literal["gated", "additive", "dynamic", "attention", "cross_attention"] = "gated",
+        hidden_state_dropout: ShareBelowOne = 0.0,
+        share_projections: bool = True,
         init: Literal["random", "magnitude", "fisher"] = "random",
         prune_order: pruning.Order = "residual",
         fisher_examples: Count = 1024,
@@ -58,9 +73,20 @@ class LadderSideTuning(HiddenStateReader):
             raise UserError(
                 "model.backbone_dropout changes the hidden states in each step: leave out model.activation_cache."
             )
+        depth = max(stack.depth for stack in self.backbone.stacks)
+        if k >= depth:
+            raise UserError(
+                f"model.k={k}: the backbone has {depth} blocks. Use 0 to {depth - 1}, whose windows hold all blocks."
+            )
         self.init, self.prune_order, self.fisher_examples = init, prune_order, fisher_examples
         self.backbone_dropout = backbone_dropout
-        self.side = SideNetwork(self.backbone, reduction, drop_layers)
+        # the gate over a single block is LST's, without weights of a window
+        fusion_name = "gate" if fusion == "gated" and not k else fusion
+        fusion_class = getattr(fusions, fusion_name.title().replace("_", ""))
+        make_ladder = partial(
+            Ladder, fusion=fusion_class, radius=k, shared=share_projections, dropout=hidden_state_dropout
+        )
+        self.side = SideNetwork(self.backbone, reduction, drop_layers, make_ladder)
         if init == "magnitude":
             self._init_from_pruned(pruning.magnitude(self.backbone.base_model))
         if gradient_checkpointing or (gradient_checkpointing is None and not self.activation_cache):
@@ -83,16 +109,24 @@ class LadderSideTuning(HiddenStateReader):
             self.backbone.base_model.model.train(mode)
         return self
 
-    def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
-        with record_function("side"):
-            inputs, position = self.backbone.model_inputs(batch), self.backbone.answer_position(batch)
-            hidden = self.side(hidden_states, inputs, position)
-            state = self.side.up(self.backbone.select_answer_state(hidden, batch))
-        return self.backbone.apply_head(state)
-
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         ladders: list[Any] = list(self.side.ladders)
         for number, ladder in enumerate(ladders):
             prefix = f"stream {number}/" if len(ladders) > 1 else ""
             self.log_dict({f"{prefix}{name}": value for name, value in ladder.statistics().items()}, sync_dist=True)
+
+
+class LadderSideTuning(LadderBase):
+    """Train a side network that computes the state that the backbone's head reads."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.side.up = Projection(self.side.side_model.output_width, self.backbone.width)
+
+    def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        with record_function("side"):
+            inputs, position = self.backbone.model_inputs(batch), self.backbone.answer_position(batch)
+            hidden = self.side(hidden_states, inputs, position)
+            state = self.side.up(self.backbone.select_answer_state(hidden, batch))
+        return self.backbone.apply_head(state)

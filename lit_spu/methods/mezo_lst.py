@@ -16,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_spu.backbones import Batch
 from lit_spu.callbacks.rank_check import RankCheck
 from lit_spu.errors import UserError
-from lit_spu.methods.kladder import KLadder
+from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.optim import schedules
 from lit_spu.optim.adamw import fused_adamw
 from lit_spu.ranges import Positive, Range
 
 
-class MeZOLST(ZerothOrder, KLadder):
+class MeZOLST(ZerothOrder, LadderSideTuning):
     """Train the backbone by MeZO on the loss of its own logits, and a ladder that reads it by AdamW.
 
     Args:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from lit_spu.backbones import Batch
-from lit_spu.methods.kladder import KLadder
+from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.zeroth_order import ZerothOrder
 
 
-class MeZOSide(ZerothOrder, KLadder):
+class MeZOSide(ZerothOrder, LadderSideTuning):
     """Train a ladder by MeZO, for example to maximise a metric. It is best to start from a trained ladder."""
 
     def __init__(self, **kwargs: Any) -> None:

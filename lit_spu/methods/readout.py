@@ -31,11 +31,10 @@ class LinearReadOut(HiddenStateReader):
         dropout: Share of the features that is dropped in training.
         fit_readout: Start at the logistic regression on all training examples (for a number, the ridge regression), and
             not at zero. The strength of its L2 penalty is chosen on a fifth of the training examples.
-        lr: Peak learning rate of the linear layer. With 0 it stays as it was fitted.
         layers: Number of blocks at the end that are tuned by LoRA.
         rank: Rank of LoRA in these blocks.
         alpha: α, which scales LoRA's product by α/rank.
-        inner_lr: Peak learning rate of all other trained weights; null for `lr`.
+        readout_lr: Peak learning rate of the linear layer, null for `lr`. With 0 it stays as it was fitted.
 
     Raises:
         UserError: If a number is out of range.
@@ -47,16 +46,15 @@ class LinearReadOut(HiddenStateReader):
         tokens: Tokens = "both",
         dropout: ShareBelowOne = 0.5,
         fit_readout: bool = False,
-        lr: PositiveOrZero = 1e-3,
         layers: CountOrZero = 0,
         rank: Count = 8,
         alpha: Positive = 16.0,
-        inner_lr: Positive | None = None,
+        readout_lr: PositiveOrZero | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lr=lr, **kwargs)
+        super().__init__(**kwargs)
         self.backbone.requires_grad_(False)  # the backbone's own head is not used
-        self.fit_readout, self.inner_lr = fit_readout, lr if inner_lr is None else inner_lr
+        self.fit_readout, self.readout_lr = fit_readout, self.lr if readout_lr is None else readout_lr
         stack = self.backbone.stacks[-1]
         self.readout = ReadOut(select_blocks(blocks, stack.depth), stack.width, self.task.num_logits, tokens, dropout)
         tuned = self.backbone.last_blocks(layers, "model.layers")
@@ -77,7 +75,7 @@ class LinearReadOut(HiddenStateReader):
         features, labels = [], []
         for batch in batches:
             states = self.read_states(self.hidden_states(batch), batch)
-            features.append(self.readout.features(states, self.backbone.answer_position(batch)))
+            features.append(self.readout.features(states[-1], self.backbone.answer_position(batch)))
             labels.append(batch["labels"])
         self.train(was_training)
         metric = task_metrics(self.task)[self.task.metrics[0]]
@@ -92,35 +90,44 @@ class LinearReadOut(HiddenStateReader):
         penalty = self.readout.fit(torch.cat(features), torch.cat(labels), loss, score)
         rank_zero_info(f"The read-out starts at its fit to {sum(map(len, labels)):,} examples, L2 penalty {penalty:g}.")
 
-    def wanted_states(self) -> StateIndices | None:
-        """Return the states of frozen blocks that the read-out and the tuned blocks read."""
-        num_frozen = len(self.backbone.blocks) - self.num_tuned
-        *below, first = self.backbone.base_model.states_above(num_frozen if self.num_tuned else 0)
-        lowest_tuned = self.backbone.stacks[-1].depth - self.num_tuned
-        return [*below, {*first, *(block + 1 for block in self.readout.blocks if block < lowest_tuned)}]
+    def states_read(self) -> StateIndices:
+        """Return the hidden states that the method reads, of frozen and of tuned blocks."""
+        return [*([()] * (len(self.backbone.stacks) - 1)), [block + 1 for block in self.readout.blocks]]
 
-    def read_states(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> HiddenStates:
-        """Return the last stack's hidden states, those of the tuned blocks with gradients."""
+    def wanted_states(self) -> StateIndices:
+        """Return the hidden states of the frozen blocks that the method and the tuned blocks read."""
+        stacks, num_frozen = self.backbone.base_model, len(self.backbone.blocks) - self.num_tuned
+        needed = stacks.states_above(num_frozen if self.num_tuned else 0)
+        counts = stacks.count_by_stack(num_frozen)
+        return [
+            {*some, *(number for number in read if number <= count)}
+            for some, read, count in zip(needed, self.states_read(), counts, strict=True)
+        ]
+
+    def read_states(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Sequence[HiddenStates]:
+        """Return the hidden states that the method reads, those of tuned blocks with gradients."""
         if not self.num_tuned:
-            return hidden_states[-1]
+            return hidden_states
         frozen = FrozenStates(len(self.backbone.blocks) - self.num_tuned, hidden_states)
-        wanted: StateIndices = [*([()] * (len(hidden_states) - 1)), [block + 1 for block in self.readout.blocks]]
         with record_function("tuned blocks"):
-            return self.backbone.hidden_states(batch, wanted, frozen)[-1]
+            return self.backbone.hidden_states(batch, self.states_read(), frozen)
 
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
-        states = self.read_states(hidden_states, batch)
+        return self.read(self.read_states(hidden_states, batch), batch)
+
+    def read(self, states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        """Return the logits [batch, labels] of the read-out."""
         with record_function("read-out"):
-            logits: Tensor = self.readout(self.readout.features(states, self.backbone.answer_position(batch)))
+            logits: Tensor = self.readout(self.readout.features(states[-1], self.backbone.answer_position(batch)))
         return logits
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the trained weights, those outside of the read-out with the learning rate `inner_lr`."""
+        """Return the trained weights, the read-out's with the learning rate `readout_lr`."""
         own = set(self.readout.parameters())
         groups = super().parameter_groups()
         return [
             {**group, "params": params, "lr": rate}
             for group in groups
-            for is_own, rate in ((True, self.lr), (False, self.inner_lr))
+            for is_own, rate in ((True, self.readout_lr), (False, self.lr))
             if (params := [p for p in group["params"] if (p in own) is is_own])
         ]

@@ -140,48 +140,50 @@ class SideNetwork(nn.Module):
         backbone: The backbone whose hidden states it reads. It is not a part of this module.
         reduction: The backbone's width divided by the side network's (r in the paper).
         drop_layers: Blocks of every stack without a side block (0 is the lowest).
+        make_ladder: Creates the ladder of a stack from the backbone's stack, the blocks that have a rung, and the
+            width of the side network.
 
     Raises:
         UserError: If `reduction` does not divide the widths, or `drop_layers` leaves a stack without blocks.
     """
 
-    def __init__(self, backbone: Backbone, reduction: int, drop_layers: Sequence[int] = ()) -> None:
+    up: Projection
+    """Projection of its states to the backbone's width, if the method adds one."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reduction: int,
+        drop_layers: Sequence[int] = (),
+        make_ladder: Callable[[Stack, Sequence[int], int], Ladder] = Ladder,
+    ) -> None:
         super().__init__()
-        self.backbone_stacks = backbone.stacks
         self.layer_indices = select_layers(backbone.stacks, drop_layers)
         self.side_model = make_side_model(backbone.base_model, reduction, self.layer_indices)
         self.model = self.side_model.model  # registers its weights
-        self.set_ladders(Ladder)
-        self.up = Projection(self.side_model.output_width, backbone.width)
+        width = self.side_model.stacks[0].width
+        self.ladders = nn.ModuleList(
+            make_ladder(stack, indices, width)
+            for stack, indices in zip(backbone.stacks, self.layer_indices, strict=True)
+        )
         self._rungs: list[Rungs] = []  # of each stack, during a forward pass
         for number, stack in enumerate(self.side_model.stacks):
             for n, block in enumerate(stack.blocks):
                 block.register_forward_pre_hook(partial(self._replace_block_input, number, n), with_kwargs=True)
 
-    def set_ladders(self, make_ladder: Callable[[Stack, Sequence[int], int], Ladder]) -> None:
-        """Replace the ladders.
-
-        Args:
-            make_ladder: Creates the ladder of a stack from the backbone's stack, the blocks that have a rung, and the
-                width of the side network.
-        """
-        width = self.side_model.stacks[0].width
-        self.ladders = nn.ModuleList(
-            make_ladder(stack, indices, width)
-            for stack, indices in zip(self.backbone_stacks, self.layer_indices, strict=True)
-        )
-
-    def forward(self, hidden_states: Sequence[HiddenStates], inputs: Batch, position: Tensor) -> Tensor:
-        """Return the side network's last hidden state at one position of each text, [batch, 1, side width].
+    def forward(self, hidden_states: Sequence[HiddenStates], inputs: Batch, position: Tensor | None = None) -> Tensor:
+        """Return the side network's last hidden states.
 
         Args:
             hidden_states: The backbone's hidden states of all stacks.
             inputs: The backbone's inputs, for their shapes and masks.
-            position: The position [batch] whose state the head reads.
+            position: The position [batch] whose state is returned, [batch, 1, side width]; None returns all,
+                [batch, tokens, side width].
         """
         self._rungs = [ladder(states) for ladder, states in zip(self.ladders, hidden_states, strict=True)]
+        blank = blank_inputs(self.side_model, inputs)
         try:
-            return self.side_model.forward_at(blank_inputs(self.side_model, inputs), position)
+            return self.side_model.forward(blank) if position is None else self.side_model.forward_at(blank, position)
         finally:
             self._rungs = []
 

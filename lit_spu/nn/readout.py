@@ -52,15 +52,24 @@ class ReadOut(nn.Module):
         num_logits: Number of logits.
         tokens: Tokens that it reads of each block.
         dropout: Share of the features that is dropped in training.
+        bias: Add a bias.
     """
 
-    def __init__(self, blocks: Sequence[int], width: int, num_logits: int, tokens: Tokens, dropout: float) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        width: int,
+        num_logits: int,
+        tokens: Tokens,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.blocks, self.width, self.tokens = tuple(blocks), width, tokens
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(len(blocks) * (1 + (tokens == "both")) * width, num_logits)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = nn.Linear(len(blocks) * (1 + (tokens == "both")) * width, num_logits, bias)
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
 
     def features(self, states: HiddenStates, position: Tensor) -> Tensor:
         """Return what the linear layer reads, [batch, features], at least fp32.

@@ -52,7 +52,7 @@ class Watch(Callback):
 
 METHODS: dict[str, Callable[..., HiddenStateReader]] = {
     "lst": LadderSideTuning,
-    "windows": lambda **kwargs: KLadder(k=1, fusion="dynamic", **kwargs),
+    "windows": lambda **kwargs: LadderSideTuning(k=1, fusion="dynamic", **kwargs),
     "attention": lambda **kwargs: KLadder(k=2, fusion="attention", **kwargs),
 }
 

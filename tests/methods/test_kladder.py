@@ -11,13 +11,12 @@ from lightning.pytorch import Trainer
 
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.methods.kladder import KLadder
-from lit_spu.methods.ladder import LadderSideTuning
+from lit_spu.methods.ladder import LadderBase, LadderSideTuning
 from lit_spu.nn import fusion as fusions
 from tests.conftest import FAMILIES, encode
 
 Tiny = Callable[[str], str]
-FUSIONS = get_args(get_type_hints(KLadder.__init__)["fusion"])
+FUSIONS = get_args(get_type_hints(LadderBase.__init__)["fusion"])
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
@@ -25,7 +24,7 @@ def test_radius_zero_is_lst_bitwise(tiny: Tiny, family: str) -> None:
     torch.manual_seed(0)
     lst = LadderSideTuning(backbone=tiny(family), reduction=2)
     torch.manual_seed(0)
-    ladder = KLadder(k=0, backbone=tiny(family), reduction=2)
+    ladder = LadderSideTuning(k=0, backbone=tiny(family), reduction=2)
     ladder.load_state_dict(lst.state_dict(), strict=False)
     batch = encode(lst.backbone)
     losses = [method.eval().loss(batch) for method in (lst, ladder)]
@@ -41,7 +40,7 @@ def test_radius_zero_is_lst_bitwise(tiny: Tiny, family: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 @pytest.mark.parametrize("share", [True, False])
 def test_every_fusion_trains_all_it_has(tiny: Tiny, family: str, fusion: Any, share: bool) -> None:
-    method = KLadder(k=1, fusion=fusion, share_projections=share, backbone=tiny(family), reduction=2).train()
+    method = LadderSideTuning(k=1, fusion=fusion, share_projections=share, backbone=tiny(family), reduction=2).train()
     batch = encode(method.backbone)
     optimizer = torch.optim.AdamW(method.side.parameters(), lr=0.003)
     first = method.loss(batch)
@@ -59,10 +58,10 @@ def test_shared_projections_cost_no_more_than_lst_s(tiny: Tiny) -> None:
         return sum(p.numel() for p in method.side.parameters())
 
     lst = count(LadderSideTuning(backbone=tiny("bert"), reduction=2))
-    assert count(KLadder(k=2, backbone=tiny("bert"), reduction=2)) == lst + 4 * 5  # the slots' weights
+    assert count(LadderSideTuning(k=2, backbone=tiny("bert"), reduction=2)) == lst + 4 * 5  # the slots' weights
     each = 32 * 16 + 16
     windows = 3 + 4 + 4 + 3  # of five slots, those inside the backbone
-    own = count(KLadder(k=2, share_projections=False, backbone=tiny("bert"), reduction=2))
+    own = count(LadderSideTuning(k=2, share_projections=False, backbone=tiny("bert"), reduction=2))
     assert own == lst + 4 * 5 + (windows - 4) * each
 
 
@@ -76,14 +75,14 @@ def test_every_fusion_can_be_chosen() -> None:
 def test_impossible_windows_are_refused(tiny: Tiny) -> None:
     for k in (4, 10**6):
         with pytest.raises(UserError, match=rf"model\.k={k}: the backbone has 4 blocks. Use 0 to 3"):
-            KLadder(k=k, backbone=tiny("bert"), reduction=2)
-    KLadder(k=3, backbone=tiny("bert"), reduction=2)
+            LadderSideTuning(k=k, backbone=tiny("bert"), reduction=2)
+    LadderSideTuning(k=3, backbone=tiny("bert"), reduction=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cross_attention_leaves_the_backbone_alone_and_padding_out(tiny: Tiny, family: str) -> None:
     torch.manual_seed(0)
-    method = KLadder(k=2, fusion="cross_attention", backbone=tiny(family), reduction=2).double().eval()
+    method = LadderSideTuning(k=2, fusion="cross_attention", backbone=tiny(family), reduction=2).double().eval()
     for parameter in method.side.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     batch = encode(method.backbone)
@@ -94,7 +93,7 @@ def test_cross_attention_leaves_the_backbone_alone_and_padding_out(tiny: Tiny, f
 
 
 def test_taps_are_left_out_whole(tiny: Tiny) -> None:
-    method = KLadder(k=1, hidden_state_dropout=0.25, fusion="additive", backbone=tiny("bert"), reduction=2)
+    method = LadderSideTuning(k=1, hidden_state_dropout=0.25, fusion="additive", backbone=tiny("bert"), reduction=2)
     ladder, (taps,) = method.side.ladders[0], method.backbone.hidden_states(encode(method.backbone))
     state = torch.zeros(4, taps.embeddings.shape[1], 16)
     read = [ladder.down[str(j)](taps.blocks[j]) for j in range(4)]  # type: ignore[index,operator]
@@ -117,7 +116,7 @@ def test_taps_are_left_out_whole(tiny: Tiny) -> None:
 def test_what_the_windows_read_is_logged(
     data: Callable[..., GLUE], fit: Callable[..., Trainer], backbone: str, fusion: Any, gates: bool
 ) -> None:
-    method = KLadder(k=1, fusion=fusion, backbone=backbone, reduction=4)
+    method = LadderSideTuning(k=1, fusion=fusion, backbone=backbone, reduction=4)
     logged = fit(method, data(limit_train=16)).callback_metrics
     depths = [stack.depth for stack in method.backbone.stacks]
     of = [""] if len(depths) == 1 else [f"stream {number}/" for number in range(len(depths))]
@@ -138,7 +137,7 @@ def test_what_the_windows_read_is_logged(
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_later_tokens_change_no_earlier_state_of_a_causal_model(tiny: Tiny, family: str, fusion: Any) -> None:
     torch.manual_seed(0)
-    method: Any = KLadder(backbone=tiny(family), reduction=2, k=1, fusion=fusion).double().eval()
+    method: Any = LadderSideTuning(backbone=tiny(family), reduction=2, k=1, fusion=fusion).double().eval()
     with torch.no_grad():
         for parameter in method.side.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -107,7 +107,7 @@ def test_without_our_data_fisher_is_refused(fit: Callable[..., Trainer], data: C
     module = data()
     monkeypatched: Any = module
     monkeypatched.draw = None
-    with pytest.raises(UserError, match=r"model.init=fisher draws examples"):
+    with pytest.raises(UserError, match=r"model.init=fisher and model.fit_readout draw examples"):
         fit(method, module)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
 from lit_spu.measure.saved import SavedForBackward
-from lit_spu.methods.kladder import KLadder
+from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.mezo_lst import MeZOLST
 from lit_spu.optim import schedules
 from lit_spu.optim.mezo import MeZOOptimizer
@@ -77,7 +77,7 @@ def test_each_part_moves_by_its_own_rule(data: Callable[..., GLUE], fit: Run) ->
 def test_nothing_of_the_backbone_is_kept_for_the_backward_pass() -> None:
     """A ladder on a frozen backbone keeps as much, but for what the head reads."""
     kept = []
-    for method in (KLadder(reduction=4, head="prompt"), MeZOLST(reduction=4)):
+    for method in (LadderSideTuning(reduction=4, head="prompt"), MeZOLST(reduction=4)):
         batch = encode(method.backbone)
         with SavedForBackward(exclude=method.parameters()) as saved:
             method.eval().loss(batch)

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lit_spu.backbones import Batch
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
-from lit_spu.methods.kladder import KLadder
+from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.mezo_side import MeZOSide
 from lit_spu.optim.mezo import MeZOOptimizer
 from tests.conftest import encode
@@ -23,7 +23,7 @@ Run = Callable[..., Trainer]
 def runs_of(method: MeZOSide, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return the number of times that a step runs the backbone."""
     runs, hidden_states = [], method.backbone.hidden_states
-    monkeypatch.setattr(method.backbone, "hidden_states", lambda given: runs.append(1) or hidden_states(given))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(method.backbone, "hidden_states", lambda *given: runs.append(1) or hidden_states(*given))  # type: ignore[func-returns-value]
     method.take_step(batch, MeZOOptimizer(method.perturbed_parameters(), directions=16, lr=1e-3))
     return len(runs)
 
@@ -39,7 +39,7 @@ def test_one_pass_of_the_backbone_serves_all_directions(monkeypatch: pytest.Monk
 def test_with_a_cache_none_does(data: Callable[..., GLUE], fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     method, runs = MeZOSide(reduction=4, activation_cache="memory", lr=1e-3, directions=4), []
     hidden_states = method.backbone.hidden_states
-    monkeypatch.setattr(method.backbone, "hidden_states", lambda given: runs.append(1) or hidden_states(given))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(method.backbone, "hidden_states", lambda *given: runs.append(1) or hidden_states(*given))  # type: ignore[func-returns-value]
     fit(method, data(), limit_val_batches=0, num_sanity_val_steps=0, max_epochs=3)
     assert len(runs) == 4  # the batches of the first epoch
 
@@ -61,7 +61,7 @@ def test_a_step_is_that_of_the_plain_loss(data: Callable[..., GLUE]) -> None:
 
 def test_it_goes_on_from_a_ladder_that_gradients_trained(data: Callable[..., GLUE], fit: Run, tmp_path: Path) -> None:
     """With the task's metric as the objective, which has none."""
-    ladder = KLadder(reduction=4, head="prompt", k=0, lr=3e-3)
+    ladder = LadderSideTuning(reduction=4, head="prompt", k=0, lr=3e-3)
     fit(ladder, data(limit_train=256), max_epochs=2).save_checkpoint(tmp_path / "ladder.ckpt")
     settings = {"reduction": 4, "k": 0, "objective": "accuracy", "weights": str(tmp_path / "ladder.ckpt")}
     method = MeZOSide(**settings)

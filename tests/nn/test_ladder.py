@@ -28,9 +28,8 @@ def build(folder: str, reduction: int = 2, drop: Sequence[int] = (), **ladder: A
     torch.manual_seed(2)
     backbone = load_backbone(folder, TASKS["sst2"], "prompt").double().eval()
     backbone.freeze()
-    side = SideNetwork(backbone, reduction, drop)
-    if ladder:
-        side.set_ladders(partial(Ladder, **ladder))
+    side = SideNetwork(backbone, reduction, drop, partial(Ladder, **ladder))
+    side.up = Projection(side.side_model.output_width, backbone.width)
     for parameter in side.parameters():  # larger than at the start, so that every path shows in the scores
         nn.init.normal_(parameter, std=0.3)
     return backbone, side.double().eval()
@@ -77,6 +76,7 @@ def test_trainable_counts_are_the_published_ones(
     with torch.device("meta"):
         model = T5ForConditionalGeneration(T5Config(**config, vocab_size=32))
         side = SideNetwork(stand_in(model), reduction, list(drop))
+        side.up = Projection(side.side_model.output_width, config["d_model"])
     assert trained(side) == expected
 
 
