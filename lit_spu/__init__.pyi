@@ -17,6 +17,7 @@ import lit_spu.methods.mezo_ia3
 import lit_spu.methods.mezo_lora
 import lit_spu.methods.mezo_lst
 import lit_spu.methods.mezo_side
+import lit_spu.methods.readout
 import lit_spu.methods.shared_trunk
 import lit_spu.methods.side_lora
 import typing
@@ -128,28 +129,32 @@ class IA3(lit_spu.methods.ia3.IA3):
         gradient_checkpointing: bool = False,
     ) -> None: ...
 
-class KLadder(lit_spu.methods.kladder.KLadder, LadderSideTuning):
-    """Ladder side-tuning with windows of 2k+1 blocks.
+class KLadder(lit_spu.methods.kladder.KLadder, LinearReadOut):
+    """Train a linear read-out of the backbone's blocks and of a side network. At the start the latter adds nothing.
+
+    The logits are W·[blocks; side network's last state], where all of W starts at zero, or the blocks' part at its fit.
 
     Args:
-        k: Radius of the windows; 0 reads one block, as LST does.
-        fusion: Function that joins a window with the side state: LST's gate on the window's mean under learned weights;
-            a plain sum; a gate computed for each example; attention of each token over its own 2k+1 hidden states; or
-            attention over all tokens of these.
-        hidden_state_dropout: Probability of dropping a whole hidden state of a window in training, drawn for each
-            example.
-        share_projections: One down-projection per block for all windows, instead of one per block and rung.
+        k: Radius of the rungs' windows; 0 reads one block, as LST does.
     """
 
     def __init__(
         self,
         k: int = 1,
+        *,
+        blocks: typing.Literal["last", "upper", "all"] | collections.abc.Sequence[int] = "upper",
+        tokens: typing.Literal["answer", "mean", "both"] = "both",
+        dropout: float = 0.5,
+        fit_readout: bool = False,
+        layers: int = 0,
+        rank: int = 8,
+        alpha: float = 16.0,
+        readout_lr: float | None = None,
+        reduction: int = 8,
+        drop_layers: collections.abc.Sequence[int] = ...,
         fusion: typing.Literal["gated", "additive", "dynamic", "attention", "cross_attention"] = "gated",
         hidden_state_dropout: float = 0.0,
         share_projections: bool = True,
-        *,
-        reduction: int = 8,
-        drop_layers: collections.abc.Sequence[int] = ...,
         init: typing.Literal["random", "magnitude", "fisher"] = "random",
         prune_order: typing.Literal["residual", "published"] = "residual",
         fisher_examples: int = 1024,
@@ -261,35 +266,22 @@ class LSTDistillation(lit_spu.methods.lst_distill.LSTDistillation):
     ) -> None: ...
 
 class LadderSideTuning(lit_spu.methods.ladder.LadderSideTuning):
-    """Train a side network beside the frozen backbone.
-
-    Args:
-        reduction: The backbone's width divided by the side network's (r).
-        drop_layers: Blocks without a side block, in every stack; 0 is the lowest.
-        init: Initial weights of the side network: random, or pruned from the backbone. Pruning keeps the most important
-            1/r of each width, by the weights' magnitude or by their Fisher information about the task.
-        prune_order: Coordinates of the backbone's residual stream that pruning keeps: the same everywhere (`residual`),
-            or, as in the paper's code, ranked again by each layer for the next (`published`).
-        fisher_examples: Number of training examples for the Fisher information.
-        backbone_dropout: Leave the backbone's dropout on while training, as the paper's code does.
-        gradient_checkpointing: Recompute the side network's blocks in the backward pass. It saves a fifth of the memory
-            of short texts and half of that of long ones, and costs a few per cent of a step. By default it is on,
-            except with an activation_cache, where a step has little else to compute.
-
-    Raises:
-        UserError: If a number is out of range, or settings exclude each other.
-    """
+    """Train a side network that computes the state that the backbone's head reads."""
 
     def __init__(
         self,
+        *,
         reduction: int = 8,
         drop_layers: collections.abc.Sequence[int] = ...,
+        k: int = 0,
+        fusion: typing.Literal["gated", "additive", "dynamic", "attention", "cross_attention"] = "gated",
+        hidden_state_dropout: float = 0.0,
+        share_projections: bool = True,
         init: typing.Literal["random", "magnitude", "fisher"] = "random",
         prune_order: typing.Literal["residual", "published"] = "residual",
         fisher_examples: int = 1024,
         backbone_dropout: bool = False,
         gradient_checkpointing: bool | None = None,
-        *,
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
@@ -313,6 +305,48 @@ class LastLayers(lit_spu.methods.last_layers.LastLayers):
         self,
         layers: int = 2,
         *,
+        activation_cache: str | None = None,
+        cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        backbone: str = "mini-bert",
+        task: str | dict[str, typing.Any] = "sst2",
+        head: typing.Literal["classifier", "prompt"] = "classifier",
+        lr: float = 0.001,
+        optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
+        weight_decay: float = 0.0,
+        warmup: float = 0.06,
+        gradient_checkpointing: bool = False,
+    ) -> None: ...
+
+class LinearReadOut(lit_spu.methods.readout.LinearReadOut):
+    """Train a linear layer on the hidden states of some blocks of the last stack, each normalised without parameters.
+
+    Args:
+        blocks: Blocks to read: the last, the upper half, all, or a list of numbers; 0 is the lowest.
+        tokens: Tokens to read of each block: the answer's position, the mean over all tokens, or both.
+        dropout: Share of the features that is dropped in training.
+        fit_readout: Start at the logistic regression on all training examples (for a number, the ridge regression), and
+            not at zero. The strength of its L2 penalty is chosen on a fifth of the training examples.
+        layers: Number of blocks at the end that are tuned by LoRA.
+        rank: Rank of LoRA in these blocks.
+        alpha: α, which scales LoRA's product by α/rank.
+        readout_lr: Peak learning rate of the linear layer, null for `lr`. With 0 it stays as it was fitted.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        blocks: typing.Literal["last", "upper", "all"] | collections.abc.Sequence[int] = "upper",
+        tokens: typing.Literal["answer", "mean", "both"] = "both",
+        dropout: float = 0.5,
+        fit_readout: bool = False,
+        layers: int = 0,
+        rank: int = 8,
+        alpha: float = 16.0,
+        readout_lr: float | None = None,
+        *,
+        backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         backbone: str = "mini-bert",
@@ -459,7 +493,7 @@ class MeZOIA3(lit_spu.methods.mezo_ia3.MeZOIA3, IA3):
         gradient_checkpointing: bool = False,
     ) -> None: ...
 
-class MeZOLST(lit_spu.methods.mezo_lst.MeZOLST, KLadder):
+class MeZOLST(lit_spu.methods.mezo_lst.MeZOLST, LadderSideTuning):
     """Train the backbone by MeZO on the loss of its own logits, and a ladder that reads it by AdamW.
 
     Args:
@@ -490,12 +524,12 @@ class MeZOLST(lit_spu.methods.mezo_lst.MeZOLST, KLadder):
         normalize: bool = False,
         weights: str | None = None,
         trajectory: str | None = None,
-        k: int = 1,
+        reduction: int = 8,
+        drop_layers: collections.abc.Sequence[int] = ...,
+        k: int = 0,
         fusion: typing.Literal["gated", "additive", "dynamic", "attention", "cross_attention"] = "gated",
         hidden_state_dropout: float = 0.0,
         share_projections: bool = True,
-        reduction: int = 8,
-        drop_layers: collections.abc.Sequence[int] = ...,
         init: typing.Literal["random", "magnitude", "fisher"] = "random",
         prune_order: typing.Literal["residual", "published"] = "residual",
         fisher_examples: int = 1024,
@@ -550,7 +584,7 @@ class MeZOLoRA(lit_spu.methods.mezo_lora.MeZOLoRA, LoRA):
         gradient_checkpointing: bool = False,
     ) -> None: ...
 
-class MeZOSide(lit_spu.methods.mezo_side.MeZOSide, KLadder):
+class MeZOSide(lit_spu.methods.mezo_side.MeZOSide, LadderSideTuning):
     """Train a ladder by MeZO, for example to maximise a metric. It is best to start from a trained ladder."""
 
     def __init__(
@@ -569,12 +603,12 @@ class MeZOSide(lit_spu.methods.mezo_side.MeZOSide, KLadder):
         normalize: bool = False,
         weights: str | None = None,
         trajectory: str | None = None,
-        k: int = 1,
+        reduction: int = 8,
+        drop_layers: collections.abc.Sequence[int] = ...,
+        k: int = 0,
         fusion: typing.Literal["gated", "additive", "dynamic", "attention", "cross_attention"] = "gated",
         hidden_state_dropout: float = 0.0,
         share_projections: bool = True,
-        reduction: int = 8,
-        drop_layers: collections.abc.Sequence[int] = ...,
         init: typing.Literal["random", "magnitude", "fisher"] = "random",
         prune_order: typing.Literal["residual", "published"] = "residual",
         fisher_examples: int = 1024,
