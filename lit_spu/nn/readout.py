@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_spu.backbones import HiddenStates
 from lit_spu.backbones.precision import at_least_fp32
+from lit_spu.backbones.stacks import HiddenStates
 from lit_spu.errors import UserError
 from lit_spu.ranges import CountOrZero, Length
 
