@@ -76,7 +76,7 @@ def tiny_tokenizer(family: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    if family == "qwen2":  # its own tokenizer class is loaded whatever the folder names
+    if family in ("qwen2", "qwen3"):  # its own tokenizer class is loaded whatever the folder names
         return tiny_byte_tokenizer()
     ids = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
@@ -87,7 +87,7 @@ def tiny_tokenizer(family: str) -> Any:
             single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
         )
         del special["mask_token"]
-    elif family in ("gpt2", "opt", "opt-projected", "llama", "qwen2"):
+    elif family in ("gpt2", "opt", "opt-projected", "llama", "mistral"):
         special = {"unk_token": "[UNK]", "eos_token": "</s>"}
     else:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -192,7 +192,9 @@ def tiny_model(family: str) -> Any:
         "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**opt, word_embed_proj_dim=32)),
         "opt-projected": lambda: hf.OPTForCausalLM(hf.OPTConfig(**opt, word_embed_proj_dim=16)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**llama, bos_token_id=5)),
+        "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**llama, bos_token_id=5)),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**llama | {"vocab_size": 400}, bos_token_id=5)),
+        "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**llama | {"vocab_size": 400}, head_dim=8, bos_token_id=5)),
     }
     return make[family]()
 

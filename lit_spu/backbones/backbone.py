@@ -38,10 +38,10 @@ from lit_spu.tasks import Encoding, Format, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Head = Literal["classifier", "prompt"]
+Head = Literal["classifier", "prompt", "names"]
 
 HEAD_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "first": lambda hidden: hidden[:, 0],
+    "first": lambda hidden: hidden[:, 0],  # the only state of [batch, 1, width], see `apply_head`
     "gelu": F.gelu,
     "relu": F.relu,
 }
@@ -56,7 +56,7 @@ class Backbone(nn.Module, Architecture, ABC):
         base_model: Its stacks of blocks.
         encoding: Its tokenizer and the format of its examples, for the data module.
         name: The name or folder that it was loaded from.
-        head_type: `classifier` or `prompt`, as chosen by the user.
+        head_type: `classifier`, `prompt` or `names`, as chosen by the user.
         has_classifier: Whether it has a classification head. Otherwise the language-model head predicts a label word.
         new_head_reason: Why its head was created for the task; None if it was trained before.
         fingerprint: A digest of its pretrained weights.
@@ -76,7 +76,7 @@ class Backbone(nn.Module, Architecture, ABC):
         self.new_head_reason: str | None = "is new."
         below_head = getattr(model, model.base_model_prefix, model)  # a model without a head is its own base model
         self.base_model = self.stacks_class(below_head, family)
-        self.has_classifier = head == "classifier" and bool(family.classifier)
+        self.has_classifier = head == "classifier"
         self.head_steps = [HEAD_FUNCTIONS.get(path) or model.get_submodule(path) for path in self.head_paths]
         self.label_weight: nn.Parameter | None = None
         self.label_bias: nn.Parameter | None = None
@@ -103,14 +103,8 @@ class Backbone(nn.Module, Architecture, ABC):
         """Return the arguments of the base model for a batch."""
 
     @abstractmethod
-    def label_word_position(self, batch: Batch) -> Tensor:
-        """Return the position [batch] in the last stack where the language-model head predicts the label word."""
-
     def answer_position(self, batch: Batch) -> Tensor:
         """Return the position [batch] in the last stack whose hidden state the head reads."""
-        if self.has_classifier:
-            return torch.zeros_like(batch["input_ids"][:, 0])
-        return self.label_word_position(batch)
 
     def forward(self, batch: Batch, frozen: FrozenStates | None = None) -> Tensor:
         """Return the logits [batch, labels]. Blocks whose states are given as `frozen` do not run."""
@@ -145,7 +139,9 @@ class Backbone(nn.Module, Architecture, ABC):
         second label word is the position of the answer between the ends of the scale.
         """
         if self.has_classifier:
-            state = state.unsqueeze(1)  # [batch, 1, width]: a classification head selects the first token itself
+            state = state.unsqueeze(
+                1
+            )  # [batch, 1, width]: transformers' classification heads select a token themselves
         state = state.to(next((p.dtype for p in self.head_modules.parameters()), state.dtype))
         for step in self.head_steps:
             state = step(state)
@@ -170,6 +166,11 @@ class Backbone(nn.Module, Architecture, ABC):
         if self.task.regression:
             return logits.squeeze(-1), logits
         return logits.argmax(-1), logits.softmax(-1)
+
+    def reference_logits(self, batch: Batch) -> Tensor:
+        """Return what transformers' own class computes: logits of the labels, or [batch, tokens, vocabulary]."""
+        logits: Tensor = self.model(**self.model_inputs(batch)).logits
+        return logits
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -333,8 +334,7 @@ class Backbone(nn.Module, Architecture, ABC):
         candidates = self.label_word_candidates()
         tokens, rejected = tokenize_label_words(self.encoding.tokenizer, candidates, self.one_token_words)
         if not tokens:
-            classifier = bool(self.base_model.family.classifier)
-            raise label_word_error(self.task.name, self.name, rejected, self.one_token_words, classifier)
+            raise label_word_error(self.task.name, self.name, rejected, self.one_token_words)
         return tokens
 
 

@@ -1,4 +1,4 @@
-"""Causal models (GPT-2, OPT, Llama and relatives): they predict the label word after the prompt's last token."""
+"""Causal models (GPT-2, OPT, Llama and relatives): they answer at the prompt's last token, before the answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Causal(Backbone):
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
-    def label_word_position(self, batch: Batch) -> Tensor:
+    def answer_position(self, batch: Batch) -> Tensor:
         return batch["attention_mask"].sum(-1) - 1
 
 

@@ -6,6 +6,7 @@ import inspect
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lit_spu.backbones.backbone import Backbone, Head
@@ -36,6 +37,8 @@ class Encoder(Backbone):
         known = inspect.signature(self.base_model.model.forward).parameters
         return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
 
-    def label_word_position(self, batch: Batch) -> Tensor:
+    def answer_position(self, batch: Batch) -> Tensor:
+        if self.has_classifier:
+            return torch.zeros_like(batch["input_ids"][:, 0])
         blanks: Tensor = batch["input_ids"] == self.encoding.tokenizer.mask_token_id
         return blanks.int().argmax(-1)

@@ -28,6 +28,9 @@ _BERT = Family(
         "down": ("output.dense",),
     },
 )
+_SCORE = ("first", "score")
+"""Classification head of causal models: a linear layer on the only state that a head gets."""
+
 _LLAMA = Family(
     RotaryCausal,
     stacks=("layers",),
@@ -36,6 +39,7 @@ _LLAMA = Family(
     head_dim="head_dim",
     final_modules=("norm",),
     vocabulary=("lm_head",),
+    classifier=_SCORE,
     target_linears={
         "query": ("self_attn.q_proj",),
         "key": ("self_attn.k_proj",),
@@ -103,6 +107,7 @@ FAMILIES: Mapping[str, Family] = {
         depths=("num_layers", "num_decoder_layers"),
         final_modules=("decoder.final_layer_norm", "decoder.dropout"),
         vocabulary=("lm_head",),
+        classifier=("first", "classification_head"),
         cross_attention="layer.1.EncDecAttention",
         target_linears={
             "query": ("layer.?.*Attention.q",),
@@ -121,6 +126,7 @@ FAMILIES: Mapping[str, Family] = {
         depths=("n_layer",),
         final_modules=("ln_f",),
         vocabulary=("lm_head",),
+        classifier=_SCORE,
         target_linears={
             "query": ("attn.c_attn:0/3",),
             "key": ("attn.c_attn:1/3",),
@@ -138,6 +144,7 @@ FAMILIES: Mapping[str, Family] = {
         hidden_size="word_embed_proj_dim",
         final_modules=("decoder.final_layer_norm", "decoder.project_out"),
         vocabulary=("lm_head",),
+        classifier=_SCORE,
         target_linears={
             "query": ("self_attn.q_proj",),
             "key": ("self_attn.k_proj",),

@@ -13,7 +13,9 @@ class Architecture:
     """Properties of an architecture. `Backbone` inherits them; apart from it, a `Family` needs no import of it."""
 
     language_model: ClassVar[str]  # suffix of transformers' class with a language-model head, AutoModelFor…
+    knows_label_names: ClassVar[bool] = False  # whether it was pretrained to answer tasks by the names of their labels
     is_causal: ClassVar[bool]  # whether tokens of the last stack attend to earlier tokens only
+    has_own_answer_state: ClassVar[bool] = False  # whether transformers' class with a classifier reads another state
     head_dim_multiple: ClassVar[int] = 1  # the width of an attention head is a multiple of this
 
 
@@ -23,7 +25,8 @@ class Family:
 
     Paths of modules start at the base model, except for the two heads, where they start at the model with the head.
     The paths of a block's modules start at the block. A head is a chain of modules and of functions in
-    `backbone.HEAD_FUNCTIONS`; `vocabulary` ends in the linear layer over the vocabulary.
+    `backbone.HEAD_FUNCTIONS`; `vocabulary` ends in the linear layer over the vocabulary, `classifier` in that over the
+    labels.
     """
 
     architecture: type[Architecture]
@@ -31,7 +34,7 @@ class Family:
     embeddings: tuple[str, ...]  # modules before the blocks; a side model has none
     widths: tuple[str, ...]  # settings that a side model divides by its reduction
     vocabulary: tuple[str, ...]  # language-model head: from one hidden state to the logits of the vocabulary
-    classifier: tuple[str, ...] = ()  # classification head: from the last hidden states to the logits of the labels
+    classifier: tuple[str, ...]  # classification head: from states [batch, 1, width] to the logits [batch, labels]
     depths: tuple[str, ...] = ("num_hidden_layers",)  # settings for the number of blocks of each stack
     head_dim: str | None = None  # the setting for the width of one attention head, if there is one
     hidden_size: str = "hidden_size"  # the setting for the width of the last hidden states

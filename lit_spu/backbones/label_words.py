@@ -38,11 +38,10 @@ def tokenize_label_words(
     return [], rejected
 
 
-def label_word_error(task: str, backbone: str, rejected: Sequence[str], one_token: bool, classifier: bool) -> UserError:
+def label_word_error(task: str, backbone: str, rejected: Sequence[str], one_token: bool) -> UserError:
     """Return the error for label words that a backbone cannot predict."""
     needed = "must be one known token" if one_token else "must start with a known token that no other starts with"
-    advice = ", or use --model.head=classifier" if classifier else ""
     return UserError(
         f"The label words of {task} do not fit {backbone}, where each {needed}: {'; '.join(rejected)}."
-        f" Give other label_words in the task's YAML file{advice}."
+        " Give other label_words in the task's YAML file, or use --model.head=classifier."
     )

@@ -32,6 +32,9 @@ ASSETS = Path(__file__).parent / "assets"
 LOADED_DTYPE = torch.float32
 """Data type of all loaded weights, whatever config.json says: the model's `backbone_precision` is set after loading."""
 
+OWN_STATE = "reads_first_decoder_state"
+"""Key in config.json of a classifier that was trained on another state than transformers' class reads."""
+
 _only_shapes = ContextVar("only_shapes", default=False)
 
 
@@ -60,11 +63,11 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     Args:
         name: An embedded mini model, a folder with a Hugging Face model, or a name on the hub.
         task: The task that it answers.
-        head: A classification head, or the language-model head at the prompt's blank.
+        head: A classification head, or the language-model head: at the prompt's blank, or for the labels' names.
 
     Raises:
-        UserError: If there is no such model, its family is unknown, it lacks the weights of this head, or its tokenizer
-            does not know the label words.
+        UserError: If there is no such model, its family is unknown or has no such head, it lacks the weights of this
+            head, or its tokenizer does not know the label words.
     """
     source = find_model(name)
     family = FAMILIES.get(source.config.model_type)
@@ -74,6 +77,12 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
             f" Supported: {', '.join(FAMILIES)}."
         )
     architecture = cast(type[Backbone], family.architecture)
+    if head == "names" and not architecture.knows_label_names:
+        known = ", ".join(name for name, other in FAMILIES.items() if other.architecture.knows_label_names)
+        raise UserError(
+            f"model.head=names: {name!r} is of the family {source.config.model_type!r}, and only {known} was pretrained to"
+            " answer by the names of labels. Use classifier (a new head) or prompt (label words)."
+        )
     positions = getattr(source.config, "max_position_embeddings", None)  # a T5 has relative positions, without limit
     with explain_loading_errors(name, source.path):
         tokenizer = source.tokenizer
@@ -140,25 +149,24 @@ def load_model(source: Source, name: str, family: Family, task: Task, head: Head
     """
     import transformers
 
-    classifies = head == "classifier" and bool(family.classifier)
+    classifies = head == "classifier"
     kind = "SequenceClassification" if classifies else family.architecture.language_model
     auto = getattr(transformers, f"AutoModelFor{kind}")
-    reason = find_head_difference(source.config, task) if classifies else None
+    reason = find_head_difference(source.config, task, family) if classifies else None
     options: dict[str, Any] = {"local_files_only": source.is_local, "trust_remote_code": False}
     if classifies:
         options |= {"num_labels": task.num_logits, "ignore_mismatched_sizes": True}
     if _only_shapes.get():
         options.pop("ignore_mismatched_sizes", None)
         config = transformers.AutoConfig.from_pretrained(source.path, **options)
-        config.use_cache = False
-        return auto.from_config(config, dtype=LOADED_DTYPE).eval(), reason
+        return _configure(auto.from_config(config, dtype=LOADED_DTYPE).eval(), source, family, classifies), reason
     if Path(source.path).is_dir():
         check_checksums(Path(source.path))
         check_weight_files(Path(source.path))
     with quiet_loading():
         model, info = auto.from_pretrained(source.path, dtype=LOADED_DTYPE, output_loading_info=True, **options)
-    model.config.use_cache = False
-    _check_weights(info, model, name, family, head, classifies)
+    _configure(model, source, family, classifies)
+    _check_weights(info, model, name, family, head)
     if not classifies:
         return model, None
     if reason is None and not info["missing_keys"] and not info["mismatched_keys"]:
@@ -168,18 +176,32 @@ def load_model(source: Source, name: str, family: Family, task: Task, head: Head
     was_loaded = f"{path}.weight" not in info["missing_keys"]
     if was_loaded:
         with torch.no_grad():
-            linear.weight.normal_(std=model.config.initializer_range)
-            linear.bias.zero_()
+            linear.weight.normal_(std=getattr(model.config, "initializer_range", linear.in_features**-0.5))
+            if linear.bias is not None:
+                linear.bias.zero_()
     if was_loaded or any(key.startswith(f"{path.partition('.')[0]}.") for key in info["unexpected_keys"]):
         rank_zero_info(f"model.backbone: the classification head of {name!r} {reason} A new one is trained.")
     return model, reason
 
 
-def find_head_difference(config: Any, task: Task) -> str | None:
-    """Return how the labels of a model's classification head differ from a task's, or None if they are the same."""
+def _configure(model: Any, source: Source, family: Family, classifies: bool) -> Any:
+    """Set a loaded model's config, and return the model."""
+    model.config.use_cache = False
+    if classifies and family.architecture.is_causal:
+        # where transformers' class finds a text's last token; set when loaded, so that this embedding has a gradient
+        model.config.pad_token_id = source.tokenizer.pad_token_id
+    if classifies and family.architecture.has_own_answer_state:
+        setattr(model.config, OWN_STATE, True)
+    return model
+
+
+def find_head_difference(config: Any, task: Task, family: Family) -> str | None:
+    """Return how a model's classification head differs from the task's, or None if their labels are the same."""
     made_as = config.architectures or ()
     if made_as and not any("SequenceClassification" in name for name in made_as):
         return f"is new: the model is a {made_as[0]}."
+    if family.architecture.has_own_answer_state and not getattr(config, OWN_STATE, False):
+        return "was trained to read another state: the decoder's at the text's end, not its first."
     names = [str(name) for _, name in sorted(config.id2label.items())]
     are_default_names = names == [f"LABEL_{number}" for number in range(len(names))]
     are_same = [name.casefold() for name in names] == [label.casefold() for label in task.labels]
@@ -192,8 +214,9 @@ def find_head_difference(config: Any, task: Task) -> str | None:
     )
 
 
-def _check_weights(info: Any, model: Any, name: str, family: Family, head: Head, classifies: bool) -> None:
+def _check_weights(info: Any, model: Any, name: str, family: Family, head: Head) -> None:
     """Check the report of transformers: which weights are missing, have other shapes, or are too many."""
+    classifies = head == "classifier"
     new = [path for path in family.classifier if "." in path or hasattr(model, path)] if classifies else []
     missing = [key for key in info["missing_keys"] if not any(key.startswith(f"{path}.") for path in new)]
     if missing:

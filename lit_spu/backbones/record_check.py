@@ -66,14 +66,14 @@ def _probe(backbone: Backbone) -> dict[str, Tensor]:
 @torch.no_grad()
 def _has_same_logits(backbone: Backbone) -> bool:
     batch = _probe(backbone)
-    inputs, last = backbone.model_inputs(batch), backbone.stacks[-1].blocks[-1]
+    last = backbone.stacks[-1].blocks[-1]
     outputs: list[Any] = []
     handles = [last.register_forward_hook(lambda _, args, output: outputs.append(output))]
     if not backbone.has_classifier:
         vocabulary = backbone.model.get_submodule(backbone.base_model.family.vocabulary[-1])
         handles.append(vocabulary.register_forward_pre_hook(lambda _, args: (args[0] * _AMPLIFIED, *args[1:])))
     try:
-        theirs = backbone.model(**inputs).logits
+        theirs = backbone.reference_logits(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -42,19 +42,21 @@ def _select(inputs: Batch, prefix: str) -> dict[str, Tensor]:
 
 
 class Seq2Seq(Backbone):
-    """T5. It answers its own prompt (head `classifier`) with the name of a label, as in its pretraining.
+    """T5. It reads its own prompt, and answers by a classification head or, as in its pretraining, by a label's name.
 
     It answers a template (head `prompt`) with a label word.
     """
 
     language_model = "Seq2SeqLM"
+    knows_label_names = True
+    has_own_answer_state = True
     is_causal = True
     stacks_class = Seq2SeqStacks
     prefix: Tensor
 
     @classmethod
     def prompt_format(cls, head: Head, tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str]:
-        return ("named" if head == "classifier" else "cloze"), SENTINEL
+        return ("cloze" if head == "prompt" else "named"), SENTINEL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,14 +70,29 @@ class Seq2Seq(Backbone):
         prefix = self.prefix.expand(len(ids), -1)
         return {"input_ids": ids, "attention_mask": batch["attention_mask"], "decoder_input_ids": prefix}
 
-    def label_word_position(self, batch: Batch) -> Tensor:
+    def answer_position(self, batch: Batch) -> Tensor:
         return torch.full_like(batch["input_ids"][:, 0], len(self.prefix) - 1)
 
     def apply_head(self, state: Tensor) -> Tensor:
         config = self.model.config
-        return super().apply_head(state * config.d_model**-0.5 if config.scale_decoder_outputs else state)
+        is_scaled = config.scale_decoder_outputs and not self.has_classifier
+        return super().apply_head(state * config.d_model**-0.5 if is_scaled else state)
+
+    def reference_logits(self, batch: Batch) -> Tensor:
+        """Return the logits of transformers' class.
+
+        Its classifier reads the decoder at the text's end-of-sequence token. A text of this token alone, beside the
+        encoder's states, lets it read the decoder's first state.
+        """
+        if not self.has_classifier:
+            return super().reference_logits(batch)
+        inputs = self.model_inputs(batch)
+        encoded = self.base_model.model.encoder(**_select(inputs, ""), attention_mask=inputs["attention_mask"])
+        ends = torch.full_like(inputs["decoder_input_ids"], self.model.config.eos_token_id)
+        logits: Tensor = self.model(**inputs | {"input_ids": ends}, encoder_outputs=encoded).logits
+        return logits
 
     def label_word_candidates(self) -> Sequence[Sequence[str]]:
         """Return the names of the labels, if T5 answers its own prompt, and the task's label words."""
-        own = (self.task.labels,) if self.head_type == "classifier" and self.task.labels else ()
+        own = (self.task.labels,) if self.head_type == "names" and self.task.labels else ()
         return (*own, self.task.label_words)

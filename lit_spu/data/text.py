@@ -76,17 +76,17 @@ def template_of(task: Task, encoding: Encoding, template: str = "auto") -> str |
 
 
 def _check_mask(prompt: str | None, encoding: Encoding, where: str) -> None:
-    """Raise a UserError if the backbone predicts a word at `{mask}` but `prompt` does not have it there."""
+    """Raise a UserError if the backbone answers at `{mask}` but `prompt` does not have it there."""
     if encoding.format not in ("cloze", "prefix"):
         return
     if prompt is None or prompt.count("{mask}") != 1:
         given = "it has only the fields" if prompt is None else repr(prompt)
         raise UserError(
-            f"{where}: this backbone predicts a word at {{mask}}, so the template must contain {{mask}} once: {given}."
+            f"{where}: this backbone answers at {{mask}}, so the template must contain {{mask}} once: {given}."
         )
     if encoding.format == "prefix" and not prompt.rstrip().endswith("{mask}"):
         raise UserError(
-            f"{where}: this backbone predicts the next word, so the template must end in {{mask}}: {prompt!r}."
+            f"{where}: this backbone answers after the last token, so the template must end in {{mask}}: {prompt!r}."
         )
 
 

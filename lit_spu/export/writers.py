@@ -231,13 +231,27 @@ def _best_score(method: Method, file: Path | None) -> str:
 
 def _inputs_and_outputs(method: Method) -> str:
     """Return a sentence or two on the texts that the model reads and the logits that it returns."""
-    task = method.task
-    labels = ", ".join(task.labels)
-    if method.backbone.has_classifier:
+    task, backbone = method.task, method.backbone
+    labels, form = ", ".join(task.labels), method.encoding.format
+    text = "the plain text" if form == "pair" else f"a text in the task's template (the {form} format)"
+    if backbone.has_classifier:
         output = f"one logit for each of {labels}, in this order" if labels else "a number"
-        return f"The input is the plain text. The output is {output}."
+        return f"The input is {text}. The output is {output}.{_own_answer_state(backbone)}"
+    tokenizer = method.encoding.tokenizer
+    words = [tokenizer.decode([token]).strip() for token in backbone.label_token_ids.tolist()]
     return (
-        f"The input is a text in the task's template (the {method.encoding.format} format). The answer is the most"
-        f" likely of the label words {', '.join(task.label_words)}, which stand for"
+        f"The input is {text}. The answer is the most likely of the tokens {', '.join(words)}, which stand for"
         f" {labels or 'the ends of the scale'}."
+    )
+
+
+def _own_answer_state(backbone: Backbone) -> str:
+    """Return how to compute the logits without this package, if transformers' own class reads another state."""
+    if not backbone.has_own_answer_state:
+        return ""
+    head, base = backbone.head_paths[-1], backbone.model.base_model_prefix
+    return (
+        f" The head reads the decoder's first state, and {type(backbone.model).__name__} itself another one: the logits"
+        f" are `model.{head}(model.{base}(**inputs, decoder_input_ids=start).last_hidden_state[:, 0])`, where `start`"
+        " is the decoder's start token for each text."
     )

@@ -35,8 +35,9 @@ class Method(Checked, FiniteLosses, ABC):
     Args:
         backbone: An embedded mini model (mini-bert, mini-t5), or a Hugging Face name or folder.
         task: A task's name, or a YAML file with your own. On the command line it is taken from `data.task`.
-        head: A new classification head, or the language-model head at the prompt's blank. T5 and causal models always
-            answer by their language-model head.
+        head: A classification head, new unless the backbone has one for these labels (`classifier`); or the
+            language-model head, which answers by a label word at the prompt's blank (`prompt`), or, T5 only, by a
+            label's name as in its pretraining (`names`).
         lr: Peak learning rate.
         optimizer: AdamW, or Adafactor, whose step is scaled by the size of each weight.
         weight_decay: Decoupled weight decay of matrices; biases and norms have none.

@@ -42,7 +42,8 @@ class ZerothOrder(Method):
     checkpoints. `lit_spu.replay` computes the trained weights from it.
 
     Args:
-        head: The language-model head at the prompt's blank, or, as a control, a new classification head.
+        head: The language-model head at the prompt's blank (`prompt`), or, as a control, a new classification head
+            (`classifier`). A T5 may also answer by its labels' names (`names`).
         lr: Learning rate.
         schedule: A constant learning rate, as in the paper, or linear warm-up and decay.
         objective: `loss`, which is minimised, or one of the task's metrics, which is maximised on each batch.

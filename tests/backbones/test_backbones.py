@@ -17,7 +17,12 @@ from lit_spu.errors import UserError
 from lit_spu.tasks import TASKS
 from tests.conftest import FAMILIES, encode
 
-ENCODERS = ("bert", "distilbert", "roberta", "electra", "deberta-v2")
+CAUSAL = ("gpt2", "opt", "opt-projected", "llama", "mistral", "qwen2", "qwen3")
+HEADS = [
+    *((family, head) for family in FAMILIES for head in ("classifier", "prompt")),
+    ("t5", "names"),
+    ("t5-gated", "names"),
+]
 Tiny = Callable[[str], str]
 
 
@@ -34,13 +39,16 @@ def plain_scores(backbone: Backbone, batch: dict[str, Tensor], head: str) -> Ten
         inputs["token_type_ids"] = batch["token_type_ids"]
     tokenizer: Any = backbone.encoding.tokenizer
     words = {
-        ("classifier", True): ["negative", "positive"],
+        ("names", True): ["negative", "positive"],
     }.get((head, family == "t5"), ["terrible", "great"])
     ids = [tokenizer(f"It was {word}", add_special_tokens=False).input_ids[-1] for word in words]
     rows = torch.arange(len(batch["labels"]))
     if family == "t5":
-        start = [0] if head == "classifier" else [0, tokenizer.convert_tokens_to_ids("<extra_id_0>")]
+        start = [0, tokenizer.convert_tokens_to_ids("<extra_id_0>")] if head == "prompt" else [0]
         inputs["decoder_input_ids"] = torch.tensor([start] * len(rows))
+        if head == "classifier":  # transformers' own reads the decoder where the text ends
+            state = backbone.model.transformer(**inputs).last_hidden_state[:, 0]
+            return backbone.model.classification_head(state)  # type: ignore[no-any-return]
         return backbone.model(**inputs).logits[:, -1, ids]  # type: ignore[no-any-return]
     logits = backbone.model(**inputs).logits
     if head == "classifier" and logits.ndim == 2:
@@ -52,8 +60,7 @@ def plain_scores(backbone: Backbone, batch: dict[str, Tensor], head: str) -> Ten
     return logits[rows, place][:, ids]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("head", ["classifier", "prompt"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "head"), HEADS)
 def test_scores_equal_the_plain_model(tiny: Tiny, family: str, head: str) -> None:
     backbone = load(tiny(family), head)
     batch = encode(backbone)
@@ -81,8 +88,7 @@ def test_taps_are_the_hidden_states_and_the_head_can_be_run_apart(tiny: Tiny, fa
     assert torch.equal(backbone.logits_from(taps, batch), same_way)
 
 
-@pytest.mark.parametrize("head", ["classifier", "prompt"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "head"), HEADS)
 def test_a_student_is_the_same_model_narrower(tiny: Tiny, family: str, head: str) -> None:
     backbone = load(tiny(family), head)
     batch = encode(backbone)
@@ -132,13 +138,13 @@ def test_regression_by_label_words_stays_in_its_range(tiny: Tiny, family: str) -
     torch.testing.assert_close(backbone(batch), torch.full((4, 1), 2.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_freezing_leaves_only_a_new_head(tiny: Tiny, family: str) -> None:
-    backbone = load_backbone(tiny(family), TASKS["sst2"])
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_freezing_leaves_only_a_new_head(tiny: Tiny, family: str, head: Any) -> None:
+    backbone = load_backbone(tiny(family), TASKS["sst2"], head)
     backbone.freeze()
     backbone.train()
     learns = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    assert bool(learns) == (family in ENCODERS)
+    assert bool(learns) == (head == "classifier")
     assert not any(block.training for block in backbone.blocks)
     backbone.blocks[-1].requires_grad_(True)
     backbone.train()
@@ -200,10 +206,65 @@ def test_wrong_names_are_answered(tiny: Tiny, tmp_path: Path) -> None:
         load_backbone(tiny("bert"), TASKS["trec"], "prompt")  # none of its label words is in the vocabulary
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_classifier_of_transformers_answers_the_same(tiny: Tiny, family: str, tmp_path: Path) -> None:
+    """Its class reads the token before the padding, which its config.json has to name."""
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny(family), num_labels=2)
+    torch.nn.init.normal_(plain.score.weight)
+    plain.save_pretrained(tmp_path)
+    load(tiny(family)).encoding.tokenizer.save_pretrained(tmp_path)
+    backbone = load(str(tmp_path))
+    assert backbone.head_is_pretrained
+    batch = encode(backbone)
+    assert len(set(batch["attention_mask"].sum(1).tolist())) > 1
+    plain.config.pad_token_id = backbone.encoding.tokenizer.pad_token_id
+    theirs = plain.double().eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(backbone(batch), theirs, atol=1e-12, rtol=0)
+
+
+def test_only_a_t5_answers_by_names(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"model\.head=names: .* family 'gpt2', and only t5 .* Use classifier"):
+        load_backbone(tiny("gpt2"), TASKS["sst2"], "names")
+
+
+def test_a_t5_classifier_of_transformers_is_not_taken_for_a_trained_one(tiny: Tiny, tmp_path: Path) -> None:
+    """It reads another state of the decoder; one that was trained here says so in its config.json."""
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny("t5"), num_labels=2)
+    first = load(tiny("t5"))
+    for folder, model in ((tmp_path / "theirs", plain), (tmp_path / "ours", first.model)):
+        model.save_pretrained(folder)
+        first.encoding.tokenizer.save_pretrained(folder)
+    theirs, ours = load(str(tmp_path / "theirs")), load(str(tmp_path / "ours"))
+    assert str(theirs.new_head_reason).startswith("was trained to read another state")
+    assert not torch.equal(
+        theirs.model.classification_head.out_proj.weight.float(), plain.classification_head.out_proj.weight
+    )
+    assert not theirs.model.classification_head.out_proj.bias.any()
+    batch = encode(first)
+    assert ours.head_is_pretrained
+    torch.testing.assert_close(ours(batch), first(batch), atol=1e-12, rtol=0)
+
+
+def test_a_score_layer_of_other_labels_is_drawn_again(tiny: Tiny, tmp_path: Path) -> None:
+    """It has no bias."""
+    backbone = load(tiny("gpt2"))
+    backbone.model.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}
+    torch.nn.init.ones_(backbone.model.score.weight)
+    backbone.model.save_pretrained(tmp_path)
+    backbone.encoding.tokenizer.save_pretrained(tmp_path)
+    again = load(str(tmp_path))
+    assert "has 2 labels (POSITIVE, NEGATIVE)" in str(again.new_head_reason)
+    assert 0 < again.model.score.weight.std() < 0.1
+
+
 def test_t5_falls_back_to_label_words_where_its_own_names_start_alike(tiny: Tiny) -> None:
     def words(**changes: Any) -> list[str]:
         task = replace(TASKS["sst2"], **changes)
-        backbone = load_backbone(tiny("t5"), task)
+        backbone = load_backbone(tiny("t5"), task, "names")
         return [
             str(word) for word in backbone.encoding.tokenizer.convert_ids_to_tokens(backbone.label_token_ids.tolist())
         ]

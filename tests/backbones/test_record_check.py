@@ -81,7 +81,7 @@ def test_a_record_that_lacks_a_step_is_refused(tmp_path: Path, kind: str, monkey
     model_type = load.find_model(folder).config.model_type
     monkeypatch.setattr(load, "FAMILIES", {model_type: record})
     with pytest.raises(UserError, match="it would compute another function"):
-        load_backbone(folder, TASKS["sst2"])
+        load_backbone(folder, TASKS["sst2"], "prompt")
 
 
 def test_parts_that_are_in_order_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_every_task_has_a_template_for_every_backbone(task: Task, form: Format) 
         ("pair", "{sentence!r}", r"accepts only :cut or :uncap"),
         ("pair", "{sentence:>9}", r"accepts only :cut or :uncap"),
         ("pair", "{sentence.lower}", r"\{sentence\.lower\} is not a field"),
-        ("cloze", "{sentence} so.", r"predicts a word at \{mask\}, so the template must contain \{mask\} once"),
+        ("cloze", "{sentence} so.", r"answers at \{mask\}, so the template must contain \{mask\} once"),
         ("cloze", "{mask} {sentence} {mask}", r"must contain \{mask\} once"),
         ("cloze", "pair", r"the pair template of sst2: .* must contain \{mask\} once"),
         ("prefix", "cloze", r"the cloze template of sst2: .* must end in \{mask\}"),

@@ -19,8 +19,10 @@ from tests.conftest import encode
         ("distilbert", "classifier", 32 * 32 + 32 + 32 * 2 + 2),
         ("roberta", "classifier", 32 * 32 + 32 + 32 * 2 + 2),
         ("bert", "prompt", 32 * 32 + 32 + 2 * 32 + 32 * 2 + 2),  # transform with its norm, two rows with biases
-        ("t5", "classifier", 2 * 32),  # two rows
-        ("gpt2", "classifier", 2 * 32),
+        ("t5", "classifier", 32 * 32 + 32 + 32 * 2 + 2),  # dense and out_proj
+        ("t5", "names", 2 * 32),  # two rows
+        ("gpt2", "classifier", 2 * 32),  # score
+        ("gpt2", "prompt", 2 * 32),
     ],
 )
 def test_the_head_alone_is_trained(tiny: Callable[[str], str], family: str, head: str, expected: int) -> None:
