@@ -80,8 +80,8 @@ def load_backbone(name: str, task: Task, head: Head = "classifier") -> Backbone:
     if head == "names" and not architecture.knows_label_names:
         known = ", ".join(name for name, other in FAMILIES.items() if other.architecture.knows_label_names)
         raise UserError(
-            f"model.head=names: {name!r} is of the family {source.config.model_type!r}, and only {known} was pretrained to"
-            " answer by the names of labels. Use classifier (a new head) or prompt (label words)."
+            f"model.head=names: {name!r} is of the family {source.config.model_type!r}, and only {known} was pretrained"
+            " to answer by the names of labels. Use classifier (a new head) or prompt (label words)."
         )
     positions = getattr(source.config, "max_position_embeddings", None)  # a T5 has relative positions, without limit
     with explain_loading_errors(name, source.path):

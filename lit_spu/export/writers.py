@@ -238,7 +238,7 @@ def _inputs_and_outputs(method: Method) -> str:
         output = f"one logit for each of {labels}, in this order" if labels else "a number"
         return f"The input is {text}. The output is {output}.{_own_answer_state(backbone)}"
     tokenizer = method.encoding.tokenizer
-    words = [tokenizer.decode([token]).strip() for token in backbone.label_token_ids.tolist()]
+    words = [str(tokenizer.decode(token)).strip() for token in backbone.label_token_ids.tolist()]
     return (
         f"The input is {text}. The answer is the most likely of the tokens {', '.join(words)}, which stand for"
         f" {labels or 'the ends of the scale'}."
