@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from lit_spu.measure import MIB
 from lit_spu.safe_yaml import parse_json, read_mapping
 from lit_spu.study.compare import TEST, Outcome, refuse_damage
 from lit_spu.study.grid import CALIBRATED_ZERO_SHOT, MAJORITY, UNTRAINED, ZERO_SHOT
+from lit_spu.study.old_names import use_present_names
 from lit_spu.tasks import Task, load_task
 from lit_spu.tasks.metrics import CALIBRATED, task_metrics
 
@@ -34,18 +34,6 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 RESULTS = "results.json"
-RENAMED = {
-    "lit_spu.policies": "lit_spu.callbacks.policies",
-    "model.activation_checkpointing": "model.gradient_checkpointing",
-    "model.scores_weight": "model.logits_weight",
-    "model.start": "model.init",
-    "model.states_weight": "model.hidden_states_weight",
-    "model.tap_cache": "model.activation_cache",
-    "model.tap_dropout": "model.hidden_state_dropout",
-}
-"""Names in older results and their present names. `model.x` also stands for `model.init_args.x`.
-A record is found by its command line, so every flag or class path that gets a new name needs an entry here.
-"""
 
 
 def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -164,25 +152,11 @@ def read_records(out: Path) -> Saved:
     for run in runs:
         try:
             with refuse_damage(file):
-                record = _check_record(_use_present_names(run))
+                record = _check_record(use_present_names(run))
                 saved.records[record["command"]] = record
         except UserError as error:
             saved.problems.append(str(error))
     return saved
-
-
-def _use_present_names(record: Record) -> Record:
-    """Replace names of older versions in a record's keys and texts."""
-    return {rename(name): rename(value) if isinstance(value, str) else value for name, value in record.items()}
-
-
-def rename(text: str) -> str:
-    """Replace every name in `RENAMED` that occurs in a command line, a setting's name or a setting's value."""
-    for old, new in RENAMED.items():
-        section, _, name = old.partition(".")
-        former = rf"(?<![\w/])({section}\.(?:init_args\.)?){re.escape(name)}(?!\w)"
-        text = re.sub(former, rf"\g<1>{new.removeprefix(f'{section}.')}", text)
-    return text
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,8 @@ import yaml
 
 from lit_spu.__main__ import main
 from lit_spu.study.grid import Study
-from lit_spu.study.results import RENAMED, read_records, rename
+from lit_spu.study.old_names import RENAMED, rename
+from lit_spu.study.results import read_records
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "docs" / "studies"
