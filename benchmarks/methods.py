@@ -51,7 +51,7 @@ class Cost:
     allocator_mib: float | None = None
 
 
-CACHED = ("head", "last_layer", "last_layers", "lora_top", "lst", "kladder", "mezo_side")
+CACHED = ("head", "readout", "readout_lora", "last_layer", "last_layers", "lora_top", "lst", "kladder", "mezo_side")
 """Configs with an additional row: the same method with an activation cache."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -80,7 +80,7 @@ class ReadOut(nn.Module):
         """
         first = states.blocks[self.blocks[0]]
         with torch.autocast(first.device.type, enabled=False):
-            weights = self._token_weights(first, states.mask, position)
+            weights = self._token_weights(first, states.mask, position).to(at_least_fp32(first).dtype)
             selected = [weights @ at_least_fp32(states.blocks[i]) for i in self.blocks]
             return F.layer_norm(torch.stack(selected, 1), (self.width,)).flatten(1)
 
