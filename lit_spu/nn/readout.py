@@ -88,7 +88,7 @@ class ReadOut(nn.Module):
         """Return weights [batch, rows, tokens] whose products with states select the answer's, or average them."""
         rows = []
         if self.tokens != "mean":
-            rows.append(F.one_hot(position, state.shape[1]).float())
+            rows.append((torch.arange(state.shape[1], device=state.device) == position.unsqueeze(1)).float())
         if self.tokens != "answer":
             real = state.new_ones(state.shape[:2], dtype=torch.float32) if mask is None else mask.float()
             rows.append(real / real.sum(1, keepdim=True))
