@@ -159,6 +159,21 @@ def test_transformers_loads_a_merged_model(
     assert plain.config.id2label == {0: "negative", 1: "positive"}
 
 
+def test_the_card_of_a_t5_classifier_has_the_code_for_its_logits(tiny: Tiny, tmp_path: Path) -> None:
+    """The forward pass of transformers' class reads another state."""
+    method = disturbed(HeadOnly(backbone=tiny("t5")))
+    writers.write_folder(tmp_path / "out", method, None, "merged", lambda folder: writers.write_merged(method, folder))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a text in the task's template (the named format)" in card
+    (code,) = re.findall(r"the logits are `(.*)`, where", card)
+    inputs = method.backbone.model_inputs(encode(method.backbone))
+    start = inputs.pop("decoder_input_ids")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = eval(code, {"model": model, "inputs": inputs, "start": start})
+    torch.testing.assert_close(logits, answers(method, encode(method.backbone)), atol=2e-6, rtol=1e-5)
+
+
 def test_label_words_rows_apart_from_a_tied_vocabulary_are_not_merged(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="HeadOnly trained weights that GPT2LMHeadModel does not have"):
         writers.write_merged(HeadOnly(backbone=tiny("gpt2"), head="prompt"), tmp_path / "out")
