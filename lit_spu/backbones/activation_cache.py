@@ -1,7 +1,8 @@
 """A cache of a frozen backbone's hidden states: its blocks run once for each text.
 
 The hidden states of a text depend on its tokens and on the backbone alone. A digest of both is their key, so no cached
-record can be out of date, and runs of any task, method, seed or batch size share the cache.
+record can be out of date. Runs of any task, seed or batch size share the cache, as do methods that read the same
+states.
 
 The record of a text holds for each stack the wanted states [states, tokens, width], then the scales of int8.
 """
@@ -179,6 +180,7 @@ class ActivationCache:
     ) -> tuple[HiddenStates, ...]:
         """Return the hidden states of a batch from the records of its rows."""
         rest = list(records)
+        lengths = [ids.shape[1] for name, ids in inputs.items() if name.endswith("input_ids")]
 
         def take(row: int, dtype: Any, *shape: int) -> Any:
             """Remove and return the next numbers of a row's record."""
@@ -194,7 +196,7 @@ class ActivationCache:
             if not wanted:
                 states.append(HiddenStates.select({}, stack.depth, mask))
                 continue
-            blocks, width, longest = len(wanted), stack.width, int(stack_counts.max())
+            blocks, width, longest = len(wanted), stack.width, lengths[number]
             numbers = torch.empty(blocks, len(records), longest, width, dtype=self.cached_dtype)
             raw = (numbers.view(torch.int16) if self.cached_dtype is torch.bfloat16 else numbers).numpy()
             scales = torch.zeros(blocks, len(records), longest, 1) if self.cached_dtype is torch.int8 else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, FrozenStates, HiddenStates, Precision, StateIndices
@@ -48,10 +48,12 @@ class CachedBackbone(Method):
         self._num_cached_blocks = 0
 
     def count_frozen_blocks(self) -> int:
-        """Return the number of blocks, of all stacks together, that are below every trained weight."""
+        """Return the number of blocks, of all stacks together, below all trained weights and adapters."""
+        adapted = {adapter.target.linear for adapter in self.adapters}
         for depth, parameters in enumerate(self.parameters_by_depth):
-            if any(parameter.requires_grad for parameter in parameters):
-                return max(0, depth - 1)  # the embeddings come first
+            block = self.backbone.blocks[depth - 1] if depth else nn.Module()  # the embeddings come first
+            if any(parameter.requires_grad for parameter in parameters) or not adapted.isdisjoint(block.modules()):
+                return max(0, depth - 1)
         return len(self.backbone.blocks)
 
     def wanted_states(self) -> StateIndices | None:

@@ -23,7 +23,7 @@ from lit_spu.ranges import CountOrZero
 class KLadder(LinearReadOut, LadderBase):
     """Train a linear read-out of the backbone's blocks and of a side network. At the start the latter adds nothing.
 
-    The logits are W·[blocks; side network's last state], where all of W starts at zero, or the blocks' part at its fit.
+    The logits are W·(blocks) + V·(side network's last state) + b. V starts at zero, W and b at zero or at their fit.
 
     Args:
         k: Radius of the rungs' windows; 0 reads one block, as LST does.
@@ -34,14 +34,14 @@ class KLadder(LinearReadOut, LadderBase):
         width = self.side.side_model.output_width
         self.side_readout = ReadOut([0], width, self.task.num_logits, self.readout.tokens, bias=False)
 
-    def states_read(self) -> StateIndices:
+    def read_indices(self) -> StateIndices:
         return [range(stack.depth + 1) for stack in self.backbone.stacks]
 
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
-        states = self.read_states(hidden_states, batch)
+        states = self.compute_states(hidden_states, batch)
         with record_function("side"):
             state = self.side(states, self.backbone.model_inputs(batch))
             side_states = HiddenStates(state, (state,), states[-1].mask)
             added = self.side_readout(self.side_readout.features(side_states, self.backbone.answer_position(batch)))
-        logits: Tensor = self.read(states, batch) + added
+        logits: Tensor = self.apply_readout(states, batch) + added
         return logits

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, FrozenStates, HiddenStates, Role, StateIndices
+from lit_spu.errors import UserError
 from lit_spu.methods.frozen import DrawExamples, HiddenStateReader
 from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.lora import LowRank
@@ -61,6 +62,11 @@ class LinearReadOut(HiddenStateReader):
         targets = self.backbone.target_linears(*get_args(Role), blocks=tuned) if tuned else ()
         self.pairs = adapter_dict(LowRank(target, rank, alpha).attach() for target in targets)
         self.num_tuned = layers
+        if layers and stack.depth not in self.read_indices()[-1]:
+            raise UserError(
+                f"model.layers={layers}: the read-out does not read the last block, so that tuned blocks would change"
+                f" nothing. Add {stack.depth - 1} to model.blocks, or leave out model.layers."
+            )
 
     def prepare(self, examples: DrawExamples) -> None:
         super().prepare(examples)
@@ -74,7 +80,7 @@ class LinearReadOut(HiddenStateReader):
         self.eval()
         features, labels = [], []
         for batch in batches:
-            states = self.read_states(self.hidden_states(batch), batch)
+            states = self.compute_states(self.hidden_states(batch), batch)
             features.append(self.readout.features(states[-1], self.backbone.answer_position(batch)))
             labels.append(batch["labels"])
         self.train(was_training)
@@ -87,10 +93,12 @@ class LinearReadOut(HiddenStateReader):
             value = metric.to(logits.device)(self.backbone.predict(logits)[0], labels)
             return float(value.nan_to_num(-torch.inf))
 
-        penalty = self.readout.fit(torch.cat(features), torch.cat(labels), loss, score)
-        rank_zero_info(f"The read-out starts at its fit to {sum(map(len, labels)):,} examples, L2 penalty {penalty:g}.")
+        all_features, all_labels = torch.cat(features), torch.cat(labels)
+        features.clear()
+        penalty = self.readout.fit(all_features, all_labels, loss, score)
+        rank_zero_info(f"The read-out starts at its fit to {len(all_labels):,} examples, L2 penalty {penalty:g}.")
 
-    def states_read(self) -> StateIndices:
+    def read_indices(self) -> StateIndices:
         """Return the hidden states that the method reads, of frozen and of tuned blocks."""
         return [*([()] * (len(self.backbone.stacks) - 1)), [block + 1 for block in self.readout.blocks]]
 
@@ -100,22 +108,22 @@ class LinearReadOut(HiddenStateReader):
         needed = stacks.states_above(num_frozen if self.num_tuned else 0)
         counts = stacks.count_by_stack(num_frozen)
         return [
-            {*some, *(number for number in read if number <= count)}
-            for some, read, count in zip(needed, self.states_read(), counts, strict=True)
+            {*below_tuned, *(index for index in read if index <= count and (index or not self.num_tuned))}
+            for below_tuned, read, count in zip(needed, self.read_indices(), counts, strict=True)
         ]
 
-    def read_states(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Sequence[HiddenStates]:
+    def compute_states(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Sequence[HiddenStates]:
         """Return the hidden states that the method reads, those of tuned blocks with gradients."""
         if not self.num_tuned:
             return hidden_states
         frozen = FrozenStates(len(self.backbone.blocks) - self.num_tuned, hidden_states)
         with record_function("tuned blocks"):
-            return self.backbone.hidden_states(batch, self.states_read(), frozen)
+            return self.backbone.hidden_states(batch, self.read_indices(), frozen)
 
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
-        return self.read(self.read_states(hidden_states, batch), batch)
+        return self.apply_readout(self.compute_states(hidden_states, batch), batch)
 
-    def read(self, states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+    def apply_readout(self, states: Sequence[HiddenStates], batch: Batch) -> Tensor:
         """Return the logits [batch, labels] of the read-out."""
         with record_function("read-out"):
             logits: Tensor = self.readout(self.readout.features(states[-1], self.backbone.answer_position(batch)))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_spu.backbones.precision import at_least_fp32
 from lit_spu.backbones.stacks import HiddenStates
 from lit_spu.errors import UserError
 from lit_spu.ranges import CountOrZero, Length
@@ -78,21 +77,18 @@ class ReadOut(nn.Module):
             states: Hidden states of the stack.
             position: The answer's position [batch].
         """
-        first = states.blocks[self.blocks[0]]
+        first, selected = states.blocks[self.blocks[0]], []
+        rows = torch.arange(len(first), device=first.device)
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        mask = first.new_ones(first.shape[:2]) if states.mask is None else states.mask
+        shares = (mask.to(dtype) / mask.sum(1, keepdim=True)).unsqueeze(1)  # [batch, 1, tokens]
         with torch.autocast(first.device.type, enabled=False):
-            weights = self._token_weights(first, states.mask, position).to(at_least_fp32(first).dtype)
-            selected = [weights @ at_least_fp32(states.blocks[i]) for i in self.blocks]
+            for state in (states.blocks[i] for i in self.blocks):
+                if self.tokens != "mean":
+                    selected.append(state[rows, position].to(dtype))
+                if self.tokens != "answer":
+                    selected.append((shares @ state.to(dtype)).squeeze(1))
             return F.layer_norm(torch.stack(selected, 1), (self.width,)).flatten(1)
-
-    def _token_weights(self, state: Tensor, mask: Tensor | None, position: Tensor) -> Tensor:
-        """Return weights [batch, rows, tokens] whose products with states select the answer's, or average them."""
-        rows = []
-        if self.tokens != "mean":
-            rows.append((torch.arange(state.shape[1], device=state.device) == position.unsqueeze(1)).float())
-        if self.tokens != "answer":
-            real = state.new_ones(state.shape[:2], dtype=torch.float32) if mask is None else mask.float()
-            rows.append(real / real.sum(1, keepdim=True))
-        return torch.stack(rows, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits [batch, labels] from `features`."""
@@ -121,11 +117,12 @@ class ReadOut(nn.Module):
             The penalty.
         """
         held_out = torch.arange(len(labels), device=labels.device) % _HELD_OUT == 0
+        fitted, tested = (features[~held_out], labels[~held_out]), (features[held_out], labels[held_out])
         num_logits, scores, start = self.linear.out_features, {}, None
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             for penalty in PENALTIES:  # each fit starts at the one before
-                start = fit_linear(features[~held_out], labels[~held_out], num_logits, loss, penalty, start)
-                scores[penalty] = score(F.linear(features[held_out], *start), labels[held_out])
+                start = fit_linear(*fitted, num_logits, loss, penalty, start)
+                scores[penalty] = score(F.linear(tested[0], *start), tested[1])
             best = max(PENALTIES, key=scores.__getitem__)  # of equal ones the strongest
             weight, bias = fit_linear(features, labels, num_logits, loss, best)
             self.linear.weight.copy_(weight)

@@ -30,7 +30,7 @@ def use_present_names(record: Mapping[str, Any]) -> dict[str, Any]:
         return record
     # the k-ladder without a read-out is LST with windows
     k = "" if "--model.k=" in record["command"] else " --model.k=1"
-    command = record["command"].replace("--config=configs/kladder.yaml", f"--config=configs/lst.yaml{k}")
+    command = re.sub(r"(--config=(?:\S*/)?)kladder\.yaml", rf"\1lst.yaml{k}", record["command"])
     return record | {"command": command, "config.model.class_path": "lit_spu.methods.ladder.LadderSideTuning"}
 
 

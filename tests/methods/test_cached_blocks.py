@@ -154,3 +154,12 @@ def test_trained_blocks_can_be_recomputed_above_a_cache(tiny: Tiny, family: str,
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_block_with_a_frozen_adapter_is_not_cached(tiny: Callable[[str], str]) -> None:
+    """The key of the cache is of the backbone's own weights, which do not show what an adapter adds."""
+    method = LoRA(backbone=tiny("bert"))
+    for adapter in method.adapters[: len(method.adapters) // 2]:
+        adapter.requires_grad_(False)
+    assert method.count_frozen_blocks() == 0
+    assert LoRA(backbone=tiny("bert"), layers=1).count_frozen_blocks() == 3

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
 from lit_spu.data.glue import GLUE
+from lit_spu.errors import UserError
 from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.readout import LinearReadOut
 from lit_spu.methods.shared_trunk import SharedTrunk
@@ -135,6 +136,24 @@ def test_only_what_is_read_is_computed_and_kept(tiny: Tiny) -> None:
     assert wanted == {1, 3}  # the output of block 0, and that of block 2, which block 3 reads
     encoder, decoder = make(tiny("t5"), blocks="last", layers=1).wanted_states()
     assert (encoder, decoder) == ({4}, {3})
+
+
+def test_tuned_blocks_that_nothing_reads_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"model.layers=2: the read-out does not read the last block.*Add 3 to model"):
+        make(tiny("bert"), blocks=[0, 2], layers=2)
+    make(tiny("bert"), blocks=[0], layers=2, k=0, reduction=2)  # the ladder reads all blocks
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": 1}, {"k": 0, "reduction": 2}])
+def test_a_cached_batch_may_be_padded_beyond_its_longest_text(tiny: Tiny, settings: dict[str, Any]) -> None:
+    method = make(tiny("bert"), **settings).eval()
+    randomise(method.readout)
+    longer = encode(method.backbone, pad_to=20)
+    with torch.no_grad():
+        expected = method(longer)
+        method.cache = method.make_cache()
+        torch.testing.assert_close(method(longer), expected)
+        torch.testing.assert_close(method(encode(method.backbone)), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import yaml
 
 from lit_spu.__main__ import main
 from lit_spu.study.grid import Study
-from lit_spu.study.old_names import RENAMED, rename
+from lit_spu.study.old_names import RENAMED, rename, use_present_names
 from lit_spu.study.results import read_records
 
 ROOT = Path(__file__).parents[2]
@@ -110,3 +110,14 @@ def test_records_have_present_names_only(study: str) -> None:
 )
 def test_names_are_replaced_and_others_are_not(old: str, present: str | None) -> None:
     assert rename(old) == (present or old)
+
+
+@pytest.mark.parametrize("folder", ["configs/", "/opt/lit_spu/configs/", ""])
+def test_an_older_k_ladder_is_lst_with_windows(folder: str) -> None:
+    old = {
+        "command": f"lit-spu fit --config={folder}kladder.yaml --model.reduction=8",
+        "config.model.class_path": "lit_spu.methods.kladder.KLadder",
+    }
+    assert use_present_names(old)["command"] == f"lit-spu fit --config={folder}lst.yaml --model.k=1 --model.reduction=8"
+    of_now = old | {"config.model.init_args.blocks": "upper"}
+    assert use_present_names(of_now) == of_now
