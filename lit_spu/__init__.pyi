@@ -132,7 +132,7 @@ class IA3(lit_spu.methods.ia3.IA3):
 class KLadder(lit_spu.methods.kladder.KLadder, LinearReadOut):
     """Train a linear read-out of the backbone's blocks and of a side network. At the start the latter adds nothing.
 
-    The logits are W·[blocks; side network's last state], where all of W starts at zero, or the blocks' part at its fit.
+    The logits are W·(blocks) + V·(side network's last state) + b. V starts at zero, W and b at zero or at their fit.
 
     Args:
         k: Radius of the rungs' windows; 0 reads one block, as LST does.
