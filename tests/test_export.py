@@ -26,6 +26,7 @@ from lit_spu.methods.full import FullFineTuning
 from lit_spu.methods.head import HeadOnly
 from lit_spu.methods.ia3 import IA3
 from lit_spu.methods.kladder import KLadder
+from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.lora import LoRA
 from lit_spu.methods.side_lora import SideLoRA
 from tests.conftest import encode
@@ -279,7 +280,7 @@ def test_methods_loaded_together_share_one_backbone(tiny: Tiny, tmp_path: Path) 
     made = {
         "lora": LoRA(backbone=tiny("bert")),
         "ia3": IA3(backbone=tiny("bert"), task="trec"),
-        "ladder": KLadder(backbone=tiny("bert"), reduction=2),
+        "ladder": LadderSideTuning(backbone=tiny("bert"), reduction=2),
     }
     for name, method in made.items():
         writers.write_trained_weights(disturbed(method), tmp_path / name)

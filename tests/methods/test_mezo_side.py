@@ -69,7 +69,7 @@ def test_it_goes_on_from_a_ladder_that_gradients_trained(data: Callable[..., GLU
     fit(method, data())
     learnt = ladder.side.state_dict()
     assert all(torch.equal(tensor, learnt[name]) for name, tensor in method.side.state_dict().items())
-    with pytest.raises(UserError, match="does not fit these settings of MeZOSide"):
+    with pytest.raises(UserError, match="was not made by MeZOSide with these settings"):
         fit(MeZOSide(**{**settings, "k": 1}), data())
     (tmp_path / "text.ckpt").write_text("nothing")
     with pytest.raises(UserError, match="is not the checkpoint"):
