@@ -87,7 +87,7 @@ def _note(output: Any, number: int, entered: list[int]) -> None:
 @pytest.mark.parametrize(
     ("backbone", "kind"),
     [
-        ("mini-bert", "ladder, top 2"),
+        pytest.param("mini-bert", "ladder, top 2", marks=pytest.mark.slow),
         *(
             pytest.param(backbone, kind, marks=pytest.mark.slow)
             for backbone, kind in product(("mini-bert", "mini-t5"), ("readout", "top 1", "ladder"))
@@ -103,6 +103,7 @@ def test_cached_is_uncached_to_the_bit(data: Callable[..., GLUE], fit: Run, back
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.slow
 def test_a_fitted_readout_stays_if_its_rate_is_zero(data: Callable[..., GLUE], fit: Run) -> None:
     module = data(**WIDE)
     fitted = make(fit_readout=True, readout_lr=0.0)
