@@ -28,7 +28,7 @@ def run(
     out = folder / f"{devices}.pt"
     settings = {
         "config": str(config),
-        "method": {"backbone": backbone, **changed},
+        "method": {"backbone": backbone, "dropout": 0.0, **changed},
         "devices": devices,
         "trainer": trainer or {},
         "out": str(out),

@@ -74,11 +74,11 @@ def test_the_stub_has_the_settings_of_the_command_line(cls: type) -> None:
     assert [argument.partition(":")[0] for argument in write_stub.arguments(cls) if argument != "*"] == expected
 
 
-TYPED = """from lit_spu import GLUE, KLadder, LadderSideTuning, Memory, load
+TYPED = """from lit_spu import GLUE, KLadder, LinearReadOut, Memory, load
 from lit_spu.methods.base import Method
 
 method: Method = KLadder(2, fusion="additive", reduction=4, lr=1e-3, backbone="mini-t5")
-ladder: LadderSideTuning = KLadder(k=3)
+ladder: LinearReadOut = KLadder(k=3)
 loaded: Method = load("runs")
 data, memory = GLUE(task="rte"), Memory(live=False)
 """
