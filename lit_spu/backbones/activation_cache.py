@@ -67,7 +67,7 @@ class ActivationCache:
     ) -> None:
         self.backbone = backbone
         self.cached_dtype = _DTYPES[precision]
-        self.wanted = [sorted(numbers) for numbers in wanted or [range(s.depth + 1) for s in backbone.stacks]]
+        self.wanted = [sorted(numbers) for numbers in wanted or backbone.base_model.all_states()]
         self.dtype = next(backbone.base_model.embeddings[0].parameters()).dtype
         name = f"{_digest_backbone(backbone, self.wanted)}-{precision}"
         self.store: Store = MemoryStore() if folder is None else FileStore(folder / name)

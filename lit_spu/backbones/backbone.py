@@ -22,14 +22,7 @@ from lit_spu.backbones.precision import (
     quantize_to_int8,
 )
 from lit_spu.backbones.side_model import LayerIndices, explain_narrow_model, scaled_config
-from lit_spu.backbones.stacks import (
-    Batch,
-    FrozenStates,
-    HiddenStates,
-    Stack,
-    StateIndices,
-    TransformerStacks,
-)
+from lit_spu.backbones.stacks import Batch, FrozenStates, HiddenStates, Stack, StateIndices, TransformerStacks
 from lit_spu.backbones.target_linears import Role, TargetLinear
 from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.errors import UserError
@@ -139,9 +132,7 @@ class Backbone(nn.Module, Architecture, ABC):
         second label word is the position of the answer between the ends of the scale.
         """
         if self.has_classifier:
-            state = state.unsqueeze(
-                1
-            )  # [batch, 1, width]: transformers' classification heads select a token themselves
+            state = state.unsqueeze(1)  # [batch, 1, width]: transformers' heads select a token themselves
         state = state.to(next((p.dtype for p in self.head_modules.parameters()), state.dtype))
         for step in self.head_steps:
             state = step(state)
@@ -184,17 +175,22 @@ class Backbone(nn.Module, Architecture, ABC):
         """All blocks, from the embeddings up."""
         return self.base_model.blocks
 
-    def last_blocks(self, count: int | None, flag: str) -> list[nn.Module]:
+    def last_blocks(self, count: int | None, flag: str, smallest: int = 1) -> list[nn.Module]:
         """Return the last blocks of the last stack (an encoder-decoder's decoder); None returns the blocks of all.
 
+        Args:
+            count: Number of blocks.
+            flag: The flag that sets `count`.
+            smallest: The smallest number that the flag allows.
+
         Raises:
-            UserError: If it has fewer. The message starts with the flag that sets `count`.
+            UserError: If the stack has fewer blocks.
         """
         if count is None:
             return self.blocks
         depth = self.stacks[-1].depth
         if count > depth:
-            raise UserError(f"{flag}={count}: the backbone's last stack has {depth} blocks; use 1 to {depth}.")
+            raise UserError(f"{flag}={count}: the backbone's last stack has {depth} blocks; use {smallest} to {depth}.")
         return self.blocks[len(self.blocks) - count :]
 
     @property

@@ -1,8 +1,8 @@
 """Forward passes that run only some blocks of a stack.
 
-A pass can start above blocks whose outputs are known, and can stop below blocks that nobody reads. The other blocks are
-skipped: they return a known state, or their input. transformers' own code runs around them, so its masks, its position
-embeddings and its order of modules stay in force.
+A pass can start above blocks whose outputs are known, and can stop below blocks whose outputs are not used. The other
+blocks are skipped: they return a known state, or their input. transformers' own code runs around them, so its masks,
+its position embeddings and its order of modules stay in force.
 """
 
 from __future__ import annotations

@@ -192,13 +192,17 @@ class TransformerStacks:
         """
         if self._recorder is None:  # its hooks stay: setting them for each pass costs more than they do
             self._recorder = HiddenStateRecorder(self.stacks)
-        with self._run_blocks(frozen, wanted), self._recorder.record(wanted) as found:
+        with self._run_blocks(frozen, wanted), self._recorder.record(wanted or self.all_states()) as found:
             self.forward(inputs)
         if frozen:
             for states, known, count in zip(found, frozen.stacks, self.count_by_stack(frozen.num_blocks), strict=True):
                 states.update({number: known.blocks[number - 1] for number in states if 0 < number <= count})
         masks = (inputs.get("attention_mask"), *[None] * (len(self.stacks) - 1))
         return tuple(map(HiddenStates.select, found, (stack.depth for stack in self.stacks), masks))
+
+    def all_states(self) -> StateIndices:
+        """Return the numbers of all hidden states."""
+        return [range(stack.depth + 1) for stack in self.stacks]
 
     def states_above(self, num_blocks: int) -> StateIndices:
         """Return the hidden states that a pass reads if its lowest blocks, `num_blocks` of all stacks, do not run.
@@ -229,6 +233,9 @@ class TransformerStacks:
     @contextmanager
     def _run_blocks(self, frozen: FrozenStates | None, wanted: StateIndices | None = None) -> Iterator[None]:
         """Context manager in which no block runs whose output is frozen, or above all wanted states."""
+        if frozen is None and wanted is None:
+            yield
+            return
         starts = self.count_by_stack(frozen.num_blocks if frozen else 0)
         ends = self.count_by_stack(self._count_below(wanted))
         if self._partial_stacks is None:
@@ -272,9 +279,9 @@ class HiddenStateRecorder:
                 block.register_forward_hook(partial(self._record_output, number, index + 1))
 
     @contextmanager
-    def record(self, wanted: StateIndices | None = None) -> Iterator[list[dict[int, Tensor]]]:
+    def record(self, wanted: StateIndices) -> Iterator[list[dict[int, Tensor]]]:
         """Yield for each stack a dict that a forward pass fills with the wanted states by their numbers."""
-        self._wanted = wanted or [range(stack.depth + 1) for stack in self.stacks]
+        self._wanted = wanted
         self._found = [{} for _ in self.stacks]
         try:
             yield self._found

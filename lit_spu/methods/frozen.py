@@ -67,7 +67,7 @@ class CachedBackbone(Method):
             return FrozenStates(self._num_cached_blocks, self.cache(batch))
 
     def make_cache(self, folder: Path | None = None) -> ActivationCache:
-        """Return a new cache in a folder, by default in memory, of the states above the frozen blocks of now."""
+        """Return a new cache in a folder, by default in memory, of the hidden states that the rest reads."""
         self._num_cached_blocks = self.count_frozen_blocks()
         return ActivationCache(self.backbone, folder, self.cache_precision, self.wanted_states())
 
@@ -179,7 +179,7 @@ class HiddenStateReader(FrozenBackbone):
         draw = getattr(getattr(self.trainer, "datamodule", None), "draw", None)
         if draw is None:
             raise UserError(
-                "model.init=fisher and model.fit_readout draw examples from lit_spu's GLUE data: train on them, or use"
-                " another start."
+                "model.init=fisher and model.fit_readout draw examples from lit_spu's GLUE data: train on them, or"
+                " leave these settings out."
             )
         yield from map(self.trainer.strategy.batch_to_device, draw(count, batch_size))

@@ -35,7 +35,7 @@ class KLadder(LinearReadOut, LadderBase):
         self.side_readout = ReadOut([0], width, self.task.num_logits, self.readout.tokens, bias=False)
 
     def read_indices(self) -> StateIndices:
-        return [range(stack.depth + 1) for stack in self.backbone.stacks]
+        return self.backbone.base_model.all_states()
 
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
         states = self.compute_states(hidden_states, batch)

@@ -58,10 +58,10 @@ class LinearReadOut(HiddenStateReader):
         self.fit_readout, self.readout_lr = fit_readout, self.lr if readout_lr is None else readout_lr
         stack = self.backbone.stacks[-1]
         self.readout = ReadOut(select_blocks(blocks, stack.depth), stack.width, self.task.num_logits, tokens, dropout)
-        tuned = self.backbone.last_blocks(layers, "model.layers")
+        tuned = self.backbone.last_blocks(layers, "model.layers", smallest=0)
         targets = self.backbone.target_linears(*get_args(Role), blocks=tuned) if tuned else ()
         self.pairs = adapter_dict(LowRank(target, rank, alpha).attach() for target in targets)
-        self.num_tuned = layers
+        self.num_frozen = len(self.backbone.blocks) - layers
         if layers and stack.depth not in self.read_indices()[-1]:
             raise UserError(
                 f"model.layers={layers}: the read-out does not read the last block, so that tuned blocks would change"
@@ -104,19 +104,19 @@ class LinearReadOut(HiddenStateReader):
 
     def wanted_states(self) -> StateIndices:
         """Return the hidden states of the frozen blocks that the method and the tuned blocks read."""
-        stacks, num_frozen = self.backbone.base_model, len(self.backbone.blocks) - self.num_tuned
-        needed = stacks.states_above(num_frozen if self.num_tuned else 0)
-        counts = stacks.count_by_stack(num_frozen)
+        stacks = self.backbone.base_model
+        needed = stacks.states_above(self.num_frozen if self.pairs else 0)
+        counts = stacks.count_by_stack(self.num_frozen)
         return [
-            {*below_tuned, *(index for index in read if index <= count and (index or not self.num_tuned))}
+            {*below_tuned, *(index for index in read if index <= count and (index or not self.pairs))}
             for below_tuned, read, count in zip(needed, self.read_indices(), counts, strict=True)
         ]
 
     def compute_states(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Sequence[HiddenStates]:
         """Return the hidden states that the method reads, those of tuned blocks with gradients."""
-        if not self.num_tuned:
+        if not self.pairs:
             return hidden_states
-        frozen = FrozenStates(len(self.backbone.blocks) - self.num_tuned, hidden_states)
+        frozen = FrozenStates(self.num_frozen, hidden_states)
         with record_function("tuned blocks"):
             return self.backbone.hidden_states(batch, self.read_indices(), frozen)
 

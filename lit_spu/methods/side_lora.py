@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, Role
-from lit_spu.errors import UserError
 from lit_spu.methods.frozen import FrozenBackbone
 from lit_spu.nn.adapter import adapter_dict
 from lit_spu.nn.lora import LowRank
@@ -50,9 +49,7 @@ class SideLoRA(FrozenBackbone):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        depth = self.backbone.stacks[-1].depth
-        if reentry > depth:
-            raise UserError(f"model.reentry={reentry}: the backbone's last stack has {depth} blocks; use 0 to {depth}.")
+        self.backbone.last_blocks(reentry, "model.reentry", smallest=0)  # check the number of blocks
         pairs = [LowRank(target, rank, alpha, dropout) for target in self.backbone.target_linears(*roles)]
         self.pairs = adapter_dict(pairs)
         self.side = SideStream(self.backbone.base_model, pairs, reentry, recompute=gradient_checkpointing)

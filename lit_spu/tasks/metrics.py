@@ -67,49 +67,45 @@ def task_metrics(task: Task, calibrated: bool = False) -> Any:
             value = covariance / variances.sqrt() if variances else torch.zeros_like(covariance)
             return value.float().to(self.confmat.device)
 
-    class Correlation(BaseMetric):
-        """Correlation of two lists of numbers: NaN if there are fewer than two, or if one list is constant."""
+    class Collected(BaseMetric):
+        """Base class of metrics that need all outputs and targets together."""
 
         full_state_update = False
-        predictions: list[Tensor]
+        outputs: list[Tensor]
         targets: list[Tensor]
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("outputs", "targets"):
+                self.add_state(name, [], dist_reduce_fx="cat")
+
+        def update(self, outputs: Tensor, targets: Tensor) -> None:
+            self.outputs.append(outputs.detach())
+            self.targets.append(targets)
+
+    class Correlation(Collected):
+        """Correlation of two lists of numbers: NaN if there are fewer than two, or if one list is constant."""
 
         def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
             self.transform = transform
-            for name in ("predictions", "targets"):
-                self.add_state(name, [], dist_reduce_fx="cat")
-
-        def update(self, predictions: Tensor, targets: Tensor) -> None:
-            self.predictions.append(predictions.detach())
-            self.targets.append(targets)
 
         def compute(self) -> Any:
-            lists = (self.predictions, self.targets)
+            lists = (self.outputs, self.targets)
             x, y = (self.transform(dim_zero_cat(values).cpu().double()) for values in lists)
             value = _correlate(x, y)
             return value.float().to(self.device)
 
-    class Calibrated(BaseMetric):
+    class Calibrated(Collected):
         """Metric of calibrated predictions, which depend on all logits."""
-
-        full_state_update = False
-        logits: list[Tensor]
-        targets: list[Tensor]
 
         def __init__(self, metric: BaseMetric) -> None:
             super().__init__()
             self.metric = metric
-            for name in ("logits", "targets"):
-                self.add_state(name, [], dist_reduce_fx="cat")
-
-        def update(self, logits: Tensor, targets: Tensor) -> None:
-            self.logits.append(logits.detach())
-            self.targets.append(targets)
 
         def compute(self) -> Any:
             self.metric.reset()
-            self.metric.update(calibrate(dim_zero_cat(self.logits)).argmax(-1), dim_zero_cat(self.targets))
+            self.metric.update(calibrate(dim_zero_cat(self.outputs)).argmax(-1), dim_zero_cat(self.targets))
             return self.metric.compute()
 
     labels = len(task.labels)

@@ -120,5 +120,5 @@ def test_an_older_k_ladder_is_lst_with_windows(folder: str) -> None:
         "config.model.class_path": "lit_spu.methods.kladder.KLadder",
     }
     assert use_present_names(old)["command"] == f"lit-spu fit --config={folder}lst.yaml --model.k=1 --model.reduction=8"
-    of_now = old | {"config.model.init_args.blocks": "upper"}
-    assert use_present_names(of_now) == of_now
+    present = old | {"config.model.init_args.blocks": "upper"}
+    assert use_present_names(present) == present
