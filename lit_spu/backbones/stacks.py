@@ -252,6 +252,13 @@ class TransformerStacks:
             last = self.model.get_submodule(path)(last) if has_module(self.model, path) else last
         return last
 
+    def apply_final_norm(self, last: Tensor) -> Tensor:
+        """Apply the norm after the last block, if there is one, to its output [batch, tokens, width]."""
+        for path in self.family.final_modules:
+            if has_module(self.model, path) and find_norms(norm := self.model.get_submodule(path)) == [norm]:
+                last = norm(last)
+        return last
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute blocks in the backward pass instead of saving their activations."""
         # transformers' own way skips blocks in evaluation mode, as frozen blocks with adapters are

@@ -81,7 +81,7 @@ class LinearReadOut(HiddenStateReader):
         features, labels = [], []
         for batch in batches:
             states = self.compute_states(self.hidden_states(batch), batch)
-            features.append(self.readout.features(states[-1], self.backbone.answer_position(batch)))
+            features.append(self.readout_features(states, batch))
             labels.append(batch["labels"])
         self.train(was_training)
         metric = task_metrics(self.task)[self.task.metrics[0]]
@@ -123,10 +123,18 @@ class LinearReadOut(HiddenStateReader):
     def logits_from(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> Tensor:
         return self.apply_readout(self.compute_states(hidden_states, batch), batch)
 
+    def readout_features(self, states: Sequence[HiddenStates], batch: Batch) -> Tensor:
+        """Return the features of the read-out, [batch, features]. The last block is read after the final norm."""
+        read = states[-1]
+        if len(read.blocks) - 1 in self.readout.blocks:
+            last = self.backbone.base_model.apply_final_norm(read.blocks[-1])
+            read = read._replace(blocks=(*read.blocks[:-1], last))
+        return self.readout.features(read, self.backbone.answer_position(batch))
+
     def apply_readout(self, states: Sequence[HiddenStates], batch: Batch) -> Tensor:
         """Return the logits [batch, labels] of the read-out."""
         with record_function("read-out"):
-            logits: Tensor = self.readout(self.readout.features(states[-1], self.backbone.answer_position(batch)))
+            logits: Tensor = self.readout(self.readout_features(states, batch))
         return logits
 
     def parameter_groups(self) -> list[dict[str, Any]]:

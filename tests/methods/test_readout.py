@@ -47,12 +47,19 @@ def randomise(readout: Any) -> None:
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_starts_as_the_readout(tiny: Tiny, family: str, settings: dict[str, Any]) -> None:
-    """Equal to the bit to W·features of the hidden states that the whole backbone computes."""
+    """Equal to the bit to W·features of the whole backbone's hidden states, the last one as the base model returns it."""
     method = make(tiny(family), **settings).eval()
     batch = encode(method.backbone)
     assert not method(batch).any()
     randomise(method.readout)
-    features = method.readout.features(method.backbone.hidden_states(batch)[-1], method.backbone.answer_position(batch))
+    states = method.backbone.hidden_states(batch)[-1]
+    base_model = method.backbone.base_model
+    if family == "opt-projected":  # its last hidden state is projected to another width after the norm
+        last = base_model.model.decoder.final_layer_norm(states.blocks[-1])
+    else:
+        last = base_model.forward(method.backbone.model_inputs(batch))
+    states = states._replace(blocks=(*states.blocks[:-1], last))
+    features = method.readout.features(states, method.backbone.answer_position(batch))
     assert torch.equal(method(batch), method.readout(features))
     torch.testing.assert_close(method(encode(method.backbone, pad_to=20)), method(batch), atol=1e-4, rtol=1e-4)
 
