@@ -129,18 +129,21 @@ class IA3(lit_spu.methods.ia3.IA3):
         gradient_checkpointing: bool = False,
     ) -> None: ...
 
-class KLadder(lit_spu.methods.kladder.KLadder, LinearReadOut):
-    """Train a linear read-out of the backbone's blocks and of a side network. At the start the latter adds nothing.
+class KLadder(lit_spu.methods.kladder.KLadder, LinearReadOut, LadderSideTuning):
+    """Train a linear read-out and a ladder, each by the loss of its own logits. The answer is the mean of their logits.
 
-    The logits are W·(blocks) + V·(side network's last state) + b. V starts at zero, W and b at zero or at their fit.
+    With one loss for the mean, the read-out explains the training examples long before the ladder does, and leaves it
+    no gradient.
 
     Args:
         k: Radius of the rungs' windows; 0 reads one block, as LST does.
+        joint: Train both by the loss of their mean, for comparison.
     """
 
     def __init__(
         self,
         k: int = 1,
+        joint: bool = False,
         *,
         blocks: typing.Literal["last", "upper", "all"] | collections.abc.Sequence[int] = "upper",
         tokens: typing.Literal["answer", "mean", "both"] = "both",

@@ -51,22 +51,15 @@ class ReadOut(nn.Module):
         num_logits: Number of logits.
         tokens: Tokens that it reads of each block.
         dropout: Share of the features that is dropped in training.
-        bias: Add a bias.
     """
 
     def __init__(
-        self,
-        blocks: Sequence[int],
-        width: int,
-        num_logits: int,
-        tokens: Tokens,
-        dropout: float = 0.0,
-        bias: bool = True,
+        self, blocks: Sequence[int], width: int, num_logits: int, tokens: Tokens, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.blocks, self.width, self.tokens = tuple(blocks), width, tokens
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(len(blocks) * (1 + (tokens == "both")) * width, num_logits, bias)
+        self.linear = nn.Linear(len(blocks) * (1 + (tokens == "both")) * width, num_logits)
         for parameter in self.linear.parameters():
             nn.init.zeros_(parameter)
 

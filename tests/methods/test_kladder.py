@@ -11,12 +11,41 @@ from lightning.pytorch import Trainer
 
 from lit_spu.data.glue import GLUE
 from lit_spu.errors import UserError
+from lit_spu.methods.kladder import KLadder
 from lit_spu.methods.ladder import LadderBase, LadderSideTuning
+from lit_spu.methods.readout import LinearReadOut
 from lit_spu.nn import fusion as fusions
 from tests.conftest import FAMILIES, encode
 
 Tiny = Callable[[str], str]
 FUSIONS = get_args(get_type_hints(LadderBase.__init__)["fusion"])
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_read_out_and_ladder_are_each_trained_as_alone(tiny: Tiny, family: str, layers: int) -> None:
+    """Logits and gradients equal those of the read-out and of LST with the same weights, to the bit."""
+    both = KLadder(k=1, layers=layers, backbone=tiny(family), reduction=2, dropout=0.0)
+    for parameter in [*both.readout.parameters(), *both.pairs.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.1)
+    readout = LinearReadOut(layers=layers, backbone=tiny(family), dropout=0.0)
+    lst = LadderSideTuning(k=1, backbone=tiny(family), reduction=2)
+    batch = encode(both.backbone)
+    for alone in (readout, lst):
+        alone.load_state_dict(both.state_dict(), strict=False)
+    states = both.compute_states(both.hidden_states(batch), batch)  # those of tuned blocks come from the k-ladder
+    logits = [readout.eval()(batch), lst.eval()(batch, states)]
+    assert torch.equal(both.eval()(batch), torch.stack(logits).mean(0))
+    both.loss(batch).backward()
+    loss = readout.loss(batch) + lst.loss(batch, states if layers else None)
+    loss.backward()
+    theirs = {name: p.grad for alone in (readout, lst) for name, p in alone.named_parameters() if p.requires_grad}
+    for name, parameter in both.named_parameters():
+        if parameter.requires_grad and name.startswith(("readout.", "side.")):
+            assert torch.equal(parameter.grad, theirs[name]), name  # type: ignore[arg-type]
+    joint = KLadder(k=1, joint=True, layers=layers, backbone=tiny(family), reduction=2).eval()
+    joint.load_state_dict(both.state_dict())
+    torch.testing.assert_close(joint.loss(batch), joint.backbone.loss(both(batch), batch))
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
