@@ -152,6 +152,8 @@ def test_later_configs_win_and_flags_win_over_them(work: Path, capsys: pytest.Ca
     assert config["trainer"]["max_epochs"] == 4
     assert config["seed_everything"] == 42
     assert config["data"]["source"] == "sample"
+    flags_first = ["fit", "--trainer.max_epochs=4", "-c", f"{CONFIGS}/kladder.yaml", "--config=mine.yaml"]
+    assert printed_config(flags_first, capsys) == config
 
 
 def test_glue_yaml_sets_real_data_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,5 +102,7 @@ def test_the_shipped_studies_are_valid(monkeypatch: pytest.MonkeyPatch, capsys: 
         main(["compare", f"--config={study}", "--dry_run"])
         runs = capsys.readouterr().out
         assert runs
+        main(["compare", "--flags+=--data.source=folder", f"--config={study}", "--dry_run"])  # flags may stand first
+        assert capsys.readouterr().out.count("--data.source=folder") == len(runs.splitlines())
         if study.stem == "quick":
             assert all(f"/{name}.yaml" in runs for name in method_configs([f"{CONFIGS}/*.yaml"]))

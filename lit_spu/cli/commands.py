@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lit_spu.cli.doctor import doctor
-from lit_spu.cli.parser import Parser
+from lit_spu.cli.parser import Parser, put_configs_first
 from lit_spu.cli.subcommands import COMMANDS
 from lit_spu.cli.user_errors import exit_on_user_error
 from lit_spu.console import make_console
@@ -283,7 +283,7 @@ def run(args: Sequence[str]) -> None:
     name, *given = args
     Parser.command_line = given
     command = FUNCTIONS[name]
-    settings = _parser(name, command).parse_args(_normalize(given, command)).as_dict()
+    settings = _parser(name, command).parse_args(put_configs_first(_normalize(given, command))).as_dict()
     files = settings.pop("config", None) or []
     if command is compare:
         settings["study"] = Study(**{field.name: settings.pop(field.name) for field in fields(Study)})

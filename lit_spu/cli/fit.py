@@ -33,7 +33,7 @@ from lit_spu.callbacks.run_summary import RunSummary
 from lit_spu.checkpoints import run_dir, trained_weights
 from lit_spu.checkpoints.whole_files import WholeFiles
 from lit_spu.cli.launch import HeldLogger, SaveRun
-from lit_spu.cli.parser import Parser, limit_imports
+from lit_spu.cli.parser import Parser, limit_imports, put_configs_first
 from lit_spu.cli.quiet import hide_callback_states, hide_expected_warnings
 from lit_spu.cli.refusals import check_honoured
 from lit_spu.cli.resume import Checkpoint, RecordRun, describe_run, open_checkpoint
@@ -128,14 +128,13 @@ class SpuCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments. Files and flags override the settings of a checkpoint."""
         limit_imports(self.args)
-        given = list(self.args)
+        position = next((number for number, arg in enumerate(self.args, 1) if arg in RUNS), len(self.args))
+        start, given = self.args[:position], put_configs_first(self.args[position:])
         if self.flags.ckpt_path not in (None, "null"):
-            subcommand = next((arg for arg in given if arg in RUNS), "fit")
-            self.checkpoint = open_checkpoint(self.flags.ckpt_path, subcommand)
-            position = given.index(subcommand) + 1
+            self.checkpoint = open_checkpoint(self.flags.ckpt_path, start[-1])
             # as JSON, which quotes its strings: the parser would read a name like 1e-3 in YAML as a number
-            given[position:position] = ["--config", json.dumps(self.checkpoint.config)]
-        self.config = parser.parse_args(given)
+            given = ["--config", json.dumps(self.checkpoint.config), *given]
+        self.config = parser.parse_args(start + given)
 
     def _parse_ckpt_path(self) -> None:
         """Compare the settings with the checkpoint's; in Lightning's own method the checkpoint wins silently."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
@@ -51,6 +52,18 @@ def limit_imports(args: Sequence[str]) -> None:
     named |= {name.partition(".")[0] for name in named if name.rpartition(".")[2][0].isupper()}
     allowed = {name for name in named if name.partition(".")[0] not in {"jsonargparse", *sys.stdlib_module_names}}
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["lit_spu", "lightning", *sorted(allowed)])
+
+
+def put_configs_first(args: Sequence[str]) -> list[str]:
+    """Return the arguments with the config files before the flags: the parser lets the later of both win.
+
+    `--model` also stays before the files, since one with a class's settings alone needs its name.
+    """
+    words = iter(args)
+    parts = [[word, *islice(words, 1)] if word in ("-c", "--config", "--model") else [word] for word in words]
+    configs = [part for part in parts if part[0] in ("-c", "--config") or part[0].startswith("--config=")]
+    names = [part for part in parts if part[0] == "--model" or part[0].startswith("--model=")] if configs else []
+    return [word for part in (*names, *configs, *(p for p in parts if p not in configs)) for word in part]
 
 
 class Parser(LightningArgumentParser):
