@@ -241,6 +241,9 @@ def _report(
             name = f"{row.name} (collapsed)" if row.collapsed else row.name
             table.add_row(name, report.score(row), *(report.number(row.costs.get(column)) for column in shown))
         console.print(table)
+    for overview in report.overviews(found, study.reference):
+        if names := overview.recommended():
+            console.print(f"Worth their memory on {overview.backbone}, the least first: {'; '.join(names)}")
     for line in problems:
         console.print(line, soft_wrap=True)
     for line in differences:

@@ -55,6 +55,19 @@ class Overview:
         """Return a row's largest cost over the tasks."""
         return max((row.costs[cost] for row in self.rows[name].values() if cost in row.costs), default=None)
 
+    def recommended(self) -> list[str]:
+        """Return the rows that are worth their memory, the least memory first.
+
+        Each has a mean score over the tasks that is more than two standard errors above that of every row before it.
+        With a single seed, higher is enough.
+        """
+        memory = {name: self.maximum(name, MEMORY) for name, row in self.rows.items() if len(row) == len(self.tasks)}
+        found: list[str] = []
+        for _, name in sorted((value, name) for name, value in memory.items() if value is not None):
+            if all(_is_better(self.rows[name], self.rows[other]) for other in found):
+                found.append(name)
+        return found
+
     def markdown(self) -> str:
         """Return the table in Markdown."""
         over = f"/ {self.reference}"
@@ -78,6 +91,15 @@ def overviews(rows: Sequence[Row], reference: str) -> list[Overview]:
         ranked = {name: {row.task: row for row in by_name[name]} for name in sorted(means, key=lambda n: -means[n])}
         tables.append(Overview(backbone, tasks, ranked, reference))
     return tables
+
+
+def _is_better(row: Mapping[str, Row], other: Mapping[str, Row]) -> bool:
+    """Return whether a row's mean score over the tasks is more than two standard errors above another's, by seed."""
+    pairs = [list(zip(row[task].scores, other[task].scores, strict=False)) for task in row]
+    gains = [statistics.mean(a - b for a, b in of_seed) for of_seed in zip(*pairs, strict=False)]
+    deviation = statistics.stdev(gains) if len(gains) > 1 else 0.0
+    gain: float = statistics.mean(gains)
+    return gain > 2 * deviation / len(gains) ** 0.5
 
 
 def score(row: Row) -> str:
@@ -133,7 +155,7 @@ def write(
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         study=study,
         parts=[(part, part.save_plots(out / "plots")) for part in parts(rows, study.reference)],
-        overviews=[table for table in tables if len(table.tasks) > 1],
+        tables=tables,
         columns=COLUMNS,
         relative=RELATIVE,
         trained=TRAINED,

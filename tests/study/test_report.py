@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,20 @@ def test_an_overview_shows_all_tasks() -> None:
     assert lines[2] == "| lst | 5 | 0.900 | 0.700 | 10 | 0.38 | 0.38 |"
     assert lines[3] == "| full | 20 | 0.800 | 0.600 | 40 | 1.00 | 1.00 |"
     assert lines[4] == "| majority | – | – | 0.500 | – | – | – |"
+
+
+def test_rows_worth_their_memory_are_clearly_better_than_those_of_less() -> None:
+    rows = [
+        row("head", [0.50, 0.52, 0.54], 10),
+        row("noisy", [0.40, 0.60, 0.80], 20),  # 0.08 above head with a standard error of 0.1
+        row("readout", [0.60, 0.62, 0.64], 30),
+        row("worse", [0.59, 0.61, 0.63], 40),
+        row("paired", [0.605, 0.626, 0.646], 50),  # 0.006 ± 0.0003 by seed, within the deviation over seeds
+        Row(MAJORITY, "sst2", "mini-bert", 1.0, "accuracy", [0.9]),  # without a cost
+        row("no second task", [0.9, 0.9, 0.9], 60),
+    ]
+    both = [*rows, *(replace(one, task="rte") for one in rows[:-1])]
+    (table,) = report.overviews(both, "head")
+    assert table.recommended() == ["head", "readout", "paired"]
+    (table,) = report.overviews([replace(one, scores=one.scores[:1]) for one in rows[:4]], "head")
+    assert table.recommended() == ["head", "readout"]
