@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,9 +98,8 @@ def _is_better(row: Mapping[str, Row], other: Mapping[str, Row]) -> bool:
     """Return whether a row's mean score over the tasks is more than two standard errors above another's, by seed."""
     pairs = [list(zip(row[task].scores, other[task].scores, strict=False)) for task in row]
     gains = [statistics.mean(a - b for a, b in of_seed) for of_seed in zip(*pairs, strict=False)]
-    deviation = statistics.stdev(gains) if len(gains) > 1 else 0.0
-    gain: float = statistics.mean(gains)
-    return gain > 2 * deviation / len(gains) ** 0.5
+    error: float = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return statistics.fmean(gains) > 2 * error
 
 
 def score(row: Row) -> str:
