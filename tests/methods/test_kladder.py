@@ -67,7 +67,7 @@ def test_radius_zero_is_lst_bitwise(tiny: Tiny, family: str) -> None:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_fusion_trains_all_it_has(tiny: Tiny, family: str, fusion: Any, share: bool) -> None:
     method = LadderSideTuning(k=1, fusion=fusion, share_projections=share, backbone=tiny(family), reduction=2).train()
     batch = encode(method.backbone)
