@@ -29,7 +29,7 @@ class LinearReadOut(HiddenStateReader):
     Args:
         blocks: Blocks to read: the last, the upper half, all, or a list of numbers; 0 is the lowest.
         tokens: Tokens to read of each block: the answer's position, the mean over all tokens, or both.
-        dropout: Share of the features that is dropped in training.
+        dropout: Share of the features that is dropped in training, if the linear layer is trained.
         fit_readout: Start at the logistic regression on all training examples (for a number, the ridge regression), and
             not at zero. The strength of its L2 penalty is chosen on a fifth of the training examples.
         layers: Number of blocks at the end that are tuned by LoRA.
@@ -57,6 +57,7 @@ class LinearReadOut(HiddenStateReader):
         self.backbone.requires_grad_(False)  # the backbone's own head is not used
         self.fit_readout, self.readout_lr = fit_readout, self.lr if readout_lr is None else readout_lr
         stack = self.backbone.stacks[-1]
+        dropout = dropout if self.readout_lr else 0.0
         self.readout = ReadOut(select_blocks(blocks, stack.depth), stack.width, self.task.num_logits, tokens, dropout)
         tuned = self.backbone.last_blocks(layers, "model.layers", smallest=0)
         targets = self.backbone.target_linears(*get_args(Role), blocks=tuned) if tuned else ()

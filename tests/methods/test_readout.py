@@ -136,6 +136,11 @@ def test_the_readout_has_a_rate_of_its_own() -> None:
     assert {rate for name, (rate, _) in names.items() if not name.startswith("readout.")} == {1e-3}
 
 
+def test_a_readout_that_is_not_trained_has_no_dropout() -> None:
+    assert make(dropout=0.3).readout.dropout.p == 0.3
+    assert make(dropout=0.3, readout_lr=0.0).readout.dropout.p == 0.0
+
+
 def test_only_what_is_read_is_computed_and_kept(tiny: Tiny) -> None:
     method = make(tiny("bert"), blocks=[1], tokens="answer")
     (states,) = method.hidden_states(encode(method.backbone))
