@@ -326,9 +326,9 @@ class LinearReadOut(lit_spu.methods.readout.LinearReadOut):
     Args:
         blocks: Blocks to read: the last, the upper half, all, or a list of numbers; 0 is the lowest.
         tokens: Tokens to read of each block: the answer's position, the mean over all tokens, or both.
-        dropout: Share of the features that is dropped in training.
-        fit_readout: Start at the logistic regression on all training examples (for a number, the ridge regression), and
-            not at zero. The strength of its L2 penalty is chosen on a fifth of the training examples.
+        dropout: Share of the features that is dropped in training, if the linear layer is trained.
+        fit_readout: Start at the logistic regression on all training examples, or in a regression task at the ridge
+            regression. The default start is zero. The strength of the L2 penalty is chosen on a fifth of the examples.
         layers: Number of blocks at the end that are tuned by LoRA.
         rank: Rank of LoRA in these blocks.
         alpha: α, which scales LoRA's product by α/rank.

@@ -154,6 +154,9 @@ def test_later_configs_win_and_flags_win_over_them(work: Path, capsys: pytest.Ca
     assert config["data"]["source"] == "sample"
     flags_first = ["fit", "--trainer.max_epochs=4", "-c", f"{CONFIGS}/kladder.yaml", "--config=mine.yaml"]
     assert printed_config(flags_first, capsys) == config
+    (work / "part.yaml").write_text("model: {init_args: {rank: 2}}\n")
+    for given in (["--model=LoRA"], ["--model.class_path", "LoRA"]):
+        assert printed_config(["fit", *given, "-cpart.yaml"], capsys)["model"]["init_args"]["rank"] == 2
 
 
 def test_glue_yaml_sets_real_data_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,8 +242,8 @@ def _report(
             table.add_row(name, report.score(row), *(report.number(row.costs.get(column)) for column in shown))
         console.print(table)
     for overview in report.overviews(found, study.reference):
-        if names := overview.recommended():
-            console.print(f"Worth their memory on {overview.backbone}, the least first: {'; '.join(names)}")
+        if len(names := overview.worth_their_memory()) > 1:
+            console.print(f"Worth their memory on {overview.backbone}, in order of memory: {'; '.join(names)}")
     for line in problems:
         console.print(line, soft_wrap=True)
     for line in differences:

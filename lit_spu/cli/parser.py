@@ -57,13 +57,24 @@ def limit_imports(args: Sequence[str]) -> None:
 def put_configs_first(args: Sequence[str]) -> list[str]:
     """Return the arguments with the config files before the flags: the parser lets the later of both win.
 
-    `--model` also stays before the files, since one with a class's settings alone needs its name.
+    The class of `--model` is given twice: before the files, which may have settings of a class without its name, and
+    after them, so that it wins.
     """
     words = iter(args)
-    parts = [[word, *islice(words, 1)] if word in ("-c", "--config", "--model") else [word] for word in words]
-    configs = [part for part in parts if part[0] in ("-c", "--config") or part[0].startswith("--config=")]
-    names = [part for part in parts if part[0] == "--model" or part[0].startswith("--model=")] if configs else []
-    return [word for part in (*names, *configs, *(p for p in parts if p not in configs)) for word in part]
+    parts = [[word, *islice(words, 1)] if word in (*_CONFIG, *_CLASS) else [word] for word in words]
+    configs = [part for part in parts if _is_flag(part[0], *_CONFIG)]
+    names = [part for part in parts if _is_flag(part[0], *_CLASS)] if configs else []
+    flags = [part for part in parts if not _is_flag(part[0], *_CONFIG)]
+    return [word for part in (*names, *configs, *flags) for word in part]
+
+
+_CONFIG = ("--config", "-c")
+_CLASS = ("--model", "--model.class_path")
+
+
+def _is_flag(word: str, *flags: str) -> bool:
+    """Return whether an argument is one of these flags, alone, with `=value`, or for a short one with its value."""
+    return word.partition("=")[0] in flags or any(word.startswith(flag) for flag in flags if flag[1] != "-")
 
 
 class Parser(LightningArgumentParser):

@@ -36,7 +36,9 @@ class KLadder(LinearReadOut, LadderSideTuning):
         self.backbone.head_modules.requires_grad_(self.backbone.has_classifier)  # the ladder uses it, as in LST
 
     def read_indices(self) -> StateIndices:
-        return self.backbone.base_model.all_states()
+        own = super().read_indices()
+        ladders: list[Any] = list(self.side.ladders)
+        return [{*read, *ladder.read_indices()} for read, ladder in zip(own, ladders, strict=True)]
 
     def both_logits(self, hidden_states: Sequence[HiddenStates], batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of the read-out and of the ladder, both [batch, labels]."""
@@ -47,7 +49,7 @@ class KLadder(LinearReadOut, LadderSideTuning):
         return torch.stack(self.both_logits(hidden_states, batch)).mean(0)
 
     def loss(self, batch: Batch, hidden_states: Sequence[HiddenStates] | None = None) -> Tensor:
-        """Return the sum of both losses, or with `joint` the loss of the mean; a scalar."""
+        """Return the sum of both losses, or with `joint` the loss of the mean logits; a scalar."""
         if self.joint:
             return super().loss(batch, hidden_states)
         readout, ladder = self.both_logits(hidden_states or self.hidden_states(batch), batch)

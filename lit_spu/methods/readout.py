@@ -30,8 +30,8 @@ class LinearReadOut(HiddenStateReader):
         blocks: Blocks to read: the last, the upper half, all, or a list of numbers; 0 is the lowest.
         tokens: Tokens to read of each block: the answer's position, the mean over all tokens, or both.
         dropout: Share of the features that is dropped in training, if the linear layer is trained.
-        fit_readout: Start at the logistic regression on all training examples (for a number, the ridge regression), and
-            not at zero. The strength of its L2 penalty is chosen on a fifth of the training examples.
+        fit_readout: Start at the logistic regression on all training examples, or in a regression task at the ridge
+            regression. The default start is zero. The strength of the L2 penalty is chosen on a fifth of the examples.
         layers: Number of blocks at the end that are tuned by LoRA.
         rank: Rank of LoRA in these blocks.
         alpha: α, which scales LoRA's product by α/rank.
@@ -145,6 +145,6 @@ class LinearReadOut(HiddenStateReader):
         return [
             {**group, "params": params, "lr": rate}
             for group in groups
-            for is_own, rate in ((True, self.readout_lr), (False, self.lr))
+            for is_own, rate in ((False, self.lr), (True, self.readout_lr))
             if (params := [p for p in group["params"] if (p in own) is is_own])
         ]

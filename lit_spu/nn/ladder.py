@@ -74,6 +74,10 @@ class Ladder(nn.Module):
         """Return the blocks that rung i reads, those beyond the ends included."""
         return range(i - self.radius, i + self.radius + 1)
 
+    def read_indices(self) -> set[int]:
+        """Return the numbers of the hidden states that the rungs read; 0 is the first block's input."""
+        return {0, *(block + 1 for block in self.projected_block.values())}
+
     def projection_name(self, i: int, j: int) -> str:
         """Return the name of the down-projection by which rung i reads block j."""
         return str(j) if self.shared else f"{i}<{j}"

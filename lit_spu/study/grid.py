@@ -186,7 +186,8 @@ def short_name(name: str) -> str:
 def _find_learning_rate(flags: Sequence[str]) -> float:
     """Return the learning rate that these flags set: the last one, or the default of all methods."""
     rate = registry.settings(Method)["lr"][1].default
-    for name, _, value in (flag.partition("=") for flag in flags):
+    configs_first = sorted(flags, key=lambda flag: not flag.startswith("--config="))  # as in the command line's parser
+    for name, _, value in (flag.partition("=") for flag in configs_first):
         if name == "--config":
             rate = _init_args(Path(value)).get("lr", rate)
         elif name in ("--model.lr", "--model.init_args.lr"):

@@ -56,18 +56,23 @@ class Overview:
         """Return a row's largest cost over the tasks."""
         return max((row.costs[cost] for row in self.rows[name].values() if cost in row.costs), default=None)
 
-    def recommended(self) -> list[str]:
-        """Return the rows that are worth their memory, the least memory first.
+    def worth_their_memory(self) -> list[str]:
+        """Return the names of the rows that are worth their memory, in order of memory.
 
         Each has a mean score over the tasks that is more than two standard errors above that of every row before it.
-        With a single seed, higher is enough.
+        With a single seed, higher is enough. Rows without all tasks and seeds are left out.
         """
-        memory = {name: self.maximum(name, MEMORY) for name, row in self.rows.items() if len(row) == len(self.tasks)}
+        num_seeds = max((len(row.seeds) for tasks in self.rows.values() for row in tasks.values()), default=0)
         found: list[str] = []
-        for _, name in sorted((value, name) for name, value in memory.items() if value is not None):
-            if all(_is_better(self.rows[name], self.rows[other]) for other in found):
+        for name in sorted(self.rows, key=lambda name: (self.maximum(name, MEMORY) or 0.0, -self._mean_score(name))):
+            row = self.rows[name]
+            complete = len(row) == len(self.tasks) and all(len(of_task.seeds) == num_seeds for of_task in row.values())
+            if complete and self.maximum(name, MEMORY) and all(_is_better(row, self.rows[other]) for other in found):
                 found.append(name)
         return found
+
+    def _mean_score(self, name: str) -> float:
+        return statistics.fmean(row.score for row in self.rows[name].values())
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
@@ -96,8 +101,8 @@ def overviews(rows: Sequence[Row], reference: str) -> list[Overview]:
 
 def _is_better(row: Mapping[str, Row], other: Mapping[str, Row]) -> bool:
     """Return whether a row's mean score over the tasks is more than two standard errors above another's, by seed."""
-    pairs = [list(zip(row[task].scores, other[task].scores, strict=False)) for task in row]
-    gains = [statistics.mean(a - b for a, b in of_seed) for of_seed in zip(*pairs, strict=False)]
+    pairs = [(of_task.by_seed, other[task].by_seed) for task, of_task in row.items()]
+    gains = [statistics.fmean(own[seed] - others[seed] for own, others in pairs) for seed in pairs[0][0]]
     error: float = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
     return statistics.fmean(gains) > 2 * error
 

@@ -229,6 +229,13 @@ class Row:
     """Number of seeds with the score of a constant answer."""
     command: str = ""
     """Command line of the first seed."""
+    seeds: Sequence[int] = ()
+    """Random seeds of the scores."""
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Scores by random seed."""
+        return dict(zip(self.seeds, self.scores, strict=True))
 
     @property
     def score(self) -> float:
@@ -275,6 +282,7 @@ def rows(records: Sequence[Record], constant_scores: Mapping[tuple[str, str], Se
                     curve=_average_curves([run["curve"] for run in best]),
                     collapsed=0 if name in UNTRAINED else collapsed,
                     command=best[0]["command"],
+                    seeds=[run["seed"] for run in best],
                 )
             )
         if constant:

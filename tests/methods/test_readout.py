@@ -129,6 +129,7 @@ def test_a_fitted_readout_stays_if_its_rate_is_zero(data: Callable[..., GLUE], f
 def test_the_readout_has_a_rate_of_its_own() -> None:
     method = make(k=0, reduction=4, layers=1, lr=1e-3, readout_lr=1e-2, weight_decay=0.1)
     groups = method.parameter_groups()
+    assert groups[0]["lr"] == 1e-3  # the one that is logged
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     names = {name: rates[id(p)] for name, p in method.named_parameters() if p.requires_grad}
     assert names["readout.linear.weight"] == (1e-2, 0.1)
@@ -155,6 +156,8 @@ def test_tuned_blocks_that_nothing_reads_are_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"model.layers=2: the read-out does not read the last block.*Add 3 to model"):
         make(tiny("bert"), blocks=[0, 2], layers=2)
     make(tiny("bert"), blocks=[0], layers=2, k=0, reduction=2)  # the ladder reads all blocks
+    with pytest.raises(UserError, match=r"model.layers=1: the read-out does not read the last block"):
+        make(tiny("bert"), blocks=[0], layers=1, k=0, reduction=2, drop_layers=[3])
 
 
 @pytest.mark.parametrize("settings", [{}, {"layers": 1}, {"k": 0, "reduction": 2}])
