@@ -62,7 +62,7 @@ def test_flags_may_contain_seed_and_task_and_the_score_may_be_that_of_test() -> 
 
 
 def test_rates_are_factors_of_each_rows_learning_rate() -> None:
-    cells = study(rates=[0.5, 1, 2], seeds=[1], flags_for={"lst": ["--model.lr=0.01"]}).cells()
+    cells = study(rates=[0.5, 1, 2], seeds=[1], flags_for={"lst": ["--model.lr=0.01", LST]}).cells()
     assert "--model.lr=5e-05" in find(cells, "full", rate=0.5).args
     assert "--model.lr=0.0002" in find(cells, "full", rate=2).args
     assert find(cells, "lst", rate=2).args[-1] == "--model.lr=0.02"
