@@ -62,11 +62,11 @@ class Overview:
         Each has a mean score over the tasks that is more than two standard errors above that of every row before it.
         With a single seed, higher is enough. Rows without all tasks and seeds are left out.
         """
-        num_seeds = max((len(row.seeds) for tasks in self.rows.values() for row in tasks.values()), default=0)
+        seeds = {seed for tasks in self.rows.values() for row in tasks.values() for seed in row.seeds}
         found: list[str] = []
         for name in sorted(self.rows, key=lambda name: (self.maximum(name, MEMORY) or 0.0, -self._mean_score(name))):
             row = self.rows[name]
-            complete = len(row) == len(self.tasks) and all(len(of_task.seeds) == num_seeds for of_task in row.values())
+            complete = len(row) == len(self.tasks) and all(seeds == {*of_task.seeds} for of_task in row.values())
             if complete and self.maximum(name, MEMORY) and all(_is_better(row, self.rows[other]) for other in found):
                 found.append(name)
         return found
