@@ -159,6 +159,7 @@ def test_later_configs_win_and_flags_win_over_them(work: Path, capsys: pytest.Ca
         assert printed_config(["fit", *given, "-cpart.yaml"], capsys)["model"]["init_args"]["rank"] == 2
 
 
+@pytest.mark.slow
 def test_glue_yaml_sets_real_data_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     for file in sorted(CONFIGS.glob("*.yaml")):
         method = yaml.safe_load(file.read_text())["model"].get("class_path")

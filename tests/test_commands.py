@@ -61,6 +61,7 @@ def test_errors_are_explained_in_two_lines(args: str, parts: list[str], capsys: 
         assert part in message
 
 
+@pytest.mark.slow
 def test_estimates_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
     main(f"estimate --configs {CONFIGS}/full.yaml,{CONFIGS}/head.yaml --length 16 --budget 0.02".split())
     printed = capsys.readouterr()

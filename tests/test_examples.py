@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 def test_sentiment_script_predicts_new_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("sentiment", ROOT / "examples" / "sentiment.py")
     assert spec

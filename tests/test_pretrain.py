@@ -173,6 +173,7 @@ def test_a_new_model_of_a_given_config_uses_its_tokenizer(kind: str, tmp_path: P
     assert losses[0] > losses[1] + 1  # its weights were random
 
 
+@pytest.mark.slow
 def test_errors_are_explained_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"good\n\xff\n")
     (tmp_path / "empty.txt").write_text("\n")

@@ -168,6 +168,7 @@ def test_splits_have_the_tasks_fields_and_labels_and_share_no_text(name: str) ->
         assert texts[split, 0] != texts[split, 1]
 
 
+@pytest.mark.slow
 def test_the_same_on_every_platform() -> None:
     """The digest is recorded. It may change only if the grammars change."""
     code = (

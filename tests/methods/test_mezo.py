@@ -157,6 +157,7 @@ def test_a_metric_is_an_objective(tiny: Tiny) -> None:
     )
 
 
+@pytest.mark.slow
 def test_accuracy_itself_is_learnt(data: Callable[..., GLUE], fit: Run) -> None:
     """Its slope is zero or large; over a few steps of many directions it points uphill all the same."""
     torch.manual_seed(0)
