@@ -246,17 +246,21 @@ class TransformerStacks:
                 passes.enter_context(part.run_only(range(start, max(start, end)), below))
             yield
 
+    @property
+    def final_modules(self) -> list[nn.Module]:
+        """The modules after the last block, such as its final norm."""
+        return [self.model.get_submodule(path) for path in self.family.final_modules if has_module(self.model, path)]
+
     def apply_final_modules(self, last: Tensor) -> Tensor:
-        """Apply the modules after the last block, such as its final norm, to its output [batch, tokens, width]."""
-        for path in self.family.final_modules:
-            last = self.model.get_submodule(path)(last) if has_module(self.model, path) else last
+        """Apply the modules after the last block to its output [batch, tokens, width]."""
+        for module in self.final_modules:
+            last = module(last)
         return last
 
     def apply_final_norm(self, last: Tensor) -> Tensor:
         """Apply the norm after the last block, if there is one, to its output [batch, tokens, width]."""
-        for path in self.family.final_modules:
-            if has_module(self.model, path) and find_norms(norm := self.model.get_submodule(path)) == [norm]:
-                last = norm(last)
+        for module in self.final_modules:
+            last = module(last) if find_norms(module) == [module] else last
         return last
 
     def enable_gradient_checkpointing(self) -> None:

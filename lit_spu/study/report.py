@@ -64,15 +64,13 @@ class Overview:
         """
         seeds = {seed for tasks in self.rows.values() for row in tasks.values() for seed in row.seeds}
         found: list[str] = []
-        for name in sorted(self.rows, key=lambda name: (self.maximum(name, MEMORY) or 0.0, -self._mean_score(name))):
+        memory = {name: cost for name in self.rows if (cost := self.maximum(name, MEMORY))}
+        for name in sorted(memory, key=memory.__getitem__):  # of equal memory, the better one is first in `rows`
             row = self.rows[name]
             complete = len(row) == len(self.tasks) and all(seeds == {*of_task.seeds} for of_task in row.values())
-            if complete and self.maximum(name, MEMORY) and all(_is_better(row, self.rows[other]) for other in found):
+            if complete and all(_is_better(row, self.rows[other]) for other in found):
                 found.append(name)
         return found
-
-    def _mean_score(self, name: str) -> float:
-        return statistics.fmean(row.score for row in self.rows[name].values())
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
