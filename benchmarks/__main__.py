@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import data, epochs, methods, models
+from benchmarks import data, epochs, launches, methods, models
 from lit_spu import ranges
 from lit_spu.backbones.load import ASSETS
 from lit_spu.errors import UserError
 from lit_spu.ranges import Count, Length
 from lit_spu.study.steps import batch_of
-from lit_spu.tasks import TASKS
+from lit_spu.tasks import TASKS, Task
 
 RANGES = {"rounds": Count, "lengths": Annotated[list[Count], Length(1)], "batch_size": Count}
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cpu", help="device of the steps, such as 'cuda' (default: cpu, one thread)"
     )
+    parser.add_argument("--launches", action="store_true", help="count the operators of a step instead, as on a GPU")
     parser.add_argument("--quick", action="store_true", help="two rounds of 32 tokens, for a rough result")
     parser.add_argument("--glue", type=Path, help="folder in GLUE's layout: also measure batches of its SST-2")
     parser.add_argument(
@@ -50,6 +51,9 @@ def main() -> None:
         parser.error(str(error))
     rounds, lengths = (2, [32]) if options.quick else (options.rounds, options.lengths)
     console, task = Console(), TASKS["sst2"]
+    if options.launches:
+        print_launches(task, options)
+        return
 
     pipelines = [data.synthetic(67_349, options.batch_size)]
     if options.glue:
@@ -75,6 +79,18 @@ def main() -> None:
                 continue
             seconds = epochs.measure_epochs(backbone, task, rounds)
             console.print(make_epoch_table(f"{name}, an epoch of 640 texts like SST-2's, {rounds} rounds", seconds))
+
+
+def print_launches(task: Task, options: argparse.Namespace) -> None:
+    """Print Markdown tables of the operators of a step. Side networks recompute nothing, as on a GPU by default."""
+    for name, config in models.narrow_configs().items():
+        with TemporaryDirectory() as folder:
+            backbone = models.save(config, Path(folder), task)
+            rows = methods.build_methods(backbone, task, only=options.only, gradient_checkpointing=False)
+            batch = batch_of(options.batch_size, options.lengths[0], task)
+            print(
+                "\n".join(launches.make_table(name, launches.count_launches(rows, batch, options.rounds))), end="\n\n"
+            )
 
 
 def make_cost_table(title: str, costs: list[methods.Cost]) -> Table:

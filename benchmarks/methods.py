@@ -72,7 +72,7 @@ PEERS = ("lora", "ia3")
 
 
 def build_methods(
-    backbone: Path, task: Task, configs: Path = CONFIGS, only: Sequence[str] = ("*",)
+    backbone: Path, task: Task, configs: Path = CONFIGS, only: Sequence[str] = ("*",), **settings: Any
 ) -> dict[str, Method]:
     """Build the methods of all configs and variants, by the name of their row.
 
@@ -81,6 +81,7 @@ def build_methods(
         task: The task.
         configs: Folder of the config files.
         only: Patterns of row names. Other rows are skipped, except full fine-tuning.
+        settings: Settings of all rows that have them and do not set them otherwise.
     """
 
     def is_selected(name: str) -> bool:
@@ -93,7 +94,10 @@ def build_methods(
                 torch.manual_seed(0)
                 # reduction and directions of the configs suit the narrow mini models
                 found[name] = build(
-                    path, backbone=str(backbone), task=task.name, **{"reduction": 8, "directions": 1, **changed}
+                    path,
+                    backbone=str(backbone),
+                    task=task.name,
+                    **{"reduction": 8, "directions": 1, **settings, **changed},
                 )
     for name in PEERS:
         if name in found and is_selected(f"{name} (peft)"):
@@ -155,6 +159,19 @@ def make_published_step(method: Method, batch: Batch, lr: float = 1e-6, epsilon:
     return step
 
 
+def make_step(name: str, method: Method, batch: Batch) -> tuple[Callable[[], None], list[torch.optim.Optimizer]]:
+    """Return a function that runs a training step of a row, and the optimizers of the row."""
+    if name == f"{MEZO} (published)":
+        return make_published_step(method, batch), []
+    return training_step(method, batch)
+
+
+def open_cache(method: Method) -> None:
+    """Open the activation cache of a method that is set to have one."""
+    if isinstance(method, CachedBackbone) and method.activation_cache:
+        method.cache = method.make_cache()
+
+
 def make_plain_copy(backbone: Backbone) -> Backbone:
     """Return a copy of a backbone that runs transformers' own code, without this library's shortcuts."""
     plain = copy.deepcopy(backbone)
@@ -204,14 +221,8 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
     above: dict[str, float] = {}
     allocated: dict[str, float] = {}
     for name, method in methods.items():
-        method.to(device)
-        if isinstance(method, CachedBackbone) and method.activation_cache:
-            method.cache = method.make_cache()
-        optimizers: list[torch.optim.Optimizer]
-        if name == f"{MEZO} (published)":
-            calls[name], optimizers = make_published_step(method, batch), []
-        else:
-            calls[name], optimizers = training_step(method, batch)
+        open_cache(method.to(device))
+        calls[name], optimizers = make_step(name, method, batch)
         live = live_bytes(method, calls[name], optimizers)
         above[name] = (live.peak_bytes - loaded) / MIB
         if device.type != "cpu":

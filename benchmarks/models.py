@@ -29,6 +29,18 @@ def configs() -> Mapping[str, PreTrainedConfig]:
     }
 
 
+def narrow_configs() -> Mapping[str, PreTrainedConfig]:
+    """Return configs of the same depth and a fraction of the width: their steps have the same operators."""
+    from transformers import DistilBertConfig
+
+    config = DistilBertConfig(
+        dim=96, hidden_dim=384, vocab_size=1000, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0
+    )
+    t5 = configs()["T5-small"]
+    t5.update({"d_model": 64, "d_ff": 128, "d_kv": 8, "vocab_size": 1000})
+    return {"DistilBERT-base": config, "T5-small": t5}
+
+
 def save(config: PreTrainedConfig, folder: Path, task: Task) -> Path:
     """Save a backbone in Hugging Face layout: random weights, and a tokenizer that knows the task's label words."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -3,6 +3,7 @@
 from lit_spu.measure.accelerator import AcceleratorPeak
 from lit_spu.measure.clocks import Clock, Durations, interleave
 from lit_spu.measure.cores import cores
+from lit_spu.measure.launches import Launches
 from lit_spu.measure.live import Kind, LiveBytes
 from lit_spu.measure.resident import ResidentPeak
 from lit_spu.measure.saved import SavedForBackward
@@ -16,6 +17,7 @@ __all__ = [
     "Clock",
     "Durations",
     "Kind",
+    "Launches",
     "LiveBytes",
     "ResidentPeak",
     "SavedForBackward",
