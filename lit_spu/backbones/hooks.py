@@ -65,6 +65,19 @@ def is_position_wise(root: nn.Module) -> bool:
     return True
 
 
+def find_foreign_hooks(root: nn.Module) -> Iterator[str]:
+    """Yield the paths of modules and parameters with a hook or a forward override of another package."""
+    if _has_any_global_hook():
+        yield "every module"
+    for path, module in root.named_modules():
+        hooks = chain.from_iterable(vars(module)[table].values() for table in _TABLES)
+        if any(not str(_unwrap(function).__module__).startswith("lit_spu.") for function in (*hooks, *_overrides(module))):
+            yield path or type(module).__name__
+    for path, parameter in root.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+            yield path
+
+
 def _overrides(module: nn.Module) -> Iterator[Any]:
     """Yield the forward overrides of a module, the outermost first."""
     forward = vars(module).get("forward")
@@ -76,6 +89,11 @@ def _overrides(module: nn.Module) -> Iterator[Any]:
 
 
 def _is_marked(function: Any) -> bool:
+    return getattr(_unwrap(function), "position_wise", False)
+
+
+def _unwrap(function: Any) -> Any:
+    """Return the function whose first arguments a `partial` has bound."""
     while isinstance(function, partial):
         function = function.func
-    return getattr(function, "position_wise", False)
+    return function

@@ -263,16 +263,20 @@ class TransformerStacks:
             last = module(last) if find_norms(module) == [module] else last
         return last
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute blocks in the backward pass instead of saving their activations."""
+    def enable_gradient_checkpointing(self, only_on: str | None = None) -> None:
+        """Recompute blocks in the backward pass instead of saving their activations.
+
+        Args:
+            only_on: Type of device; on others, nothing is recomputed. By default all recompute.
+        """
         # transformers' own way skips blocks in evaluation mode, as frozen blocks with adapters are
         for block in self.blocks:
-            override_forward(block, _recompute)
+            override_forward(block, partial(_recompute, only_on))
 
 
 @position_wise
-def _recompute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
+def _recompute(only_on: str | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled() or only_on not in (None, args[0].device.type):
         return forward(*args, **kwargs)
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 

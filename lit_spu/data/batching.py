@@ -30,9 +30,13 @@ class Examples(Dataset[Batch]):
         tokens: Tokens of the examples.
         labels: Label positions, or scores.
         pad_id: Token id that fills up shorter texts on the right, where the attention mask is 0.
+        length_multiple: Pad batches to a multiple of this length, or to the longest of all texts.
     """
 
-    def __init__(self, tokens: Tokens, labels: Sequence[int] | Sequence[float], pad_id: int) -> None:
+    def __init__(
+        self, tokens: Tokens, labels: Sequence[int] | Sequence[float], pad_id: int, length_multiple: int = 1
+    ) -> None:
+        self.length_multiple, self.longest = length_multiple, int(tokens.lengths.max(initial=0))
         self.tokens = tokens
         self.labels = torch.tensor(labels)  # int64 for labels, float32 for scores
         self.pad_id = pad_id
@@ -56,7 +60,8 @@ class Examples(Dataset[Batch]):
         """
         index = np.asarray(indices, np.int64)
         starts, ends = self.tokens.starts[index], self.tokens.starts[index + 1]
-        positions = np.arange((ends - starts).max())
+        multiples = -(-(ends - starts).max() // self.length_multiple)
+        positions = np.arange(min(multiples * self.length_multiple, self.longest))
         real = positions < (ends - starts)[:, None]
         offsets = np.where(real, starts[:, None] + positions, 0)
         batch = {

@@ -277,11 +277,14 @@ class GLUE(Checked, LightningDataModule):
         template = text.template_of(self.task, encoding, self.template)
         unknown = math.nan if self.task.regression else -1
         pad_id = encoding.tokenizer.pad_token_id or 0  # without a pad token, any id will do: the mask hides it
+        model = self.trainer.lightning_module if self.trainer is not None else None
+        length_multiple = getattr(model, "length_multiple", 1) if portion == "train" else 1
         return [
             Examples(
                 text.encode_cached(rows, self.task, encoding, template, self.max_length, self.cache),
                 [unknown if row["label"] is None else row["label"] for row in rows],
                 pad_id,
+                length_multiple,
             )
             for rows in self._parts(portion).values()
         ]

@@ -16,7 +16,8 @@ from torch.profiler import record_function
 
 from lit_spu.backbones import Batch, FrozenStates, Head, load_backbone
 from lit_spu.errors import NonFiniteError, UserError
-from lit_spu.methods.finite import FiniteLosses, check_weights
+from lit_spu.methods.finite import check_weights
+from lit_spu.methods.step_graphs import CapturedSteps
 from lit_spu.nn.adapter import Adapter
 from lit_spu.optim import schedules
 from lit_spu.optim.adamw import fused_adamw
@@ -27,7 +28,7 @@ from lit_spu.tasks.metrics import CALIBRATED, task_metrics
 StepLoss = Callable[[Batch], Tensor | None]
 
 
-class Method(Checked, FiniteLosses, ABC):
+class Method(Checked, CapturedSteps, ABC):
     """Base class of fine-tuning methods.
 
     A subclass freezes and adds weights in its constructor. If needed, it overrides `forward`, `loss` or other methods.
@@ -43,6 +44,9 @@ class Method(Checked, FiniteLosses, ABC):
         weight_decay: Decoupled weight decay of matrices; biases and norms have none.
         warmup: Share of all steps over which the learning rate rises, before it falls to zero linearly.
         gradient_checkpointing: Recompute the blocks in the backward pass instead of saving their activations.
+        cuda_graphs: On a CUDA device, capture the forward and backward pass of a step once for each shape of a batch,
+            and replay it. Batches are padded to multiples of eight tokens. Steps that cannot be captured run as usual,
+            and the log says why.
 
     Raises:
         UserError: If the backbone or the task does not exist, or they do not fit each other.
@@ -64,6 +68,7 @@ class Method(Checked, FiniteLosses, ABC):
         weight_decay: PositiveOrZero = 0.0,
         warmup: Share = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -72,6 +77,7 @@ class Method(Checked, FiniteLosses, ABC):
         self.backbone = load_backbone(backbone, self.task, head)
         if gradient_checkpointing:
             self.backbone.base_model.enable_gradient_checkpointing()
+        self.cuda_graphs = cuda_graphs
         self.metrics: dict[str, Any] = {}
         self.total_steps: int | None = None
         self.seed = 0
@@ -109,7 +115,7 @@ class Method(Checked, FiniteLosses, ABC):
 
     def step_loss(self, batch: Batch) -> Tensor | None:
         """Return the loss of a training step and log it; None skips the backward pass."""
-        loss = self.loss(batch)
+        loss = self.captured_loss(batch)
         self.log_loss(loss, batch)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -185,6 +191,11 @@ class Method(Checked, FiniteLosses, ABC):
         self.train()  # from_pretrained leaves models in evaluation mode, and Lightning does not change it
         super().on_fit_start()
         self.seed = torch.initial_seed()
+
+    def graph_obstacle(self) -> str | None:
+        if type(self).step_loss is not Method.step_loss:
+            return f"{type(self).__name__} has its own kind of step"
+        return super().graph_obstacle()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the run's seed, the rank and the batch, so that a resumed run draws the same masks."""

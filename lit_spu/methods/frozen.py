@@ -92,6 +92,7 @@ class CachedBackbone(Method):
         Raises:
             UserError: If one does.
         """
+        super().on_train_epoch_start()
         if self.cache is not None and self.count_frozen_blocks() < self._num_cached_blocks:
             raise UserError("model.activation_cache: a callback trains blocks that are cached. Leave out one of them.")
 

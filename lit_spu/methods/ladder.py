@@ -43,8 +43,9 @@ class LadderBase(HiddenStateReader):
         fisher_examples: Number of training examples for the Fisher information.
         backbone_dropout: Leave the backbone's dropout on while training, as the paper's code does.
         gradient_checkpointing: Recompute the side network's blocks in the backward pass. It saves a fifth of the memory
-            of short texts and half of that of long ones, and costs a few per cent of a step. By default it is on,
-            except with an activation_cache, where a step has little else to compute.
+            of short texts and half of that of long ones. On a CPU it costs a few per cent of a step, on a GPU more,
+            because each operator has to be launched. By default it is on on a CPU, except with an activation_cache,
+            where a step has little else to compute.
 
     Raises:
         UserError: If a number is out of range, or settings exclude each other.
@@ -90,7 +91,7 @@ class LadderBase(HiddenStateReader):
         if init == "magnitude":
             self._init_from_pruned(pruning.magnitude(self.backbone.base_model))
         if gradient_checkpointing or (gradient_checkpointing is None and not self.activation_cache):
-            self.side.side_model.enable_gradient_checkpointing()
+            self.side.side_model.enable_gradient_checkpointing("cpu" if gradient_checkpointing is None else None)
 
     def prepare(self, examples: DrawExamples) -> None:
         super().prepare(examples)

@@ -1,0 +1,63 @@
+"""A recorder of graphs that plays on a CPU, by the rules of a CUDA graph.
+
+It records the operators of a function on their very tensors and refuses those whose result Python needs. A replay runs
+the same operators on the same memory: all that Python has decided, and all numbers that it has passed, stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+class Tape(TorchDispatchMode):
+    """Recorded operators; `replay` runs them again."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: list[tuple[Any, Any, Any, list[tuple[Tensor, int]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if not name.startswith("aten::index") and {
+            torch.Tag.data_dependent_output,
+            torch.Tag.dynamic_output_shape,
+        }.intersection(func.tags):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        if name == "aten::lift_fresh":
+            raise RuntimeError("a copy from the host's memory, which changes until the replay")
+        outputs = func(*args, **kwargs)
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        fresh = [
+            (leaf.detach(), number)
+            for number, leaf in enumerate(tree_leaves(outputs))
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs
+        ]
+        is_empty = name.rpartition("::")[2].removeprefix("new_").startswith("empty")
+        if (fresh or func._schema.is_mutable) and not is_empty:
+            # detached: the memory, as a graph holds it, not the autograd graph
+            self.operators.append((func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs)), fresh))
+        return outputs
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, fresh in self.operators:
+            results = tree_leaves(func(*args, **kwargs))
+            for target, number in fresh:
+                target.copy_(results[number])
+
+
+def record(run: Callable[[], None]) -> Tape:
+    """Record a function. As under capture, its random numbers are drawn in the replays only."""
+    state = torch.get_rng_state()
+    tape = Tape()
+    with tape:
+        run()
+    torch.set_rng_state(state)
+    return tape
