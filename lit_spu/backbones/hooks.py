@@ -71,7 +71,9 @@ def find_foreign_hooks(root: nn.Module) -> Iterator[str]:
         yield "every module"
     for path, module in root.named_modules():
         hooks = chain.from_iterable(vars(module)[table].values() for table in _TABLES)
-        if any(not str(_unwrap(function).__module__).startswith("lit_spu.") for function in (*hooks, *_overrides(module))):
+        if any(
+            not str(_unwrap(function).__module__).startswith("lit_spu.") for function in (*hooks, *_overrides(module))
+        ):
             yield path or type(module).__name__
     for path, parameter in root.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class Gate(Fusion):
 
     def forward(self, slots: Sequence[Tensor], mask: Tensor | None) -> Fuse:
         gates, summaries = torch.sigmoid(self.alpha / TEMPERATURE).unbind(), self.summarize(slots)
-        return lambda i, state: torch.lerp(summaries[i], state, gates[i])
+        return lambda i, state: _GatedSum.apply(summaries[i], state, gates[i])  # type: ignore[no-untyped-call, no-any-return]
 
     def summarize(self, slots: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return one state for the window of each rung: the only slot of a window of size 1."""
@@ -81,6 +82,22 @@ class Gate(Fusion):
 
     def gate(self, i: int) -> Tensor | None:
         return torch.sigmoid(self.alpha[i] / TEMPERATURE)
+
+
+class _GatedSum(torch.autograd.Function):
+    """The sum g·s + (1−g)·x with a scalar g. Its backward pass launches half of the operators of `lerp`'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, state, gate)
+        return torch.lerp(x, state, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad,) = grads
+        x, state, gate = ctx.saved_tensors
+        grad_state = grad * gate
+        return grad - grad_state, grad_state, torch.dot(grad.flatten(), (state - x).flatten())
 
 
 class Gated(Gate):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from transformers import masking_utils
 
-from lit_spu.measure import Launches
 from lit_spu.methods.base import Method
 from lit_spu.methods.step_graphs import CapturedSteps, StepGraphs
-from lit_spu.methods.zeroth_order import ZerothOrder
-from lit_spu.study.grid import method_configs
 from tests.runs import METHODS, fit, made
 from tests.tape import record
 
