@@ -70,13 +70,11 @@ def find_foreign_hooks(root: nn.Module) -> Iterator[str]:
     if _has_any_global_hook():
         yield "every module"
     for path, module in root.named_modules():
-        hooks = chain.from_iterable(vars(module)[table].values() for table in _TABLES)
-        if any(
-            not str(_unwrap(function).__module__).startswith("lit_spu.") for function in (*hooks, *_overrides(module))
-        ):
+        functions = map(_unwrap, chain(*(vars(module)[table].values() for table in _TABLES), _overrides(module)))
+        if any(not str(function.__module__).startswith("lit_spu.") for function in functions):
             yield path or type(module).__name__
     for path, parameter in root.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield path
 
 

@@ -123,7 +123,7 @@ class StepGraphs:
             self._fail(f"{hook} has a hook, which a replay would not call")
             return None
         fixed = {name: tensor.clone() for name, tensor in batch.items()}
-        found: list[Tensor] = []
+        losses: list[Tensor] = []
         grads: list[tuple[nn.Parameter, Tensor]] = []
         seed = torch.initial_seed()
 
@@ -131,7 +131,7 @@ class StepGraphs:
             loss = self._compute_loss(fixed)
             with torch.autocast(loss.device.type, enabled=False):  # as in an eager step
                 loss.backward()
-            found.append(loss.detach())
+            losses.append(loss.detach())
             grads.extend(self._keep_gradients())
 
         try:
@@ -144,7 +144,7 @@ class StepGraphs:
             return None
         finally:
             self._module.zero_grad()
-        return _Step(graph, list(fixed.values()), *found, grads)
+        return _Step(graph, list(fixed.values()), losses[0], grads)
 
     def _keep_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield the weights with a gradient and their fixed gradients. Copy the present gradients to these."""
@@ -190,6 +190,7 @@ class CapturedSteps(FiniteLosses):
 
     cuda_graphs = False
     step_wrapper: Any = None
+    loss: Callable[[Batch], Tensor]
 
     def __init__(self) -> None:
         super().__init__()

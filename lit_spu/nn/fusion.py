@@ -74,7 +74,7 @@ class Gate(Fusion):
 
     def forward(self, slots: Sequence[Tensor], mask: Tensor | None) -> Fuse:
         gates, summaries = torch.sigmoid(self.alpha / TEMPERATURE).unbind(), self.summarize(slots)
-        return lambda i, state: _GatedSum.apply(summaries[i], state, gates[i])  # type: ignore[no-untyped-call, no-any-return]
+        return lambda i, state: _GatedSum.apply(summaries[i], state, gates[i])  # type: ignore[no-untyped-call]
 
     def summarize(self, slots: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return one state for the window of each rung: the only slot of a window of size 1."""
