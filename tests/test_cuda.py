@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 import lit_spu
@@ -60,6 +61,34 @@ def test_a_trajectory_leads_to_the_weights(tmp_path: Path, noise: Any) -> None:
     replayed, trained = lit_spu.replay(tmp_path / "run").state_dict(), method.cpu().state_dict()
     assert all(torch.equal(tensor, replayed[name]) for name, tensor in trained.items())
     assert not all(torch.equal(tensor, before[name]) for name, tensor in trained.items())
+
+
+class CountReplays(Callback):
+    """Notes the number of replayed steps."""
+
+    num_replays = 0
+    obstacle: str | None = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if graphs := getattr(pl_module, "graphs", None):
+            self.num_replays, self.obstacle = graphs.num_replays, graphs.obstacle
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("config", [name for name in METHODS if not name.startswith(("mezo", "lr_distillation"))])
+def test_a_captured_step_is_the_eager_one(tmp_path: Path, config: str, precision: Any) -> None:
+    found = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(3)
+        method = made(config, "mini-bert", cuda_graphs=cuda_graphs, dropout=0.0, hidden_state_dropout=0.0)
+        data = GLUE(batch_size=8, limit_train=64, limit_validation=20, cache=str(tmp_path / "cache"))
+        replays = CountReplays()
+        trainer = quiet_trainer(max_epochs=4, accelerator="cuda", precision=precision, callbacks=[replays])
+        trainer.fit(method, data)
+        assert (replays.num_replays > 16) is cuda_graphs, replays.obstacle
+        found.append([parameter.detach().cpu() for parameter in method.parameters()])
+    tolerance = 1e-3 if precision == "32-true" else 2e-2
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("config", ["full", "lora", "lst", "mezo"])

@@ -66,7 +66,9 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CapturedSteps, "length_multiple", 8)
 
 
-def compare(config: str, backbone: str, folder: Path, *callbacks: Callable[[], Callback], **settings: Any) -> StepGraphs:
+def compare(
+    config: str, backbone: str, folder: Path, *callbacks: Callable[[], Callback], **settings: Any
+) -> StepGraphs:
     """Train eagerly and with graphs, compare losses and weights, and return the graphs."""
     trainer_settings = {"max_epochs": 4} | settings.pop("trainer", {})
     found = []
