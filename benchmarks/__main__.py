@@ -21,6 +21,7 @@ from lit_spu import ranges
 from lit_spu.backbones.load import ASSETS
 from lit_spu.errors import UserError
 from lit_spu.ranges import Count, Length
+from lit_spu.study.grid import build_for_gpu
 from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS, Task
 
@@ -86,7 +87,7 @@ def print_launches(task: Task, options: argparse.Namespace) -> None:
     for name, config in models.narrow_configs().items():
         with TemporaryDirectory() as folder:
             backbone = models.save(config, Path(folder), task)
-            rows = methods.build_methods(backbone, task, only=options.only, gradient_checkpointing=False)
+            rows = methods.build_methods(backbone, task, only=options.only, make=build_for_gpu)
             batch = batch_of(options.batch_size, options.lengths[0], task)
             print(
                 "\n".join(launches.make_table(name, launches.count_launches(rows, batch, options.rounds))), end="\n\n"

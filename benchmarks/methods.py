@@ -72,7 +72,11 @@ PEERS = ("lora", "ia3")
 
 
 def build_methods(
-    backbone: Path, task: Task, configs: Path = CONFIGS, only: Sequence[str] = ("*",), **settings: Any
+    backbone: Path,
+    task: Task,
+    configs: Path = CONFIGS,
+    only: Sequence[str] = ("*",),
+    make: Callable[..., Method] = build,
 ) -> dict[str, Method]:
     """Build the methods of all configs and variants, by the name of their row.
 
@@ -81,7 +85,7 @@ def build_methods(
         task: The task.
         configs: Folder of the config files.
         only: Patterns of row names. Other rows are skipped, except full fine-tuning.
-        settings: Settings of all rows that have them and do not set them otherwise.
+        make: Function that builds the method of a config file.
     """
 
     def is_selected(name: str) -> bool:
@@ -93,11 +97,11 @@ def build_methods(
             if config == stem and is_selected(name):
                 torch.manual_seed(0)
                 # reduction and directions of the configs suit the narrow mini models
-                found[name] = build(
+                found[name] = make(
                     path,
                     backbone=str(backbone),
                     task=task.name,
-                    **{"reduction": 8, "directions": 1, **settings, **changed},
+                    **{"reduction": 8, "directions": 1, **changed},
                 )
     for name in PEERS:
         if name in found and is_selected(f"{name} (peft)"):

@@ -11,8 +11,9 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -53,6 +54,7 @@ def estimate(
     length: Count = 128,
     budget: Positive | None = None,
     settings: dict[str, Any] | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> None:
     """Estimate the peak memory of training for every method, without training and without loading weights.
 
@@ -64,14 +66,17 @@ def estimate(
         length: Tokens per text.
         budget: Memory for live tensors in GiB; adds a column with the largest batch that fits.
         settings: Settings that replace those of the configs in the methods that have them, as {reduction: 8}.
+        device: Kind of device (default: that of this machine). On cuda, ladders recompute no blocks by default.
 
     Raises:
         UserError: if no config file matches, or no method has one of the settings.
     """
     budget_bytes = None if budget is None else int(budget * 2**30)
     files = method_configs(configs)
-    results = estimates(files, backbone, task, batch_size, length, budget_bytes, settings)
-    print(f"MiB of live tensors at the peak of a training step: {backbone}, {batch_size} texts of {length} tokens")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    results = estimates(files, backbone, task, batch_size, length, budget_bytes, settings, device == "cuda")
+    shape = f"{batch_size} texts of {length} tokens"
+    print(f"MiB of live tensors at the peak of a training step on {device}: {backbone}, {shape}")
     width = max(map(len, files))
     headings = _estimate_row(("trained", "peak", *ESTIMATE_PARTS.values()), "batch" if budget else "")
     print(f"{'method':{width}}{headings}", flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lit_spu.backbones.load import load_backbone, only_shapes
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.measure import Kind
 from lit_spu.methods.base import Method
-from lit_spu.study.grid import build
+from lit_spu.study.grid import build, build_for_gpu
 from lit_spu.study.shapes import AssumedValues
 from lit_spu.study.steps import batch_of, live_bytes, training_step
 from lit_spu.tasks import load_task
@@ -61,6 +62,7 @@ def estimates(
     length: int,
     budget: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    on_gpu: bool = False,
 ) -> Iterator[Estimate | Failure]:
     """Check the settings, and return an iterator that estimates one method after another.
 
@@ -74,6 +76,7 @@ def estimates(
         length: Number of tokens in every text.
         budget: Bytes available to the largest batch.
         settings: Settings of the methods. They override the configs of all methods that have them.
+        on_gpu: Estimate the defaults of a GPU instead of those of a CPU.
 
     Returns:
         The estimate of each method, or why it has none, in the order of the configs.
@@ -91,15 +94,19 @@ def estimates(
     if max_tokens is not None and length > max_tokens:
         raise UserError(f"--length={length}: {backbone} reads at most {max_tokens} tokens. Give {max_tokens} or less.")
     values = {**(settings or {}), "backbone": backbone, "task": task}
-    return (_estimate_or_failure(name, config, values, batch_size, length, budget) for name, config in configs.items())
+    make = build_for_gpu if on_gpu else build
+    return (
+        _estimate_or_failure(name, partial(make, config, **values), batch_size, length, budget)
+        for name, config in configs.items()
+    )
 
 
 def _estimate_or_failure(
-    name: str, config: Path, settings: Mapping[str, Any], batch_size: int, length: int, budget: int | None
+    name: str, make: Callable[[], Method], batch_size: int, length: int, budget: int | None
 ) -> Estimate | Failure:
     try:
         with _shapes(batch_size * length):
-            return _estimate(name, build(config, **settings), batch_size, length, budget)
+            return _estimate(name, make(), batch_size, length, budget)
     except Exception as error:  # of any kind: the other methods have their estimates
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return Failure(name, " ".join(text.split()))

@@ -244,6 +244,17 @@ def build(config: Path, **settings: Any) -> Method:
     return cls(**given | {key: value for key, value in settings.items() if key in known})
 
 
+def build_for_gpu(config: Path, **settings: Any) -> Method:
+    """Build the method of a config file as it trains on a GPU, where ladders recompute no blocks by default.
+
+    See `build` for the arguments and errors.
+    """
+    method = build(config, **settings)
+    if method.hparams.get("gradient_checkpointing", False) is None:
+        return build(config, **settings | {"gradient_checkpointing": False})
+    return method
+
+
 def _read_model_section(config: Path) -> Mapping[str, Any]:
     """Return the `model` section of a config file, or an empty mapping if it has none."""
     model = read_mapping(config).get("model")

@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks import launches, methods, models
 from lit_spu.measure import Launches
+from lit_spu.study.grid import build_for_gpu
 from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS
 
@@ -74,7 +75,7 @@ def test_the_documentation_has_the_counts(tmp_path: Path, name: str) -> None:
     pytest.importorskip("peft")
     task = TASKS["sst2"]
     backbone = models.save(models.narrow_configs()[name], tmp_path, task)
-    rows = methods.build_methods(backbone, task, gradient_checkpointing=False)
+    rows = methods.build_methods(backbone, task, make=build_for_gpu)
     counted = launches.make_table(name, launches.count_launches(rows, batch_of(32, 32, task)))
 
     def numbers(lines: list[str]) -> dict[str, list[str]]:

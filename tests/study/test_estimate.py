@@ -52,6 +52,15 @@ def test_an_estimate_equals_a_real_step(config: str, backbone: str) -> None:
     assert sum(found.by_kind.values()) == found.peak
 
 
+def test_a_gpu_recomputes_no_blocks_of_a_ladder() -> None:
+    def peaks(config: str) -> list[int]:
+        return [estimate(config, "mini-bert", 8, 32, on_gpu=on_gpu).peak for on_gpu in (False, True)]
+
+    on_cpu, on_gpu = peaks("lst")
+    assert on_gpu > on_cpu
+    assert len({*peaks("lora")}) == 1
+
+
 @pytest.mark.parametrize("settings", [{"rows": "seen"}, {"rows": "seen", "noise": "low_rank"}, {"noise": "rademacher"}])
 def test_estimates_of_mezo_settings(settings: dict[str, Any]) -> None:
     """MeZO reads values in its step: rows of the embedding and slopes."""
