@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DOCS_INSTALLED := $(VENV)/docs-installed
 
-.PHONY: demo test test-all install stub lint types check audit bench docs clean
+.PHONY: demo test test-all install stub lint types check audit bench bench-gpu docs clean
 
 demo: $(INSTALLED)  ## Train k-ladder LST on synthetic data with an embedded backbone: under a minute, no downloads.
 	$(BIN)/python cli.py fit --config configs/kladder.yaml $(ARGS)
@@ -42,6 +42,12 @@ audit: $(INSTALLED)  ## Known vulnerabilities of the exact versions. Without an 
 
 bench: $(INSTALLED)  ## Time and memory of every method against the plain forward pass and full fine-tuning.
 	$(BIN)/python -m benchmarks $(ARGS)
+
+GPU_ROWS := full lora 'lora (peft)' ia3 'ia3 (peft)' lst kladder '*, cached' side_lora 'mezo*'
+
+bench-gpu:  ## On a machine with a GPU, in ten minutes: the tests that need one, then time and memory, eagerly and as graphs.
+	$(BIN)/python -m pytest -q -m gpu tests
+	$(BIN)/python -m benchmarks --device cuda --rounds 5 --only $(GPU_ROWS)
 
 # not --quiet, which hides the warnings that --strict counts
 docs: $(DOCS_INSTALLED)  ## The site, in site/. A broken link or a page outside the navigation is an error.

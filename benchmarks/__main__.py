@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,7 +109,8 @@ def make_cost_table(title: str, costs: list[methods.Cost]) -> Table:
     for cost in costs:
         milliseconds = f"{cost.milliseconds:,.{0 if cost.milliseconds > 100 else 1}f}"
         time = (milliseconds, f"{cost.to_forward:.2f}", f"{cost.to_full:.2f}")
-        memory = (f"{cost.above_mib:,.0f}", f"{cost.memory_to_full:.2f}")
+        is_known = not math.isnan(cost.above_mib)
+        memory = (f"{cost.above_mib:,.0f}", f"{cost.memory_to_full:.2f}") if is_known else ("–", "–")
         allocator = () if cost.allocator_mib is None else (f"{cost.allocator_mib:,.0f}",)
         table.add_row(cost.name, f"{cost.trainable:,}", *time, *memory, *allocator)
     return table

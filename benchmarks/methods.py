@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from lit_spu.backbones import Backbone
 from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
 from lit_spu.methods.base import Method
 from lit_spu.methods.frozen import CachedBackbone
+from lit_spu.methods.step_graphs import CudaRecorder
+from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
 from lit_spu.study.grid import build, method_configs
@@ -38,7 +41,7 @@ class Cost:
     """Costs of a training step of one method, with ratios to the forward pass and to full fine-tuning of the same run.
 
     `above_mib` counts live bytes beyond the loaded backbone. `allocator_mib` is the same as reported by the
-    accelerator's allocator.
+    accelerator's allocator. Live bytes of a captured step are NaN, because a replay shows no operators.
     """
 
     name: str
@@ -231,6 +234,12 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
         above[name] = (live.peak_bytes - loaded) / MIB
         if device.type != "cpu":
             allocated[name] = (live.entry_bytes - loaded + growth(calls[name], device)) / MIB
+        if device.type == "cuda" and optimizers and not isinstance(method, ZerothOrder):
+            calls[f"{name}, graph"], _ = training_step(method, batch, CudaRecorder())
+            steps = [
+                growth(calls[f"{name}, graph"], device) for _ in range(2)
+            ]  # an eager one, and one that is captured
+            allocated[f"{name}, graph"] = (live.entry_bytes - loaded + max(steps)) / MIB
     full = methods[FULL]
     plain = make_plain_copy(full.backbone)
     calls[FORWARD] = make_forward_pass(plain, batch)
@@ -244,15 +253,16 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
     def ratio(name: str, to: str) -> float:
         return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
+    trainable = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in methods.items()}
     return [
         Cost(
             name=name,
-            trainable=sum(p.numel() for p in methods[name].parameters() if p.requires_grad) if name in methods else 0,
+            trainable=trainable.get(name.removesuffix(", graph"), 0),
             milliseconds=1000 * median(seconds[name]),
             to_forward=ratio(name, FORWARD),
             to_full=ratio(name, FULL),
-            above_mib=above[name],
-            memory_to_full=above[name] / above[FULL],
+            above_mib=above.get(name, math.nan),
+            memory_to_full=above.get(name, math.nan) / above[FULL],
             allocator_mib=allocated.get(name),
         )
         for name in sorted(calls, key=lambda name: median(seconds[name]))

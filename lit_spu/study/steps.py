@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_spu.measure import LiveBytes
 from lit_spu.methods.base import Method
+from lit_spu.methods.step_graphs import Graph, StepGraphs
 from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.tasks import Task
 
@@ -27,8 +28,15 @@ def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
     }
 
 
-def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..., None], list[torch.optim.Optimizer]]:
+def training_step(
+    method: Method, batch: dict[str, Tensor], record: Callable[[Callable[[], None]], Graph] | None = None
+) -> tuple[Callable[..., None], list[torch.optim.Optimizer]]:
     """Prepare a method for training steps like the Trainer's, but without logging.
+
+    Args:
+        method: The method.
+        batch: The batch of a step.
+        record: Function that records the forward and backward pass as a graph. By default steps are eager.
 
     Returns:
         A function that runs one step, on `batch` or on the batch that it is given; and the method's optimizers.
@@ -44,12 +52,14 @@ def training_step(method: Method, batch: dict[str, Tensor]) -> tuple[Callable[..
     configs = configured if isinstance(configured, list) else [configured]
     optimizers: list[torch.optim.Optimizer] = [config["optimizer"] for config in configs]
     method.train()
+    graphs = StepGraphs(method, method.loss, record) if record else None
 
     def step(batch: dict[str, Tensor] = batch) -> None:
         if isinstance(method, ZerothOrder):
             method.take_step(batch, *optimizers)
             return
-        method.loss(batch).backward()
+        method.graphs = graphs
+        method.captured_loss(batch).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
 
