@@ -9,13 +9,12 @@ The record of a text holds for each stack the wanted states [states, tokens, wid
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -24,29 +23,32 @@ from torch.profiler import record_function
 
 from lit_spu.backbones.activation_store import FileStore, MemoryStore, Record, Store
 from lit_spu.backbones.backbone import Backbone
+from lit_spu.backbones.cached_states import Array, Encoded, RecordReader, Stacks, num_bytes, to_record
+from lit_spu.backbones.cached_texts import CachedTexts
 from lit_spu.backbones.precision import Precision, is_quantized
 from lit_spu.backbones.stacks import Batch, HiddenStates, StateIndices
+from lit_spu.backbones.state_tables import StateTables
 from lit_spu.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-_NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.int8: np.int8}  # numpy has no bfloat16
-_SCALE_BYTES = 4
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The number of texts to cache, how many of them are new, and the bytes of the new ones."""
+    """The number of texts to cache, how many of them are new, the bytes of the new ones, and those of all."""
 
     num_texts: int
     num_new: int
     num_bytes: int
+    num_bytes_of_all: int
 
 
 class ActivationCache:
     """A callable that returns what `Backbone.hidden_states` does, but computes no text twice.
 
-    A record that is damaged is computed again.
+    A record that is damaged is computed again. Texts that were planned are read by their `index`: from a table on the
+    device if they have room there, else from the host, from where `prepare` copies them without a wait.
 
     Args:
         backbone: A backbone whose blocks are frozen, at least those that the wanted states depend on.
@@ -68,55 +70,217 @@ class ActivationCache:
         self.backbone = backbone
         self.cached_dtype = _DTYPES[precision]
         self.wanted = [sorted(numbers) for numbers in wanted or backbone.base_model.all_states()]
-        self.dtype = next(backbone.base_model.embeddings[0].parameters()).dtype
+        parameter = next(backbone.base_model.embeddings[0].parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
         name = f"{_digest_backbone(backbone, self.wanted)}-{precision}"
         self.store: Store = MemoryStore() if folder is None else FileStore(folder / name)
+        self.texts = CachedTexts(())
+        self.tables: StateTables | None = None
+        self._key = ""
 
     def __call__(self, batch: Batch) -> tuple[HiddenStates, ...]:
-        """Return the hidden states of all stacks, zero where a text is padded."""
-        inputs = self.backbone.model_inputs(batch)
-        counts = self._count_tokens(inputs)
-        keys = _digest_texts(inputs, counts[0])
-        records = self.store.find(keys)
-        if any(record is None for record in records):  # new states are read back, for the same rounding each time
-            states = self.backbone.hidden_states(batch, self.wanted)
-            new_rows = {key: row for row, (key, record) in enumerate(zip(keys, records, strict=True)) if record is None}
-            with record_function("cache"):
-                self._save(states, counts, new_rows)
-                records = self.store.find(keys)
-            if any(record is None for record in records):
-                raise UserError(
-                    f"model.activation_cache: records in {self.store} are damaged right after they were written. Use"
-                    " another folder, or --model.activation_cache=null."
-                )
-        with record_function("cache"):
-            return self._read([record for record in records if record is not None], counts, inputs)
+        """Return the hidden states of all stacks, zero where a text is padded.
 
-    def plan(self, batches: Iterable[Batch], num_processes: int = 1) -> Plan:
-        """Count the texts and bytes to cache, and check that there is space for them.
+        The states of a stack are views of one tensor, [states, batch, tokens, width].
+        """
+        inputs = self.backbone.model_inputs(batch)
+        states = self._read_prepared(batch, inputs)
+        if states is None:
+            states = self._find_or_compute(batch, inputs)
+        found = []
+        with record_function("cache"):
+            for number, (stack, wanted) in enumerate(zip(self.backbone.stacks, self.wanted, strict=True)):
+                blocks = states[number].decode(self.dtype).unbind() if wanted else ()
+                mask = None if number else inputs.get("attention_mask")
+                found.append(HiddenStates.select(dict(zip(wanted, blocks, strict=True)), stack.depth, mask))
+        return tuple(found)
+
+    # -- batches of planned texts -------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a batch with what `__call__` needs to read its states without a wait, if all of them are cached.
+
+        It adds the positions of the states in the tables on the device, or the states themselves.
 
         Args:
-            batches: All texts that will be cached.
+            batch: A batch in the memory of the host. Any other is returned as it is.
+        """
+        rows = self.texts.find(batch) if batch["input_ids"].device.type == "cpu" else None
+        if rows is None:
+            return batch
+        longest, pinned = batch["input_ids"].shape[1], self.device.type != "cpu"
+        if self.tables is None:
+            records = self.store.find([self.texts.keys[row] for row in rows])
+            known = [record for record in records if record is not None]
+            if len(known) < len(records):
+                return batch
+            states = self._decode_records(known, [counts[rows] for counts in self.texts.counts], longest, pinned)
+        elif not self.tables.are_filled(rows):
+            return batch
+        elif self.tables.device == self.device:
+            positions = self.tables.positions(rows, longest)
+            return {**batch, **{self._name(stack): part for stack, part in positions.items()}}
+        else:
+            states = self.tables.read(self.tables.positions(rows, longest), pinned)
+        parts = ((stack, name, part) for stack, encoded in states.items() for name, part in encoded._asdict().items())
+        return {**batch, **{self._name(stack, name): part for stack, name, part in parts if part is not None}}
+
+    def _name(self, stack: int, part: str = "positions") -> str:
+        return f"{self._key}_{part}_{stack}"
+
+    def _read_prepared(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks | None:
+        """Return the states of a batch from what `prepare` has added to it, or None if it is not prepared."""
+        positions, states = {}, {}
+        for stack, ids in enumerate(_input_ids(inputs)):
+            shape = (len(self.wanted[stack]), *ids.shape)
+            if (found := batch.get(self._name(stack))) is not None and found.shape == ids.shape:
+                positions[stack] = found
+            elif (found := batch.get(self._name(stack, "numbers"))) is not None and found.shape[:3] == shape:
+                states[stack] = Encoded(found, batch.get(self._name(stack, "scales")))
+            elif self.wanted[stack]:  # not prepared, or padded to another length since
+                return None
+        if positions and self.tables is not None:
+            with record_function("cache"):
+                return self.tables.read(positions)
+        return states
+
+    # -- all batches --------------------------------------------------------------------------------------------------
+
+    def _find_or_compute(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks:
+        """Return the states of a batch, which are computed and cached where they are not."""
+        counts = self._count_tokens(inputs)
+        keys, longest = _digest_texts(inputs, counts[0]), inputs["input_ids"].shape[1]
+        rows = None if self.tables is None else self.texts.find_keys(keys)
+        if self.tables is None or rows is None:
+            records = self._find_or_add_records(batch, keys, counts)
+            states = self._decode_records(records, counts, longest)
+        else:
+            if not self.tables.are_filled(rows):
+                if self.store.in_memory:  # the tables are the store
+                    states = self._compute(batch)
+                else:
+                    records = self._find_or_add_records(batch, keys, counts)
+                    states = self._decode_records(records, counts, longest)
+                self.tables.fill(rows, states)
+            states = self.tables.read(self.tables.positions(rows, longest))
+        return {stack: encoded.to(inputs["input_ids"].device) for stack, encoded in states.items()}
+
+    def _compute(self, batch: Batch) -> Stacks:
+        """Compute the wanted states of a batch, in the format of the cache."""
+        found = self.backbone.hidden_states(batch, self.wanted)
+        every = [(states.embeddings, *states.blocks) for states in found]
+        with record_function("cache"):
+            return {
+                stack: Encoded.round(torch.stack([every[stack][number] for number in wanted]), self.cached_dtype)
+                for stack, wanted in enumerate(self.wanted)
+                if wanted
+            }
+
+    def _find_or_add_records(self, batch: Batch, keys: Sequence[bytes], counts: Sequence[Array]) -> list[Record]:
+        """Return the record of each text of a batch. New states are read back, for the same rounding each time."""
+        records = self.store.find(keys)
+        if any(record is None for record in records):
+            new_rows = {key: row for row, (key, record) in enumerate(zip(keys, records, strict=True)) if record is None}
+            states = {stack: encoded.map(Tensor.cpu) for stack, encoded in self._compute(batch).items()}
+            with record_function("cache"):
+                self._add_records({key: to_record(states, row, counts) for key, row in new_rows.items()})
+                records = self.store.find(keys)
+        known = [record for record in records if record is not None]
+        if len(known) < len(records):
+            raise UserError(
+                f"model.activation_cache: records in {self.store} are damaged right after they were written. Use"
+                " another folder, or --model.activation_cache=null."
+            )
+        return known
+
+    def _add_records(self, records: Mapping[bytes, Record]) -> None:
+        try:
+            self.store.add(records)
+        except OSError as error:
+            raise UserError(
+                f"model.activation_cache: {self.store} cannot be written ({error}). Use another folder, or"
+                " --model.activation_cache=null."
+            ) from error
+
+    def _decode_records(
+        self, records: Sequence[Record], counts: Sequence[Array], longest: int, pinned: bool = False
+    ) -> Stacks:
+        """Return the states of a batch from the records of its texts, padded."""
+        reader = RecordReader(records, self.cached_dtype, pinned)
+        with record_function("cache"):
+            return {
+                stack: reader.read(len(wanted), counts[stack], int(counts[stack].max()) if stack else longest, width)
+                for stack, (wanted, width) in enumerate(zip(self.wanted, self._widths, strict=True))
+                if wanted
+            }
+
+    def _count_tokens(self, inputs: Mapping[str, Tensor]) -> list[Array]:
+        """Return for each stack the number of tokens of each text, [batch]."""
+        counts = [np.full(len(ids), ids.shape[1]) for ids in _input_ids(inputs)]
+        if (mask := inputs.get("attention_mask")) is not None:
+            mask = mask.cpu()
+            if bool((mask[:, 1:] > mask[:, :-1]).any()):
+                raise UserError(
+                    "model.activation_cache needs texts that are padded on the right. Set it to null for this data set."
+                )
+            counts[0] = mask.sum(1).numpy()
+        return counts
+
+    # -- before training ----------------------------------------------------------------------------------------------
+
+    def plan(self, batches: Iterable[Batch], num_processes: int = 1, device_bytes: int = 0) -> Plan:
+        """Number the texts to cache, check that there is space for them, and reserve it.
+
+        States that were cached in memory before are forgotten.
+
+        Args:
+            batches: All texts that will be cached, in the memory of the host.
             num_processes: Number of training processes on this machine. Each has a separate cache if it is in memory.
+            device_bytes: Memory of the device that the cached states may take. If they need more, they stay in files,
+                or in the memory of the host.
 
         Raises:
             UserError: If the store has less space.
         """
-        sizes: dict[bytes, int] = {}
-        new: set[bytes] = set()
+        self.texts = CachedTexts(self._with_keys(batches))
+        self.tables = None
+        self._key = f"cached_{uuid4().hex[:8]}"  # in batches: no other cache may read what this one has prepared
+        sizes = sum(
+            (
+                num_bytes(len(wanted), 1, width, self.cached_dtype) * counts
+                for wanted, width, counts in zip(self.wanted, self._widths, self.texts.counts, strict=False)
+            ),
+            start=np.zeros(len(self.texts), np.int64),
+        )
+        is_new = ~np.array(self.store.contains(self.texts.keys), np.bool_)
+        plan = Plan(len(sizes), int(is_new.sum()), int(sizes[is_new].sum()), int(sizes.sum()))
+        is_resident = plan.num_bytes_of_all <= device_bytes
+        needed = plan.num_bytes
+        if self.store.in_memory:
+            needed = 0 if is_resident and self.device.type != "cpu" else plan.num_bytes_of_all * num_processes
+        if needed > (free := self.store.free_bytes()):
+            raise self._space_error(plan, needed, free)
+        if is_resident or self.store.in_memory:
+            device = self.device if is_resident else torch.device("cpu")
+            self.tables = StateTables(self.texts, self.wanted, self._widths, self.cached_dtype, device)
+        return plan
+
+    def describe_place(self) -> str:
+        """Return a sentence on where a step reads the states of planned texts."""
+        if self.tables is None:
+            return f"A step reads them from {self.store}."
+        where = "the memory of this process" if self.tables.device.type == "cpu" else str(self.tables.device)
+        return f"A step reads them from {where} ({self.tables.num_bytes / _MIB:,.0f} MiB)."
+
+    def _with_keys(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[bytes], list[Array]]]:
         for batch in batches:
             inputs = self.backbone.model_inputs(batch)
             counts = self._count_tokens(inputs)
-            keys = _digest_texts(inputs, counts[0])
-            for row, (key, is_cached) in enumerate(zip(keys, self.store.contains(keys), strict=True)):
-                sizes[key] = sum(self._num_bytes(stack, int(count[row])) for stack, count in enumerate(counts))
-                if not is_cached:
-                    new.add(key)
-        plan = Plan(len(sizes), len(new), sum(sizes[key] for key in new))
-        needed = plan.num_bytes * (num_processes if isinstance(self.store, MemoryStore) else 1)
-        if needed > (free := self.store.free_bytes()):
-            raise self._space_error(plan, needed, free)
-        return plan
+            yield batch, _digest_texts(inputs, counts[0]), counts
+
+    @property
+    def _widths(self) -> list[int]:
+        return [stack.width for stack in self.backbone.stacks]
 
     def _space_error(self, plan: Plan, needed: int, free: int) -> UserError:
         size = self.cached_dtype.itemsize
@@ -132,91 +296,13 @@ class ActivationCache:
             " --model.activation_cache=null."
         )
 
-    def _num_bytes(self, stack: int, num_tokens: int) -> int:
-        scale = _SCALE_BYTES if self.cached_dtype is torch.int8 else 0
-        state = self.backbone.stacks[stack].width * self.cached_dtype.itemsize + scale
-        return len(self.wanted[stack]) * num_tokens * state
 
-    def _count_tokens(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return for each stack the number of tokens of each text, [batch]."""
-        ids = [tensor for name, tensor in inputs.items() if name.endswith("input_ids")]
-        counts = [stack_ids.new_full((len(stack_ids),), stack_ids.shape[1]).cpu() for stack_ids in ids]
-        if (mask := inputs.get("attention_mask")) is not None:
-            if bool((mask[:, 1:] > mask[:, :-1]).any()):
-                raise UserError(
-                    "model.activation_cache needs texts that are padded on the right. Set it to null for this data set."
-                )
-            counts[0] = mask.sum(1).cpu()
-        return counts
-
-    def _save(self, states: Sequence[HiddenStates], counts: Sequence[Tensor], rows: Mapping[bytes, int]) -> None:
-        """Save the states of some rows of a batch by their keys, without padding."""
-        parts: dict[bytes, list[Record]] = {key: [] for key in rows}
-        for stack_states, stack_counts, wanted in zip(states, counts, self.wanted, strict=True):
-            if not wanted:
-                continue
-            every = (stack_states.embeddings, *stack_states.blocks)
-            numbers = torch.stack([every[number] for number in wanted])
-            scales = None
-            if self.cached_dtype is torch.int8:
-                scales = numbers.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-                numbers = (numbers / scales).round()
-                scales = scales.cpu()
-            numbers = numbers.to(self.cached_dtype).cpu()
-            for key, row in rows.items():
-                parts[key].append(_to_bytes(numbers[:, row, : stack_counts[row]]))
-                if scales is not None:
-                    parts[key].append(_to_bytes(scales[:, row, : stack_counts[row]]))
-        try:
-            self.store.add({key: np.concatenate(part) for key, part in parts.items()})
-        except OSError as error:
-            raise UserError(
-                f"model.activation_cache: {self.store} cannot be written ({error}). Use another folder, or"
-                " --model.activation_cache=null."
-            ) from error
-
-    def _read(
-        self, records: Sequence[Record], counts: Sequence[Tensor], inputs: Mapping[str, Tensor]
-    ) -> tuple[HiddenStates, ...]:
-        """Return the hidden states of a batch from the records of its rows."""
-        rest = list(records)
-        lengths = [ids.shape[1] for name, ids in inputs.items() if name.endswith("input_ids")]
-
-        def take(row: int, dtype: Any, *shape: int) -> Any:
-            """Remove and return the next numbers of a row's record."""
-            end = math.prod(shape) * np.dtype(dtype).itemsize
-            part, rest[row] = rest[row][:end], rest[row][end:]
-            return part.view(dtype).reshape(shape)
-
-        states = []
-        for number, (stack, stack_counts, wanted) in enumerate(
-            zip(self.backbone.stacks, counts, self.wanted, strict=True)
-        ):
-            mask = None if number else inputs.get("attention_mask")
-            if not wanted:
-                states.append(HiddenStates.select({}, stack.depth, mask))
-                continue
-            blocks, width, longest = len(wanted), stack.width, lengths[number]
-            numbers = torch.empty(blocks, len(records), longest, width, dtype=self.cached_dtype)
-            raw = (numbers.view(torch.int16) if self.cached_dtype is torch.bfloat16 else numbers).numpy()
-            scales = torch.zeros(blocks, len(records), longest, 1) if self.cached_dtype is torch.int8 else None
-            for row, count in enumerate(stack_counts.tolist()):
-                raw[:, row, :count] = take(row, _NUMPY_DTYPES[self.cached_dtype], blocks, count, width)
-                raw[:, row, count:] = 0
-                if scales is not None:
-                    scales.numpy()[:, row, :count] = take(row, np.float32, blocks, count, 1)
-            unscaled = numbers if scales is None else map(torch.mul, numbers, scales)  # one block at a time
-            found = (state.to(inputs["input_ids"].device, self.dtype) for state in unscaled)
-            states.append(HiddenStates.select(dict(zip(wanted, found, strict=True)), stack.depth, mask))
-        return tuple(states)
+def _input_ids(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the token ids of each stack."""
+    return [ids for name, ids in inputs.items() if name.endswith("input_ids")]
 
 
-def _to_bytes(tensor: Tensor) -> Record:
-    record: Record = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
-    return record
-
-
-def _digest_texts(inputs: Mapping[str, Tensor], counts: Tensor) -> list[bytes]:
+def _digest_texts(inputs: Mapping[str, Tensor], counts: Array) -> list[bytes]:
     """Return a digest of the backbone's inputs for each text, without padding."""
     padded = inputs["input_ids"].shape
     arrays = [(t.cpu().numpy(), t.shape == padded) for name, t in inputs.items() if not name.endswith("mask")]

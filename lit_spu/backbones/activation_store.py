@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import numpy as np
@@ -19,7 +19,13 @@ Record = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Store(ABC):
-    """Base class of stores."""
+    """Base class of stores.
+
+    Attributes:
+        in_memory: Whether the records end with the process.
+    """
+
+    in_memory: ClassVar[bool] = False
 
     @abstractmethod
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -40,6 +46,8 @@ class Store(ABC):
 
 class MemoryStore(Store):
     """Records in the memory of this process."""
+
+    in_memory = True
 
     def __init__(self) -> None:
         self.records: dict[bytes, Record] = {}

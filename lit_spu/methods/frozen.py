@@ -16,7 +16,7 @@ from lit_spu.backbones import Batch, FrozenStates, HiddenStates, Precision, Stat
 from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
-from lit_spu.ranges import Text
+from lit_spu.ranges import CountOrZero, Text
 
 DrawExamples = Callable[[int | None, int], Iterable[Batch]]
 """A function of a number of training examples (None for all) and a batch size that yields them in batches."""
@@ -33,6 +33,9 @@ class CachedBackbone(Method):
             a cache. If no block is trained, they are equal up to rounding: without a cache, an encoder's last block
             runs at the answer's position alone.
         cache_precision: Format of the cache: fp32, or bf16 or int8 for a half or a quarter of the memory.
+        cache_device_mib: Memory of the device that cached states may take. If those of all texts fit in it, a step reads
+            them there. Otherwise they are read from the host, and copied to the device. The default is a half of what an
+            accelerator has free before training.
 
     Raises:
         UserError: If no block is frozen below the lowest trained weight, or there is no room for the cache.
@@ -40,9 +43,14 @@ class CachedBackbone(Method):
 
     @abstractmethod
     def __init__(
-        self, activation_cache: Text | None = None, cache_precision: Precision = "fp32", **kwargs: Any
+        self,
+        activation_cache: Text | None = None,
+        cache_precision: Precision = "fp32",
+        cache_device_mib: CountOrZero | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.cache_device_mib = cache_device_mib
         self.activation_cache, self.cache_precision = activation_cache, cache_precision
         self.cache: ActivationCache | None = None
         self._num_cached_blocks = 0
@@ -65,6 +73,11 @@ class CachedBackbone(Method):
             return None
         with torch.no_grad():
             return FrozenStates(self._num_cached_blocks, self.cache(batch))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Find the cached hidden states of a batch while it is on the host, so that a step does not wait for it."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        return batch if self.cache is None else self.cache.prepare(batch)
 
     def make_cache(self, folder: Path | None = None) -> ActivationCache:
         """Return a new cache in a folder, by default in memory, of the hidden states that the rest reads."""
@@ -103,11 +116,17 @@ class CachedBackbone(Method):
         if texts is None:
             rank_zero_info(f"Cache in {self.cache.store}: its size is unknown for these data.")
             return
-        plan = self.cache.plan(texts(), self.trainer.num_devices)
+        plan = self.cache.plan(texts(), self.trainer.num_devices, self._device_bytes())
         rank_zero_info(
             f"Cache in {self.cache.store}: {plan.num_texts:,} texts, {plan.num_new:,} of them new, for which"
-            f" {plan.num_bytes / 2**20:,.0f} MiB ({self.cache_precision}) will be cached."
+            f" {plan.num_bytes / 2**20:,.0f} MiB ({self.cache_precision}) will be cached. {self.cache.describe_place()}"
         )
+
+    def _device_bytes(self) -> int:
+        """Return the memory of the device that cached states may take."""
+        if self.cache_device_mib is not None:
+            return self.cache_device_mib * 2**20
+        return 0 if self.device.type == "cpu" else torch.accelerator.get_memory_info(self.device)[0] // 2
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
