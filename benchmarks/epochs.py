@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.data import random_texts
-from benchmarks.methods import CONFIGS, FORWARD, FULL, make_forward_pass, make_plain_copy
+from benchmarks.methods import CONFIGS, FORWARD, FULL, Batch, cached_batches, make_forward_pass, make_plain_copy
 from lit_spu.measure import interleave
 from lit_spu.methods.base import Method
 from lit_spu.methods.frozen import CachedBackbone
@@ -26,13 +26,14 @@ def measure_epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, ba
     batches = list(random_texts(texts, batch_size, vocabulary=16))
     calls: dict[str, Callable[[], None]] = {}
 
-    def add(name: str, method: Method, empties_cache: bool = False) -> None:
+    def add(name: str, method: Method, epoch_batches: Sequence[Batch] = batches, empties_cache: bool = False) -> None:
         step, _ = training_step(method, batches[0])
 
         def epoch() -> None:
             if empties_cache and isinstance(method, CachedBackbone):
                 method.cache = method.make_cache()
-            for batch in batches:
+                method.cache.plan(batches)
+            for batch in epoch_batches:
                 step(batch)
 
         calls[name] = epoch
@@ -56,7 +57,8 @@ def measure_epochs(backbone: Path, task: Task, rounds: int, texts: int = 640, ba
             add(f"{config}, cached: first epoch", build_method(config), empties_cache=True)
             in_ram, on_disk = build_method(config), build_method(config, cache_precision="bf16")
             in_ram.cache, on_disk.cache = in_ram.make_cache(), on_disk.make_cache(Path(folder))
-            add(f"{config}, cached: later epochs", in_ram)
-            add(f"{config}, cached in files, bf16: later epochs", on_disk)
+            add(f"{config}, cached: later epochs", in_ram, cached_batches(in_ram.cache, batches))
+            files = cached_batches(on_disk.cache, batches, device_bytes=0)
+            add(f"{config}, cached in files, bf16: later epochs", on_disk, files)
         seconds = interleave(calls, rounds)
     return {name: median(measured) for name, measured in seconds.items()}

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.methods import FORWARD, FULL, Batch, make_forward_pass, make_plain_copy, make_step, open_cache
+from benchmarks.methods import FORWARD, FULL, Batch, make_forward_pass, make_plain_copy, make_step
 from lit_spu.measure import Launches, interleave
 from lit_spu.methods.base import Method
 
@@ -45,8 +45,6 @@ def count_launches(methods: Mapping[str, Method], batch: Batch, rounds: int = 0)
     """
     torch.set_num_threads(1)
     plain = make_plain_copy(methods[FULL].backbone)
-    for method in methods.values():
-        open_cache(method)
 
     def make_calls(batch: Batch) -> dict[str, tuple[Callable[[], None], list[torch.optim.Optimizer]]]:
         steps = {name: make_step(name, method, batch) for name, method in methods.items()}

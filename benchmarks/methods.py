@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_spu.backbones import Backbone
+from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
 from lit_spu.methods.base import Method
 from lit_spu.methods.frozen import CachedBackbone
@@ -170,13 +172,26 @@ def make_step(name: str, method: Method, batch: Batch) -> tuple[Callable[[], Non
     """Return a function that runs a training step of a row, and the optimizers of the row."""
     if name == f"{MEZO} (published)":
         return make_published_step(method, batch), []
+    if isinstance(method, CachedBackbone) and method.activation_cache:
+        method.cache = method.make_cache()
+        (batch,) = cached_batches(method.cache, [batch])
     return training_step(method, batch)
 
 
-def open_cache(method: Method) -> None:
-    """Open the activation cache of a method that is set to have one."""
-    if isinstance(method, CachedBackbone) and method.activation_cache:
-        method.cache = method.make_cache()
+def cached_batches(cache: ActivationCache, batches: Sequence[Batch], device_bytes: int = sys.maxsize) -> list[Batch]:
+    """Cache the hidden states of batches, and return the batches as they are in later epochs.
+
+    Args:
+        cache: A new cache.
+        batches: The batches.
+        device_bytes: Memory of the device that the cache may take.
+    """
+    on_host = [{name: tensor.cpu() for name, tensor in batch.items()} for batch in batches]
+    cache.plan(on_host, device_bytes=device_bytes)
+    with torch.no_grad():
+        for batch in batches:
+            cache(batch)
+    return [{name: tensor.to(cache.device) for name, tensor in batch.items()} for batch in cache.prepare(on_host)]
 
 
 def make_plain_copy(backbone: Backbone) -> Backbone:
@@ -228,7 +243,7 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
     above: dict[str, float] = {}
     allocated: dict[str, float] = {}
     for name, method in methods.items():
-        open_cache(method.to(device))
+        method.to(device)
         calls[name], optimizers = make_step(name, method, batch)
         live = live_bytes(method, calls[name], optimizers)
         above[name] = (live.peak_bytes - loaded) / MIB

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from importlib.metadata import version
+from itertools import tee
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,6 +26,7 @@ from lit_spu.backbones.activation_store import FileStore, MemoryStore, Record, S
 from lit_spu.backbones.backbone import Backbone
 from lit_spu.backbones.cached_states import Array, Encoded, RecordReader, Stacks, num_bytes, to_record
 from lit_spu.backbones.cached_texts import CachedTexts
+from lit_spu.backbones.copy_ahead import copy_ahead
 from lit_spu.backbones.precision import Precision, is_quantized
 from lit_spu.backbones.stacks import Batch, HiddenStates, StateIndices
 from lit_spu.backbones.state_tables import StateTables
@@ -97,46 +99,66 @@ class ActivationCache:
 
     # -- batches of planned texts -------------------------------------------------------------------------------------
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Return a batch with what `__call__` needs to read its states without a wait, if all of them are cached.
+    def prepare(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches with what `__call__` needs to read their states without a wait, if all of them are cached.
 
-        It adds the positions of the states in the tables on the device, or the states themselves.
+        These are the positions of the states in the tables on the device, or else the states themselves. They are
+        copied to the device one batch ahead.
 
         Args:
-            batch: A batch in the memory of the host. Any other is returned as it is.
+            batches: Batches in the memory of the host. Any other is yielded as it is.
         """
+        own, copied = tee(batches)
+        parts = map(self._find_parts, copied)
+        is_copied = self.device.type != "cpu" and not self._is_resident
+        for batch, part in zip(own, copy_ahead(parts, self.device) if is_copied else parts, strict=True):
+            yield {**batch, **part}
+
+    @property
+    def _is_resident(self) -> bool:
+        return self.tables is not None and self.tables.device == self.device
+
+    def _find_parts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what is added to a batch; nothing if it has texts that are not planned, or not cached yet."""
         rows = self.texts.find(batch) if batch["input_ids"].device.type == "cpu" else None
         if rows is None:
-            return batch
+            return {}
         longest, pinned = batch["input_ids"].shape[1], self.device.type != "cpu"
         if self.tables is None:
             records = self.store.find([self.texts.keys[row] for row in rows])
             known = [record for record in records if record is not None]
             if len(known) < len(records):
-                return batch
+                return {}
             states = self._decode_records(known, [counts[rows] for counts in self.texts.counts], longest, pinned)
         elif not self.tables.are_filled(rows):
-            return batch
-        elif self.tables.device == self.device:
+            return {}
+        elif self._is_resident:
             positions = self.tables.positions(rows, longest)
-            return {**batch, **{self._name(stack): part for stack, part in positions.items()}}
+            return {self._name(stack): part.pin_memory() if pinned else part for stack, part in positions.items()}
         else:
             states = self.tables.read(self.tables.positions(rows, longest), pinned)
-        parts = ((stack, name, part) for stack, encoded in states.items() for name, part in encoded._asdict().items())
-        return {**batch, **{self._name(stack, name): part for stack, name, part in parts if part is not None}}
+        return {
+            self._name(stack, name): _as_integers(part)
+            for stack, encoded in states.items()
+            for name, part in encoded._asdict().items()
+            if part is not None
+        }
 
     def _name(self, stack: int, part: str = "positions") -> str:
         return f"{self._key}_{part}_{stack}"
 
     def _read_prepared(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks | None:
-        """Return the states of a batch from what `prepare` has added to it, or None if it is not prepared."""
+        """Return the states of a batch from what `prepare` has added to it, or None if it has not."""
         positions, states = {}, {}
         for stack, ids in enumerate(_input_ids(inputs)):
             shape = (len(self.wanted[stack]), *ids.shape)
             if (found := batch.get(self._name(stack))) is not None and found.shape == ids.shape:
                 positions[stack] = found
             elif (found := batch.get(self._name(stack, "numbers"))) is not None and found.shape[:3] == shape:
-                states[stack] = Encoded(found, batch.get(self._name(stack, "scales")))
+                scales = batch.get(self._name(stack, "scales"))
+                states[stack] = Encoded(
+                    found.view(self.cached_dtype), None if scales is None else scales.view(torch.float32)
+                )
             elif self.wanted[stack]:  # not prepared, or padded to another length since
                 return None
         if positions and self.tables is not None:
@@ -295,6 +317,11 @@ class ActivationCache:
             f" {', '.join([*smaller, 'another folder', 'fewer texts (--data.limit_train)'])} or"
             " --model.activation_cache=null."
         )
+
+
+def _as_integers(part: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers, which a Trainer does not convert to its precision."""
+    return part.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[part.itemsize])
 
 
 def _input_ids(inputs: Mapping[str, Tensor]) -> list[Tensor]:

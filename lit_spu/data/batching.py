@@ -164,11 +164,12 @@ class Loader(DataLoader[Batch]):
 
     The state counts delivered batches, not those that workers have read ahead, so it is valid for any number of
     workers. `num_trained` may be set to a function that returns the number of batches that were trained on, which is
-    one less if training was interrupted within a step.
+    one less if training was interrupted within a step. `transform` may be set to a function that all batches pass.
     """
 
     sampler: BucketSampler
     num_trained: Callable[[], int] | None = None
+    transform: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
     _resumed = False
     _num_batches = 0
 
@@ -185,7 +186,8 @@ class Loader(DataLoader[Batch]):
                 f"The checkpoint was written during an epoch of {self._num_batches} batches, but now an epoch has"
                 f" {len(self.sampler)}: resume with the same data, data.batch_size and number of devices."
             )
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        for batch in self.transform(batches) if self.transform else batches:
             self.sampler.position += 1
             yield batch
 

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from pathlib import Path
 from random import Random
@@ -118,6 +118,8 @@ class GLUE(Checked, LightningDataModule):
         self.cache = Path(cache) if cache else user_cache()
         self.encoding: Encoding | None = None
         """Tokenizer and format of the examples; set it only if the model has no `encoding`."""
+        self.transform_batches: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
+        """A function that the batches of all loaders pass. A method sets it to add cached hidden states to them."""
         self._train_loader: Loader | None = None
         self._resume_state: dict[str, Any] = {}
         self._rows: dict[Portion, Parts] = {}
@@ -161,6 +163,7 @@ class GLUE(Checked, LightningDataModule):
         """Yield all training examples in batches, tokenised for another model, such as a teacher."""
         other = copy(self)
         other.trainer, other.encoding = None, encoding  # no trainer: every process gets all examples
+        other.transform_batches = None
         other._examples = {"train": other._tokenise("train")}
         yield from other._make_loaders("train")[0]
 
@@ -322,7 +325,7 @@ class GLUE(Checked, LightningDataModule):
                 raise UserError("trainer.overfit_batches would break up the batches: set --data.limit_train instead.")
             shares = self.trainer.distributed_sampler_kwargs or shares
             pin_memory = self.trainer.strategy.root_device.type == "cuda"
-        return [
+        loaders = [
             Loader(
                 examples,
                 batch_size=None,  # the sampler returns whole batches
@@ -341,6 +344,12 @@ class GLUE(Checked, LightningDataModule):
             )
             for examples in self._examples[portion]
         ]
+        for loader in loaders:
+            loader.transform = self._transform
+        return loaders
+
+    def _transform(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return self.transform_batches(batches) if self.transform_batches else batches
 
 
 def _warn_of_one_label(task: Task, rows: list[Row]) -> None:

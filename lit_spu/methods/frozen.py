@@ -33,9 +33,9 @@ class CachedBackbone(Method):
             a cache. If no block is trained, they are equal up to rounding: without a cache, an encoder's last block
             runs at the answer's position alone.
         cache_precision: Format of the cache: fp32, or bf16 or int8 for a half or a quarter of the memory.
-        cache_device_mib: Memory of the device that cached states may take. If those of all texts fit in it, a step reads
-            them there. Otherwise they are read from the host, and copied to the device. The default is a half of what an
-            accelerator has free before training.
+        cache_device_mib: Memory of the device that cached states may take. If the states of all texts of the data
+            module fit in it, a step reads them there. Otherwise they stay in files or in the host's memory, and are
+            copied to the device one batch ahead. By default it is half of what an accelerator has free before training.
 
     Raises:
         UserError: If no block is frozen below the lowest trained weight, or there is no room for the cache.
@@ -74,11 +74,6 @@ class CachedBackbone(Method):
         with torch.no_grad():
             return FrozenStates(self._num_cached_blocks, self.cache(batch))
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Find the cached hidden states of a batch while it is on the host, so that a step does not wait for it."""
-        batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        return batch if self.cache is None else self.cache.prepare(batch)
-
     def make_cache(self, folder: Path | None = None) -> ActivationCache:
         """Return a new cache in a folder, by default in memory, of the hidden states that the rest reads."""
         self._num_cached_blocks = self.count_frozen_blocks()
@@ -112,11 +107,12 @@ class CachedBackbone(Method):
     def _open_cache(self, folder: Path | None) -> None:
         with self.trainer.precision_plugin.forward_context():  # the cache's key contains the autocast settings
             self.cache = self.make_cache(folder)
-        texts = getattr(getattr(self.trainer, "datamodule", None), "texts", None)
-        if texts is None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "texts"):
             rank_zero_info(f"Cache in {self.cache.store}: its size is unknown for these data.")
             return
-        plan = self.cache.plan(texts(), self.trainer.num_devices, self._device_bytes())
+        plan = self.cache.plan(data.texts(), self.trainer.num_devices, self._device_bytes())
+        data.transform_batches = self.cache.prepare
         rank_zero_info(
             f"Cache in {self.cache.store}: {plan.num_texts:,} texts, {plan.num_new:,} of them new, for which"
             f" {plan.num_bytes / 2**20:,.0f} MiB ({self.cache_precision}) will be cached. {self.cache.describe_place()}"
@@ -126,10 +122,16 @@ class CachedBackbone(Method):
         """Return the memory of the device that cached states may take."""
         if self.cache_device_mib is not None:
             return self.cache_device_mib * 2**20
-        return 0 if self.device.type == "cpu" else torch.accelerator.get_memory_info(self.device)[0] // 2
+        if self.device.type == "cpu":
+            return 0
+        mem_get_info = getattr(torch.get_device_module(self.device), "mem_get_info", None)
+        return mem_get_info(self.device)[0] // 2 if mem_get_info else 0
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
+        trainer: Any = self.trainer
+        if self.cache is not None and hasattr(trainer.datamodule, "texts"):
+            trainer.datamodule.transform_batches = None
         self.cache = None
 
 
