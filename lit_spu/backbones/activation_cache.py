@@ -118,6 +118,10 @@ class ActivationCache:
     def _is_resident(self) -> bool:
         return self.tables is not None and self.tables.device == self.device
 
+    def is_prepared(self, batch: Batch) -> bool:
+        """Return whether `prepare` has found the states of this batch."""
+        return bool(self._key) and any(name.startswith(self._key) for name in batch)
+
     def _find_parts(self, batch: Batch) -> dict[str, Tensor]:
         """Return what is added to a batch; nothing if it has texts that are not planned, or not cached yet."""
         rows = self.texts.find(batch) if batch["input_ids"].device.type == "cpu" else None

@@ -74,6 +74,9 @@ class CachedBackbone(Method):
         with torch.no_grad():
             return FrozenStates(self._num_cached_blocks, self.cache(batch))
 
+    def is_capturable(self, batch: Batch) -> bool:
+        return self.cache is None or self.cache.is_prepared(batch)
+
     def make_cache(self, folder: Path | None = None) -> ActivationCache:
         """Return a new cache in a folder, by default in memory, of the hidden states that the rest reads."""
         self._num_cached_blocks = self.count_frozen_blocks()

@@ -203,8 +203,12 @@ class CapturedSteps(FiniteLosses):
 
     def captured_loss(self, batch: Batch) -> Tensor:
         """Return the loss of a training step, from a graph if there is one."""
-        loss = self.graphs.loss(batch) if self.graphs else None
+        loss = self.graphs.loss(batch) if self.graphs and self.is_capturable(batch) else None
         return self.loss(batch) if loss is None else loss
+
+    def is_capturable(self, batch: Batch) -> bool:
+        """Return whether a step on this batch neither waits for the device nor does anything that is done once."""
+        return True
 
     def graph_obstacle(self) -> str | None:
         """Return why the steps of this epoch cannot be captured, or None."""
