@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.methods import FORWARD, FULL, Batch, make_forward_pass, make_plain_copy, make_step
+from benchmarks.methods import FORWARD, FULL, Batch, make_forward_pass, make_plain_copy, make_step, open_cache
 from lit_spu.measure import Launches, interleave
 from lit_spu.methods.base import Method
 
@@ -36,7 +36,7 @@ class Count:
 
 
 def count_launches(methods: Mapping[str, Method], batch: Batch, rounds: int = 0) -> list[Count]:
-    """Count a step of every method, the third one: the first steps fill caches and create the optimizer's state.
+    """Count a step of every method, the third one: the first ones create the optimizer's state.
 
     Args:
         methods: Methods by the name of their row.
@@ -47,7 +47,7 @@ def count_launches(methods: Mapping[str, Method], batch: Batch, rounds: int = 0)
     plain = make_plain_copy(methods[FULL].backbone)
 
     def make_calls(batch: Batch) -> dict[str, tuple[Callable[[], None], list[torch.optim.Optimizer]]]:
-        steps = {name: make_step(name, method, batch) for name, method in methods.items()}
+        steps = {name: make_step(name, method, open_cache(method, batch)) for name, method in methods.items()}
         return steps | {FORWARD: (make_forward_pass(plain, batch), [])}
 
     counted: dict[str, Launches] = {}

@@ -172,10 +172,15 @@ def make_step(name: str, method: Method, batch: Batch) -> tuple[Callable[[], Non
     """Return a function that runs a training step of a row, and the optimizers of the row."""
     if name == f"{MEZO} (published)":
         return make_published_step(method, batch), []
-    if isinstance(method, CachedBackbone) and method.activation_cache:
-        method.cache = method.make_cache()
-        (batch,) = cached_batches(method.cache, [batch])
     return training_step(method, batch)
+
+
+def open_cache(method: Method, batch: Batch) -> Batch:
+    """Return the batch of a later epoch, for whose texts a method that is set to have a cache has one now."""
+    if not isinstance(method, CachedBackbone) or not method.activation_cache:
+        return batch
+    method.cache = method.make_cache()
+    return cached_batches(method.cache, [batch])[0]
 
 
 def cached_batches(cache: ActivationCache, batches: Sequence[Batch], device_bytes: int = sys.maxsize) -> list[Batch]:
@@ -232,8 +237,7 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
 
     Live bytes are those beyond the loaded backbone, so a method's own weights count. Times are processor times with one
     thread, or on an accelerator the time until the device has finished. A time is the median over the rounds, a ratio
-    the median of the ratios in each round. A row with an activation cache shows a step of the second or a later epoch:
-    its first step fills the cache.
+    the median of the ratios in each round. A row with an activation cache shows a step of the second or a later epoch.
     """
     torch.set_num_threads(1)
     device = batch["labels"].device
@@ -243,14 +247,14 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
     above: dict[str, float] = {}
     allocated: dict[str, float] = {}
     for name, method in methods.items():
-        method.to(device)
-        calls[name], optimizers = make_step(name, method, batch)
+        own_batch = open_cache(method.to(device), batch)
+        calls[name], optimizers = make_step(name, method, own_batch)
         live = live_bytes(method, calls[name], optimizers)
         above[name] = (live.peak_bytes - loaded) / MIB
         if device.type != "cpu":
             allocated[name] = (live.entry_bytes - loaded + growth(calls[name], device)) / MIB
         if device.type == "cuda" and optimizers and not isinstance(method, ZerothOrder):
-            calls[f"{name}, graph"], _ = training_step(method, batch, CudaRecorder())
+            calls[f"{name}, graph"], _ = training_step(method, own_batch, CudaRecorder())
             steps = [
                 growth(calls[f"{name}, graph"], device) for _ in range(2)
             ]  # an eager one, and one that is captured

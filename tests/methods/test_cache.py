@@ -65,9 +65,11 @@ def test_the_losses_are_equal_to_the_bit(
     data: Callable[..., GLUE], fit: Run, tmp_path: Path, backbone: str, kind: str
 ) -> None:
     losses = []
-    for cache in (None, "memory", str(tmp_path / "taps"), str(tmp_path / "taps")):
+    folder = str(tmp_path / "taps")
+    for cache, mib in ((None, None), ("memory", None), (folder, None), (folder, 100)):
         torch.manual_seed(0)
-        method = METHODS[kind](backbone=backbone, reduction=4, lr=1e-2, activation_cache=cache)
+        settings = {"activation_cache": cache, "cache_device_mib": mib}
+        method = METHODS[kind](backbone=backbone, reduction=4, lr=1e-2, **settings)
         watch = Watch()
         fit(method, data(same_batches=True, **WIDE), watch, max_epochs=3)
         losses.append(watch.losses)
@@ -94,10 +96,11 @@ def test_other_batches_change_the_last_bits_alone(data: Callable[..., GLUE], fit
 
 
 def test_after_the_run_and_without_a_trainer_nothing_is_kept(data: Callable[..., GLUE], fit: Run) -> None:
-    method = LadderSideTuning(reduction=4, activation_cache="memory")
+    method, texts = LadderSideTuning(reduction=4, activation_cache="memory"), data(**WIDE)
     assert method.cache is None
-    fit(method, data(**WIDE))
+    fit(method, texts)
     assert method.cache is None
+    assert texts.transform_batches is None
 
 
 def test_what_has_no_room_is_refused_before_training(
@@ -113,11 +116,12 @@ def test_the_size_is_told_before(
     data: Callable[..., GLUE], fit: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(tmp_path / "taps")
-    for new in ("60", "0"):
+    for new, mib, place in (("60", 0, folder), ("0", 100, "the memory of this process")):
         caplog.clear()
         with caplog.at_level("INFO"):
-            fit(LadderSideTuning(reduction=4, activation_cache=folder), data(**WIDE))
+            fit(LadderSideTuning(reduction=4, activation_cache=folder, cache_device_mib=mib), data(**WIDE))
         assert f"60 texts, {new} of them new" in caplog.text
+        assert f"A step reads them from {place}" in caplog.text
 
 
 @pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port
