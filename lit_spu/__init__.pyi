@@ -58,6 +58,7 @@ class BitFit(lit_spu.methods.bitfit.BitFit):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class FullFineTuning(lit_spu.methods.full.FullFineTuning):
@@ -74,6 +75,7 @@ class FullFineTuning(lit_spu.methods.full.FullFineTuning):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class HeadOnly(lit_spu.methods.head.HeadOnly):
@@ -85,6 +87,7 @@ class HeadOnly(lit_spu.methods.head.HeadOnly):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -93,6 +96,7 @@ class HeadOnly(lit_spu.methods.head.HeadOnly):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class IA3(lit_spu.methods.ia3.IA3):
@@ -119,6 +123,7 @@ class IA3(lit_spu.methods.ia3.IA3):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -127,6 +132,7 @@ class IA3(lit_spu.methods.ia3.IA3):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class KLadder(lit_spu.methods.kladder.KLadder, LinearReadOut, LadderSideTuning):
@@ -166,6 +172,7 @@ class KLadder(lit_spu.methods.kladder.KLadder, LinearReadOut, LadderSideTuning):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -173,6 +180,7 @@ class KLadder(lit_spu.methods.kladder.KLadder, LinearReadOut, LadderSideTuning):
         optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class LRDistillation(lit_spu.methods.lr_distillation.LRDistillation):
@@ -221,6 +229,7 @@ class LRDistillation(lit_spu.methods.lr_distillation.LRDistillation):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class LSTDistillation(lit_spu.methods.lst_distill.LSTDistillation):
@@ -258,6 +267,7 @@ class LSTDistillation(lit_spu.methods.lst_distill.LSTDistillation):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -266,6 +276,7 @@ class LSTDistillation(lit_spu.methods.lst_distill.LSTDistillation):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class LadderSideTuning(lit_spu.methods.ladder.LadderSideTuning):
@@ -288,6 +299,7 @@ class LadderSideTuning(lit_spu.methods.ladder.LadderSideTuning):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -295,6 +307,7 @@ class LadderSideTuning(lit_spu.methods.ladder.LadderSideTuning):
         optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class LastLayers(lit_spu.methods.last_layers.LastLayers):
@@ -310,6 +323,7 @@ class LastLayers(lit_spu.methods.last_layers.LastLayers):
         *,
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -318,6 +332,7 @@ class LastLayers(lit_spu.methods.last_layers.LastLayers):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class LinearReadOut(lit_spu.methods.readout.LinearReadOut):
@@ -352,6 +367,7 @@ class LinearReadOut(lit_spu.methods.readout.LinearReadOut):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -360,6 +376,7 @@ class LinearReadOut(lit_spu.methods.readout.LinearReadOut):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class LoRA(lit_spu.methods.lora.LoRA):
@@ -398,6 +415,7 @@ class LoRA(lit_spu.methods.lora.LoRA):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -406,6 +424,7 @@ class LoRA(lit_spu.methods.lora.LoRA):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class MeZO(lit_spu.methods.mezo.MeZO, FullFineTuning):
@@ -433,6 +452,7 @@ class MeZO(lit_spu.methods.mezo.MeZO, FullFineTuning):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class MeZOBitFit(lit_spu.methods.mezo_bitfit.MeZOBitFit, BitFit):
@@ -460,6 +480,7 @@ class MeZOBitFit(lit_spu.methods.mezo_bitfit.MeZOBitFit, BitFit):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class MeZOIA3(lit_spu.methods.mezo_ia3.MeZOIA3, IA3):
@@ -488,12 +509,14 @@ class MeZOIA3(lit_spu.methods.mezo_ia3.MeZOIA3, IA3):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class MeZOLST(lit_spu.methods.mezo_lst.MeZOLST, LadderSideTuning):
@@ -541,11 +564,13 @@ class MeZOLST(lit_spu.methods.mezo_lst.MeZOLST, LadderSideTuning):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class MeZOLoRA(lit_spu.methods.mezo_lora.MeZOLoRA, LoRA):
@@ -579,12 +604,14 @@ class MeZOLoRA(lit_spu.methods.mezo_lora.MeZOLoRA, LoRA):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class MeZOSide(lit_spu.methods.mezo_side.MeZOSide, LadderSideTuning):
@@ -620,11 +647,13 @@ class MeZOSide(lit_spu.methods.mezo_side.MeZOSide, LadderSideTuning):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class SharedTrunk(lit_spu.methods.shared_trunk.SharedTrunk):
@@ -653,6 +682,7 @@ class SharedTrunk(lit_spu.methods.shared_trunk.SharedTrunk):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -661,6 +691,7 @@ class SharedTrunk(lit_spu.methods.shared_trunk.SharedTrunk):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None: ...
 
 class SideLoRA(lit_spu.methods.side_lora.SideLoRA):
@@ -692,6 +723,7 @@ class SideLoRA(lit_spu.methods.side_lora.SideLoRA):
         backbone_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
         activation_cache: str | None = None,
         cache_precision: typing.Literal["fp32", "bf16", "int8"] = "fp32",
+        cache_device_mib: int | None = None,
         backbone: str = "mini-bert",
         task: str | dict[str, typing.Any] = "sst2",
         head: typing.Literal["classifier", "prompt", "names"] = "classifier",
@@ -699,4 +731,5 @@ class SideLoRA(lit_spu.methods.side_lora.SideLoRA):
         optimizer: typing.Literal["adamw", "adafactor"] = "adamw",
         weight_decay: float = 0.0,
         warmup: float = 0.06,
+        cuda_graphs: bool = False,
     ) -> None: ...
