@@ -132,6 +132,8 @@ def defines_method(name: str) -> bool:
 
 def test_a_method_imports_another_only_as_its_base() -> None:
     for path in (ROOT / "methods").glob("*.py"):
+        if path.stem == "base":  # joins the base classes of all methods
+            continue
         siblings = {name for name in imports(path) if name.startswith("lit_spu.methods.") and defines_method(name)}
         bases = {
             base.id
