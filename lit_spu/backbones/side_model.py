@@ -23,7 +23,8 @@ class NoEmbeddings(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        return next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), torch.zeros(()))
+        found = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
+        return torch.zeros(()) if found is None else found
 
 
 def make_side_model(backbone: TransformerStacks, reduction: int, layer_indices: LayerIndices) -> TransformerStacks:

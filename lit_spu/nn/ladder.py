@@ -88,19 +88,20 @@ class Ladder(nn.Module):
         mark: Callable[[str], AbstractContextManager[Any]] = (
             record_function if torch.autograd._profiler_enabled() else nullcontext  # type: ignore[attr-defined]
         )
-        project = self.embedding_projection
-        zero = project.weight.new_zeros(()).expand(*hidden_states.embeddings.shape[:2], project.out_features)
         with mark("rungs"):
-            projected = {
-                name: down(hidden_states.blocks[self.projected_block[name]]) for name, down in self.down.items()
-            }
+            states = [hidden_states.blocks[block] for block in self.projected_block.values()]
+            embeddings, *rest = project(
+                [self.embedding_projection, *self.down.values()], [hidden_states.embeddings, *states]
+            )
+            projected = dict(zip(self.down, rest, strict=True))
             slots = [self._drop(projected[name]) for name in self.slot_projections]
+            zero = embeddings.new_zeros(()).expand_as(embeddings)
             fuse: Fuse = self.fusion([*slots, zero], hidden_states.mask)
 
         def rung(n: int, state: Tensor) -> Tensor:
             i = self.layer_indices[n]
             with mark(f"rung {i}"):
-                return fuse(i, project(hidden_states.embeddings) if n == 0 else state)
+                return fuse(i, embeddings if n == 0 else state)
 
         return rung
 
@@ -212,3 +213,30 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).to(self.weight.dtype)
+
+
+def project(projections: Sequence[Any], states: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the projection of each state [batch, tokens, width].
+
+    States that lie next to each other, as cached ones do, are projected in one product.
+    """
+    stacked = as_stack(states)
+    if stacked is None:
+        return [projection(state) for projection, state in zip(projections, states, strict=True)]
+    weights, biases = (torch.stack([getattr(p, name) for p in projections]) for name in ("weight", "bias"))
+    flat = stacked.flatten(1, 2)
+    products = torch.baddbmm(biases.to(flat.dtype).unsqueeze(1), flat, weights.to(flat.dtype).mT)
+    projected: Sequence[Tensor] = products.to(weights.dtype).unflatten(1, stacked.shape[1:3]).unbind()
+    return projected
+
+
+def as_stack(states: Sequence[Tensor]) -> Tensor | None:
+    """Return contiguous states as a view [states, ...] of their memory if they lie next to each other, or else None."""
+    first = states[0]
+    storage, size = first.untyped_storage()._cdata, first.numel()
+    for number, state in enumerate(states):
+        is_next = state.storage_offset() == first.storage_offset() + number * size
+        same = state.untyped_storage()._cdata == storage and state.shape == first.shape and state.dtype == first.dtype
+        if not (is_next and same and state.is_contiguous()):
+            return None
+    return first.as_strided((len(states), *first.shape), (size, *first.stride()))
