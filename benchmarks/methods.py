@@ -223,7 +223,7 @@ def growth(step: Callable[[], None], device: torch.device) -> int:
     before = torch.accelerator.memory_allocated(device)
     peak = AcceleratorPeak(device)
     step()
-    return peak.allocated_bytes() - before
+    return peak.peak_bytes()[0] - before
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -44,7 +44,10 @@ def run(
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
-    """A trainer on the CPU that writes and shows nothing, unless it is told otherwise."""
+    """A trainer on the CPU that writes and shows nothing, unless it is told otherwise.
+
+    It logs every step, so that callbacks of tests can read the values.
+    """
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
@@ -52,6 +55,7 @@ def quiet_trainer(**settings: Any) -> Trainer:
         "enable_model_summary": False,
         "enable_checkpointing": False,
         "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
     }
     return Trainer(**quiet | settings)
 

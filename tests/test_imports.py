@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "methods": {
         *("nn", "optim", "backbones", "tasks", "registry", "checkpoints", "export.load"),
-        *(f"callbacks.{file}" for file in ("rank_check", "trajectory_recorder", "zero_shot_report")),
+        *(f"callbacks.{file}" for file in ("output", "rank_check", "trajectory_recorder", "zero_shot_report")),
     },
     "callbacks": {"measure", "nn", "optim", "tasks", "checkpoints", "methods.teacher", "backbones.stacks", "version"},
     "study": {"methods", "data", "measure", "registry", "tasks", "backbones.load"},

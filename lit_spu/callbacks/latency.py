@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_spu.callbacks.output import log_now
+from lit_spu.callbacks.output import is_step_logged, log_figures, log_now
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.measure import Clock, Durations
 from lit_spu.measure.clocks import Instant
 from lit_spu.ranges import Checked, CountOrZero, Length, Text
 
+Interval: TypeAlias = tuple[Instant, Instant]
+
+MAX_UNREAD = 1000
+"""Number of times after which they are read even if nothing is logged, because each holds two events of the device."""
+
 
 class Latency(Checked, Callback):
     """Callback that times steps and forward passes in milliseconds, on each rank.
 
-    An accelerator is synchronised once per batch.
+    A CUDA device is not waited for: its times are read when they are logged. Other accelerators are synchronised.
 
     - `latency/step_ms`: one optimizer step with the forward and backward passes of all its batches, without the time
       for loading data and for validation.
@@ -49,12 +54,15 @@ class Latency(Checked, Callback):
         self._passes = {"passes/forward": 0, "passes/backward": 0}
         self._clock: Clock
         self._batch_start: Instant
+        self._batches: list[Interval] = []  # of the present step so far
+        self._unread: list[tuple[str, list[Interval]]] = []  # times by name, each the sum of its intervals
+        self._latest: dict[str, float] = {}  # milliseconds in training that were read and not logged yet
         self._global_step = 0
-        self._step_seconds = 0.0
 
     @property
     def summary(self) -> dict[str, float]:
         """Median and 95th percentile of each time so far, in milliseconds, and the number of passes in training."""
+        self._read()
         figures: dict[str, float] = dict(self._passes) if any(self._passes.values()) else {}
         for name, durations in self._durations.items():
             if durations.seconds:
@@ -76,7 +84,7 @@ class Latency(Checked, Callback):
                 names = [name for name in modules if name and name.count(".") <= pattern.count(".")]
                 raise UserError(f"Latency: modules: no module is named {pattern!r}. {did_you_mean(pattern, names)}")
         self._timers = {
-            name: _CallTimer(module, self._clock.now)
+            name: _CallTimer(module, self._clock)
             for name, module in modules.items()
             if not name or any(fnmatchcase(name, pattern) for pattern in self.modules)
         }
@@ -100,7 +108,7 @@ class Latency(Checked, Callback):
     # -- training ---------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._global_step, self._step_seconds = trainer.global_step, 0.0
+        self._global_step, self._batches = trainer.global_step, []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for timer in self._timers.values():
@@ -113,12 +121,16 @@ class Latency(Checked, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._step_seconds += self._clock.seconds(self._batch_start, self._clock.now())
-        figures = self._record_calls("forward")
+        self._batches.append((self._batch_start, self._clock.now()))
+        self._note_calls("forward")
         if trainer.global_step > self._global_step:
-            figures |= self._record("step", self._step_seconds)
-            self._global_step, self._step_seconds = trainer.global_step, 0.0
-        pl_module.log_dict(figures, on_step=True, on_epoch=False)
+            self._unread.append(("step", self._batches))
+            self._global_step, self._batches = trainer.global_step, []
+        if is_step_logged(trainer):
+            self._read()
+            log_figures(pl_module, self._latest)
+            self._latest = {}
+        self._limit_unread()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         log_now(trainer, {name: value for name, value in self.summary.items() if name == "latency/step_p95_ms"})
@@ -146,7 +158,8 @@ class Latency(Checked, Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._record_calls("inference")
+        self._note_calls("inference")
+        self._limit_unread()
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
@@ -157,22 +170,27 @@ class Latency(Checked, Callback):
 
     # -- figures ----------------------------------------------------------------------------------------------------
 
-    def _record_calls(self, kind: str) -> dict[str, float]:
-        """Record the calls since the last batch; return the latest time of each module, for the log."""
-        figures: dict[str, float] = {}
+    def _note_calls(self, kind: str) -> None:
+        """Note the calls since the last batch."""
         for name, timer in self._timers.items():
             finished = timer.pop_finished()
             if kind == "forward" and not name:
                 self._passes["passes/forward"] += len(finished)
-            for start, end in finished:
-                figures |= self._record(f"{kind}/{name}" if name else kind, self._clock.seconds(start, end))
-        return figures
+            self._unread += [(f"{kind}/{name}" if name else kind, [interval]) for interval in finished]
 
-    def _record(self, name: str, seconds: float) -> dict[str, float]:
-        """Record one time; return it in milliseconds for the log, or nothing during the warm-up."""
-        durations = self._durations.setdefault(name, Durations(self.warmup))
-        durations.add(seconds)
-        return {f"latency/{name}_ms": seconds * 1000} if durations.seconds else {}
+    def _limit_unread(self) -> None:
+        if len(self._unread) >= MAX_UNREAD:
+            self._read()
+
+    def _read(self) -> None:
+        """Read the times that were noted, which waits for the device."""
+        unread, self._unread = self._unread, []
+        for name, intervals in unread:
+            seconds = sum(self._clock.seconds(start, end) for start, end in intervals)
+            durations = self._durations.setdefault(name, Durations(self.warmup))
+            durations.add(seconds)
+            if durations.seconds and not name.startswith("inference"):
+                self._latest[f"latency/{name}_ms"] = seconds * 1000
 
 
 class _CallTimer:
@@ -181,11 +199,11 @@ class _CallTimer:
     A strategy may run a whole training step through the module's `__call__`, around the call inside the step.
     """
 
-    def __init__(self, module: nn.Module, now: Callable[[], Instant]) -> None:
+    def __init__(self, module: nn.Module, clock: Clock) -> None:
         self.was_called = False
-        self._now = now
-        self._running: list[Instant | None] = []  # start of each nested call; None if another call ran inside it
-        self._finished: list[tuple[Instant, Instant]] = []
+        self._clock = clock
+        self._running: list[Instant | None] = []  # start of each nested call; None if it is not timed
+        self._finished: list[Interval] = []
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before_call),
             module.register_forward_hook(self._after_call),
@@ -193,15 +211,15 @@ class _CallTimer:
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
         self._running = [None] * len(self._running)
-        self._running.append(self._now())
+        self._running.append(None if self._clock.is_capturing() else self._clock.now())
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         start = self._running.pop() if self._running else None
         if start is not None:
-            self._finished.append((start, self._now()))
+            self._finished.append((start, self._clock.now()))
             self.was_called = True
 
-    def pop_finished(self) -> list[tuple[Instant, Instant]]:
+    def pop_finished(self) -> list[Interval]:
         """Return the calls that ended since the last `pop_finished`; forget calls that failed before they ended."""
         finished, self._finished, self._running = self._finished, [], []
         return finished

@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves  # torch has no public name for it
 
-from lit_spu.callbacks.output import log_now, run_directory
+from lit_spu.callbacks.output import is_step_logged, log_figures, log_now, run_directory
 from lit_spu.errors import UserError
 from lit_spu.measure import MIB, AcceleratorPeak, Kind, LiveBytes, ResidentPeak
 from lit_spu.ranges import Checked
@@ -68,7 +68,8 @@ class Memory(Checked, Callback):
         self._live_bytes: LiveBytes | None = None  # while a step is counted
         self._timeline_source: LiveBytes | None = None  # the counted step with the highest peak
         self._first_step = self._num_batches = 0
-        self._batch_numel = self._max_batch_numel = self._max_grad_numel = 0
+        self._batch_numel = self._max_batch_numel = self._grad_numel = self._max_grad_numel = 0
+        self._parameters: list[nn.Parameter] = []  # listed once: a module has to look for them
         self._num_trainable = self._num_optimizer_states = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,18 +83,20 @@ class Memory(Checked, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         self._num_batches = self._max_batch_numel = self._max_grad_numel = 0
+        self._parameters = [*pl_module.parameters()]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._stop_counting()  # Lightning calls no on_train_batch_end for a batch that the module skipped
         if self._peak:
             self._peak.reset()
-        if self.live and self._must_count(trainer, pl_module, batch):
+        if self.live and self._must_count(trainer, batch):
+            self._grad_numel = 0
             self._live_bytes = LiveBytes(pl_module, trainer.optimizers).__enter__()
 
-    def _must_count(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
+    def _must_count(self, trainer: Trainer, batch: Any) -> bool:
         """Record the size of the batch and what trains in it; return whether to count its live bytes."""
         self._batch_numel = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        num_trainable = sum(p.requires_grad for p in pl_module.parameters())
+        num_trainable = sum(parameter.requires_grad for parameter in self._parameters)
         num_optimizer_states = sum(len(optimizer.state) for optimizer in trainer.optimizers)
         has_changed = (num_trainable, num_optimizer_states) != (self._num_trainable, self._num_optimizer_states)
         self._num_trainable, self._num_optimizer_states = num_trainable, num_optimizer_states
@@ -110,12 +113,10 @@ class Memory(Checked, Callback):
             self._update_summary(figures)
             self.summary["memory/mean_mib"] = figures["memory/mean_mib"] = mean
         self._num_batches += 1
-        if self.live:
-            grad_numel = sum(p.numel() for p in pl_module.parameters() if p.grad is not None)
-            self._max_grad_numel = max(grad_numel, self._max_grad_numel)
-            if grad_numel >= self._max_grad_numel / 2:
-                self._max_batch_numel = max(self._batch_numel, self._max_batch_numel)
         if counted := self._stop_counting():
+            self._max_grad_numel = max(self._grad_numel, self._max_grad_numel)
+            if self._grad_numel >= self._max_grad_numel / 2:
+                self._max_batch_numel = max(self._batch_numel, self._max_batch_numel)
             live = {
                 "memory/live_peak_mib": counted.peak_bytes / MIB,
                 "memory/live_mean_mib": counted.mean_bytes / MIB,
@@ -125,11 +126,16 @@ class Memory(Checked, Callback):
                 self.summary |= live  # all figures of one step, because the kinds add up to its peak
                 self._timeline_source = counted if self.timeline else None
             log_now(trainer, live)  # log_dict would log these again in the following steps
-        pl_module.log_dict(figures, on_step=True, on_epoch=False)
+        if figures and is_step_logged(trainer):
+            log_figures(pl_module, figures)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._live_bytes:
             self._live_bytes.mark("backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._live_bytes:  # here, because the optimizer step of a method frees the gradients
+            self._grad_numel = sum(p.numel() for p in self._parameters if p.grad is not None)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._live_bytes:
@@ -172,10 +178,8 @@ class Memory(Checked, Callback):
         if isinstance(self._peak, ResidentPeak):
             return {"memory/peak_mib": self._peak.peak_bytes() / MIB}
         if isinstance(self._peak, AcceleratorPeak):
-            return {
-                "memory/peak_mib": self._peak.allocated_bytes() / MIB,
-                "memory/reserved_mib": self._peak.reserved_bytes() / MIB,
-            }
+            allocated, reserved = self._peak.peak_bytes()
+            return {"memory/peak_mib": allocated / MIB, "memory/reserved_mib": reserved / MIB}
         return {}
 
     def _update_summary(self, figures: dict[str, float]) -> None:

@@ -1,11 +1,12 @@
-"""Output shared by the callbacks: figures for the loggers, and the run directory."""
+"""Output shared by callbacks and methods: figures for the loggers, and the run directory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
 
 
 def log_now(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -16,6 +17,36 @@ def log_now(trainer: Trainer, figures: Mapping[str, float]) -> None:
     """
     for logger in trainer.loggers if figures and not trainer.sanity_checking else ():
         logger.log_metrics(dict(figures), step=trainer.global_step)
+
+
+def is_step_logged(trainer: Trainer) -> bool:
+    """Return whether the values of this training batch are read: by the loggers, or after the epoch or the run.
+
+    Callbacks and methods log nothing in all other batches, because Lightning makes tensors of values and reads them.
+    """
+    return bool(
+        trainer._logger_connector.should_update_logs  # Lightning's own rule, which its callbacks read there, too
+        or trainer.is_last_batch
+        or trainer.global_step == trainer.max_steps
+        or trainer.fast_dev_run  # type: ignore[attr-defined]
+    )
+
+
+def monitored_names(trainer: Trainer) -> set[str]:
+    """Return the names of the values that callbacks and learning-rate schedules monitor."""
+    monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    monitors += [config.monitor for config in trainer.lr_scheduler_configs]
+    return {monitor for monitor in monitors if monitor}
+
+
+def log_figures(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
+    """Log figures of a training batch, at its end. Call it if `is_step_logged`."""
+    pl_module.log_dict({name: on_host(value) for name, value in figures.items()}, on_step=True, on_epoch=False)
+
+
+def on_host(value: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a number as a tensor on the host, to be logged: Lightning would copy a number to the device and back."""
+    return torch.as_tensor(value, dtype=dtype, device="cpu")
 
 
 def run_directory(trainer: Trainer) -> Path:

@@ -52,6 +52,7 @@ class SelectiveUpdate(Checked, Callback):
         self.num_steps = self.num_skipped = 0
         self._batch: Any = None
         self._logits: Tensor | None = None
+        self._not_biases: list[nn.Parameter] = []  # and the biases below `depth`
         self._until_train_end = ExitStack()  # removes the hooks on the module
         self._until_backward_end = ExitStack()  # restores the parameters and blocks that this step skips
 
@@ -104,6 +105,10 @@ class SelectiveUpdate(Checked, Callback):
         def save_logits(module: nn.Module, args: Any, output: Any) -> None:
             self._logits = tensor_of(output)
 
+        below = {id(p) for layer in pl_module.parameters_by_depth[: self.depth + 1] for p in layer}
+        self._not_biases = [
+            p for name, p in pl_module.named_parameters() if id(p) in below or not name.endswith("bias")
+        ]
         pl_module.step_wrapper = partial(self._run_step, trainer, pl_module)
         self._until_train_end.callback(setattr, pl_module, "step_wrapper", None)
         self._until_train_end.callback(pl_module.register_forward_hook(save_logits).remove)
@@ -127,8 +132,8 @@ class SelectiveUpdate(Checked, Callback):
         if loss is None:
             self.num_skipped += 1
             self._until_backward_end.close()
-        pl_module.log("update/whole", float(is_full))
-        pl_module.log("update/skipped", float(self.num_skipped))
+        pl_module.log_step("update/whole", is_full)
+        pl_module.log_step("update/skipped", self.num_skipped)
         return loss
 
     def _limit_update(self, pl_module: Any, step: int, is_full: bool) -> None:
@@ -139,9 +144,9 @@ class SelectiveUpdate(Checked, Callback):
         for number in bypassed_blocks:
             self._until_backward_end.enter_context(bypass_backward(blocks[number]))
         if not is_full:
-            self._until_backward_end.enter_context(self._only_biases_trainable(pl_module))
+            self._until_backward_end.enter_context(self._only_biases_trainable())
         if bypassed_blocks:
-            pl_module.log("update/blocks", float(len(blocks) - len(bypassed_blocks)))
+            pl_module.log_step("update/blocks", len(blocks) - len(bypassed_blocks))
 
     def _needs_backward(self, loss: Tensor | None, batch: Any) -> bool:
         """Return whether to run the backward pass: the policy decides, and something must train in it."""
@@ -151,14 +156,9 @@ class SelectiveUpdate(Checked, Callback):
         return loss is None or loss.requires_grad  # None if the method skipped the backward pass by itself
 
     @contextmanager
-    def _only_biases_trainable(self, pl_module: Any) -> Iterator[None]:
+    def _only_biases_trainable(self) -> Iterator[None]:
         """Freeze all parameters but the biases of the head and of the blocks from `depth` up."""
-        below = {id(p) for layer in pl_module.parameters_by_depth[: self.depth + 1] for p in layer}
-        frozen = [
-            p
-            for name, p in pl_module.named_parameters()
-            if p.requires_grad and (id(p) in below or not name.endswith("bias"))
-        ]
+        frozen = [parameter for parameter in self._not_biases if parameter.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -174,7 +174,8 @@ class SelectiveUpdate(Checked, Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if type(self.policy).after_step is Policy.after_step:
             return  # computing the norm takes time, and this policy does not use it
-        if gradients := [p.grad for p in pl_module.parameters() if p.grad is not None]:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
             self.policy.after_step(float(get_total_norm(gradients)), self._batch)
 
     # -- after training ---------------------------------------------------------------------------------------------

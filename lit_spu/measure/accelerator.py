@@ -29,10 +29,7 @@ class AcceleratorPeak:
         """Forget the peaks so far."""
         torch.accelerator.reset_peak_memory_stats(self._device)
 
-    def allocated_bytes(self) -> int:
-        """Return the peak of the bytes in tensors since the last `reset`."""
-        return torch.accelerator.max_memory_allocated(self._device)
-
-    def reserved_bytes(self) -> int:
-        """Return the peak of the bytes taken from the device since the last `reset`."""
-        return torch.accelerator.max_memory_reserved(self._device)
+    def peak_bytes(self) -> tuple[int, int]:
+        """Return the peaks since the last `reset`: the bytes in tensors, and the bytes taken from the device."""
+        counts = torch.accelerator.memory_stats(self._device)  # at once, because it copies all of its many counters
+        return counts.get("allocated_bytes.all.peak", 0), counts.get("reserved_bytes.all.peak", 0)

@@ -32,6 +32,10 @@ class Clock:
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
 
+    def is_capturing(self) -> bool:
+        """Return whether a CUDA graph is captured: the work does not run now, and its events cannot be read."""
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def seconds(self, start: Instant, end: Instant) -> float:
         """Return the seconds between two instants. Waits until the device has reached the second one."""
         if isinstance(end, float):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
+from weakref import finalize
 
 import psutil
 
@@ -24,7 +26,9 @@ class ResidentPeak:
     def __init__(self) -> None:
         self.exact = False
         """True if the kernel records the peak, False if a thread takes samples."""
+        self._status = self._clear_refs = -1  # kept open: opening costs more than reading
         with suppress(OSError):
+            self._clear_refs, self._status = self._open(_CLEAR_REFS, os.O_WRONLY), self._open(_STATUS, os.O_RDONLY)
             self._reset_kernel_peak()
             self.exact = True
         self._sampled = 0
@@ -46,8 +50,8 @@ class ResidentPeak:
     def peak_bytes(self) -> int:
         """Return the peak resident bytes since the last `reset`."""
         if self.exact:
-            line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-            return int(line.split()[1]) * 1024
+            _, _, peak = os.pread(self._status, 1 << 16, 0).partition(b"VmHWM:")
+            return int(peak.split(maxsplit=1)[0]) * 1024
         self._sampled = max(self._sampled, _resident_bytes())
         return self._sampled
 
@@ -59,7 +63,13 @@ class ResidentPeak:
             self._sampler = None
 
     def _reset_kernel_peak(self) -> None:
-        _CLEAR_REFS.write_text("5")  # 5 sets VmHWM to the present resident memory (Linux, proc(5))
+        os.write(self._clear_refs, b"5")  # 5 sets VmHWM to the present resident memory (Linux, proc(5))
+
+    def _open(self, path: Path, flags: int) -> int:
+        """Open a file until this object is deleted."""
+        file = os.open(path, flags)
+        finalize(self, os.close, file)
+        return file
 
     def _sample(self, stop: Event) -> None:
         while not stop.wait(_INTERVAL):

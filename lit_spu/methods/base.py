@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,15 @@ from lit_spu.tasks import Encoding, load_task
 from lit_spu.tasks.metrics import CALIBRATED, task_metrics
 
 StepLoss = Callable[[Batch], Tensor | None]
+
+_SEEDS = 64
+
+
+@lru_cache(maxsize=64)  # several siblings have their own seeds
+def _batch_seeds(seed: int, rank: int, block: int) -> list[int]:
+    """Return the seeds of a block of batches. Seeds one by one take ten times as long, because caches are cold."""
+    keys = (np.random.SeedSequence((seed, rank, block * _SEEDS + number)) for number in range(_SEEDS))
+    return [int(key.generate_state(1, np.uint64)[0]) for key in keys]
 
 
 class Method(Checked, CapturedSteps, ABC):
@@ -116,8 +126,8 @@ class Method(Checked, CapturedSteps, ABC):
     def step_loss(self, batch: Batch) -> Tensor | None:
         """Return the loss of a training step and log it; None skips the backward pass."""
         loss = self.captured_loss(batch)
-        self.log_loss(loss, batch)
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log_loss(loss)
+        self.log_step("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -133,7 +143,7 @@ class Method(Checked, CapturedSteps, ABC):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step and free the gradients. Lightning would hold them through the next forward pass."""
         super().optimizer_step(*args, **kwargs)
-        self.zero_grad()
+        self.trainer.optimizers[0].zero_grad()
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained weights, and its learning rate by step."""
@@ -200,14 +210,20 @@ class Method(Checked, CapturedSteps, ABC):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the run's seed, the rank and the batch, so that a resumed run draws the same masks."""
         self.is_trained = True
-        torch.manual_seed(self.batch_seed(self.seed))
+        self.seed_generators(self.batch_seed(self.seed))
+
+    def seed_generators(self, seed: int) -> None:
+        """Seed torch's generators of this device and the host. `torch.manual_seed` seeds those of all backends."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def batch_seed(self, seed: int) -> int:
         """Return a seed for this training batch on this rank, derived from a seed of the run."""
         # the batches completed, not those started: a resumed run starts an interrupted batch again
         completed = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        key = np.random.SeedSequence((seed, self.global_rank, completed))
-        return int(key.generate_state(1, np.uint64)[0])
+        block, number = divmod(completed, _SEEDS)
+        return _batch_seeds(seed, self.global_rank, block)[number]
 
     @property
     def parameters_by_depth(self) -> list[list[nn.Parameter]]:

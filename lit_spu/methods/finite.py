@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,42 +11,62 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_spu.backbones import Batch
+from lit_spu.callbacks.output import is_step_logged, monitored_names, on_host
 from lit_spu.errors import NonFiniteError
-
-_NO_STEP = math.inf
 
 
 class LossWatch:
     """Watch for the first training loss that is not finite.
 
-    The step of that loss is kept on the device, so that no training step waits for it. `check` reads it.
+    Losses stay on the device, so that no training step waits for it. `read` fetches all of them at once.
+
+    Attributes:
+        last: The last loss that was read.
     """
 
     def __init__(self) -> None:
-        self._first_step: Tensor | None = None
-        self._rates: dict[int, str] = {}  # learning rates by step, since the last check
+        self.last = math.nan
+        self._unread: list[tuple[int, Tensor]] = []  # steps and losses
+        self._rates: dict[int, Sequence[float]] = {}  # learning rates by step, since the last check
+        self._first_bad: int | None = None
 
-    def add(self, loss: Tensor, step: int, rates: str) -> None:
-        """Note a loss, the number of its step (1 is the first) and the learning rates as text."""
-        step_or_none = torch.where(loss.detach().isfinite(), _NO_STEP, float(step))
-        self._first_step = step_or_none if self._first_step is None else self._first_step.minimum(step_or_none)
+    def add(self, loss: Tensor, step: int, rates: Sequence[float]) -> None:
+        """Note a loss, the number of its step (1 is the first) and the learning rates."""
+        # a loss without a graph may be the output of a CUDA graph, which the next replay overwrites
+        self._unread.append((step, loss.detach() if loss.requires_grad else loss.clone()))
         self._rates[step] = rates
 
-    def check(self, advise: Callable[[int], str], reduce: Callable[[Tensor], Tensor] = lambda first: first) -> None:
-        """Read the first bad step, which waits for the device.
+    def read(self) -> float:
+        """Read the losses since the last call, which waits for the device once; return the last loss."""
+        unread, self._unread = self._unread, []
+        by_device: dict[torch.device, list[int]] = {}
+        for number, (_, loss) in enumerate(unread):
+            by_device.setdefault(loss.device, []).append(number)
+        values: dict[int, float] = {}
+        for numbers in by_device.values():
+            values.update(zip(numbers, torch.stack([unread[n][1] for n in numbers]).tolist(), strict=True))
+        for number, (step, _) in enumerate(unread):
+            self.last = values[number]
+            if not math.isfinite(self.last):
+                self._first_bad = min(step, self._first_bad or step)
+        return self.last
+
+    def check(self, advise: Callable[[int], str], reduce: Callable[[float], float] = lambda first: first) -> None:
+        """Read the losses, and check that all since the last check are finite.
 
         Args:
             advise: Function from the number of completed steps to a sentence about what to change.
-            reduce: Function that returns the minimum of a tensor over all ranks.
+            reduce: Function that returns the minimum of a number over all ranks.
 
         Raises:
             NonFiniteError: If a loss was not finite.
         """
-        first = _NO_STEP if self._first_step is None else float(reduce(self._first_step))
-        if first == _NO_STEP:
+        self.read()
+        first = reduce(self._first_bad or math.inf)
+        if first == math.inf:
             self._rates.clear()
             return
-        rates = self._rates.get(int(first), "unknown")
+        rates = " and ".join(dict.fromkeys(f"{rate:.3g}" for rate in self._rates.get(int(first), ()))) or "unknown"
         raise NonFiniteError(
             f"Training stops: the loss is not finite (NaN or infinite) at step {int(first)}, learning rate {rates}."
             f" {advise(int(first) - 1)} Earlier checkpoints are kept."
@@ -59,14 +79,55 @@ class FiniteLosses(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._loss_watch = LossWatch()
+        self._step_values: dict[str, tuple[float | Tensor | None, bool]] = {}
+        self._monitored: set[str] | None = None  # names of values that are read in every batch
 
     def on_fit_start(self) -> None:
         self._loss_watch = LossWatch()
+        self._step_values, self._monitored = {}, None
 
-    def log_loss(self, loss: Tensor, batch: Batch) -> None:
+    # -- values of training steps -------------------------------------------------------------------------------------
+
+    def log_loss(self, loss: Tensor) -> None:
         """Log a training loss, and watch that it is finite."""
         self.watch_loss(loss)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self._step_values["train/loss"] = (None, True)  # read from the watch if it is needed: it may be on a device
+
+    def log_step(self, name: str, value: float | Tensor, prog_bar: bool = False) -> None:
+        """Log a number of a training step. Unlike `log`, it does nothing in steps whose values are not read."""
+        self._step_values[name] = (value.clone() if isinstance(value, Tensor) else value, prog_bar)
+
+    def flush_step(self) -> None:
+        """Hand the last values of `log_step` and `log_loss` to Lightning if they are read.
+
+        Called at the end of a step, before callbacks read them. If a callback stops the run, `on_train_batch_end` hands
+        them over. So only one hook does, because Lightning would keep the values of both.
+        """
+        if self._monitored is None:
+            self._monitored = monitored_names(self.trainer)
+        is_monitored = not self._monitored.isdisjoint(self._step_values)
+        if (is_monitored or is_step_logged(self.trainer)) and not self.trainer.should_stop:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        values, self._step_values = self._step_values, {}
+        dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        for name, (value, prog_bar) in values.items():
+            number = self._loss_watch.read() if value is None else value
+            self.log(name, on_host(number, dtype), prog_bar=prog_bar)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.flush_step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        trainer: Any = self.trainer
+        if trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._hand_over()
+        if (batch_idx + 1) % (trainer.log_every_n_steps or 50) == 0:  # 0 logs nothing; 50 is the Trainer's default
+            self.check_losses()
+
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     def watch_loss(self, loss: Tensor) -> None:
         """Stop the run if a training loss is not finite.
@@ -78,11 +139,11 @@ class FiniteLosses(LightningModule):
         Raises:
             NonFiniteError: If the loss is not finite.
         """
-        step = self.trainer.global_step + int(self.automatic_optimization)  # a manual step is counted by now
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        rates = " and ".join(dict.fromkeys(f"{group['lr']:.3g}" for group in groups))
+        trainer = self.trainer
+        step = trainer.global_step + int(self.automatic_optimization)  # a manual step is counted by now
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self._loss_watch.add(loss, step, rates)
-        if loss.device.type == "cpu" and self.trainer.world_size == 1:
+        if loss.device.type == "cpu" and trainer.world_size == 1:
             self.check_local_losses()
 
     def check_local_losses(self) -> None:
@@ -100,13 +161,15 @@ class FiniteLosses(LightningModule):
             NonFiniteError: If one was not finite.
         """
         strategy: Any = self.trainer.strategy
-        # MeZO's losses are on the CPU, where NCCL cannot reduce
-        self._loss_watch.check(self.advise, lambda first: strategy.reduce(first.to(self.device), reduce_op="min"))
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        trainer: Any = self.trainer
-        if (batch_idx + 1) % (trainer.log_every_n_steps or 50) == 0:  # 0 logs nothing; 50 is the Trainer's default
-            self.check_losses()
+        def reduce(first: float) -> float:
+            # on the module's device: MeZO's losses are on the CPU, where NCCL cannot reduce
+            return float(strategy.reduce(torch.tensor(first, device=self.device), reduce_op="min"))
+
+        if self.trainer.world_size == 1:
+            self.check_local_losses()
+        else:
+            self._loss_watch.check(self.advise, reduce)
 
     def on_train_epoch_end(self) -> None:
         self.check_losses()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lit_spu.backbones import Batch
 from lit_spu.errors import UserError
@@ -106,34 +107,36 @@ class LRDistillation(Method):
     def step_loss(self, batch: Batch) -> Tensor | None:
         logits = self(batch)
         loss = self.backbone.loss(logits, batch)
-        self.log_loss(loss, batch)
+        self.log_loss(loss)
         groups = self.trainer.optimizers[0].param_groups
         if not self._step_factors:
             self._scheduled_lrs = [group["lr"] for group in groups]
         factor = self.control_factor
         if factor is None:
             distance = self._distance(logits.detach(), batch)
-            self.log("distance", distance, batch_size=len(batch["input_ids"]))
+            self.log_step("distance", distance)
             if distance < self.skip_below:
                 self.num_skipped += 1
-                self.log("train/skipped", float(self.num_skipped))
+                self.log_step("train/skipped", self.num_skipped)
                 return None
             factor = self._factor(distance)
         self._step_factors.append(factor)
         mean_factor = sum(self._step_factors) / len(self._step_factors)
         for group, lr in zip(groups, self._scheduled_lrs, strict=True):
             group["lr"] = lr * mean_factor
-        self.log_dict({"lr": groups[0]["lr"], "lr/factor": mean_factor})
+        self.log_step("lr", groups[0]["lr"])
+        self.log_step("lr/factor", mean_factor)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.plain_lr_sum += self._scheduled_lrs[0]
+        self.scaled_lr_sum += optimizer.param_groups[0]["lr"] if self._step_factors else 0.0  # 0 for a skipped step
+        self.log_step("lr/mean_factor", self.scaled_lr_sum / self.plain_lr_sum if self.plain_lr_sum else 0.0)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step, and restore the scheduled learning rates."""
         super().optimizer_step(*args, **kwargs)
-        groups = self.trainer.optimizers[0].param_groups
-        self.plain_lr_sum += self._scheduled_lrs[0]
-        self.scaled_lr_sum += groups[0]["lr"] if self._step_factors else 0.0  # 0 for a step that was skipped
-        self.log("lr/mean_factor", self.scaled_lr_sum / self.plain_lr_sum if self.plain_lr_sum else 0.0)
-        for group, lr in zip(groups, self._scheduled_lrs, strict=True):
+        for group, lr in zip(self.trainer.optimizers[0].param_groups, self._scheduled_lrs, strict=True):
             group["lr"] = lr
         self._step_factors = []
 

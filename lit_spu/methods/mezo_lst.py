@@ -91,5 +91,5 @@ class MeZOLST(ZerothOrder, LadderSideTuning):
         if scheduler is not self.side_lr_scheduler:
             super().step_lr_scheduler(scheduler)
         elif self.trainer.global_step > self.num_backbone_steps:
-            self.log("lr/side", scheduler.get_last_lr()[0])
+            self.log_step("lr/side", scheduler.get_last_lr()[0])
             scheduler.step()

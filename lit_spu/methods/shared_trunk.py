@@ -79,7 +79,7 @@ class SharedTrunk(HiddenStateReader):
         losses = []
         for name, sibling in self.siblings.items():
             if name in self.batch_seeds:
-                torch.manual_seed(self.batch_seeds[name])
+                self.seed_generators(self.batch_seeds[name])
             losses.append(sibling.loss(batch, hidden_states))
         return torch.stack(losses).sum()
 

@@ -189,15 +189,16 @@ class ZerothOrder(Method):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         loss = self.take_step(batch, *optimizers)
         if loss is not None:
-            self.log_loss(loss.float(), batch)
+            self.log_loss(loss.float())
         if num_skipped := optimizers[0].num_skipped_directions:
-            self.log("train/left_out", float(num_skipped), prog_bar=True)
+            self.log_step("train/left_out", num_skipped, prog_bar=True)
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             self.step_lr_scheduler(scheduler)
+        self.flush_step()
 
     def step_lr_scheduler(self, scheduler: Any) -> None:
         """Log a learning rate and advance it to the next step's."""
-        self.log("lr", scheduler.get_last_lr()[0])
+        self.log_step("lr", scheduler.get_last_lr()[0])
         scheduler.step()
 
     def perturbed_parameters(self) -> list[tuple[str, nn.Parameter]]:

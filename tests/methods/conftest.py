@@ -42,6 +42,7 @@ def fit(tmp_path: Path) -> Run:
             "enable_checkpointing": False,
             "default_root_dir": tmp_path,
             "callbacks": list(callbacks),
+            "log_every_n_steps": 1,  # so that callbacks can read the values of a step
         }
         trainer = Trainer(**{**defaults, **settings})
         trainer.fit(method, data, ckpt_path=ckpt_path)

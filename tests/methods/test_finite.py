@@ -71,17 +71,28 @@ def test_a_grid_names_the_sibling_without_a_score(tiny: Tiny, data: Data, fit: R
         fit(method, data(), limit_train_batches=0).validate(method, data(), verbose=False)
 
 
+def test_a_loss_may_be_overwritten_by_the_next_step() -> None:
+    """As the output of a CUDA graph, which is replayed."""
+    watch, static = LossWatch(), torch.tensor(0.5)
+    watch.add(static, 1, [])
+    watch.add(static.fill_(torch.nan), 2, [])
+    watch.add(static.fill_(0.25), 3, [])
+    assert watch.read() == 0.25
+    with pytest.raises(NonFiniteError, match="at step 2"):
+        watch.check(str)
+
+
 def test_the_first_bad_step_is_found_later() -> None:
     watch = LossWatch()
     for step, loss in enumerate([0.5, torch.inf, 0.3, torch.nan], 1):
-        watch.add(torch.tensor(loss), step, f"{step / 10}")
+        watch.add(torch.tensor(loss), step, [step / 10])
     with pytest.raises(NonFiniteError, match=r"at step 2, learning rate 0\.2\. Do this\."):
         watch.check(lambda step: "Do this.")
 
 
 def only_add(method: Any) -> Any:
     """Let a method treat its losses as on an accelerator, which is not waited for at each step."""
-    method.watch_loss = lambda loss: method._loss_watch.add(loss, method.trainer.global_step + 1, "?")
+    method.watch_loss = lambda loss: method._loss_watch.add(loss, method.trainer.global_step + 1, [])
     return method
 
 
@@ -93,8 +104,8 @@ def test_ranks_compare_their_losses_on_the_device_of_the_module() -> None:
         return torch.tensor(torch.inf)
 
     module: Any = FiniteLosses().to("meta")
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
-    module._loss_watch.add(torch.tensor(0.5), 1, "0.1")  # as MeZO's losses, which are on the CPU
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce), world_size=2)
+    module._loss_watch.add(torch.tensor(0.5), 1, [0.1])  # as MeZO's losses, which are on the CPU
     module.check_losses()
     assert devices == ["meta"]
 
@@ -104,12 +115,13 @@ def test_no_checkpoint_is_saved_after_a_bad_loss(tiny: Tiny, data: Data, fit: Ru
     saved = ModelCheckpoint(
         tmp_path / "checkpoints", "{step}", save_top_k=-1, every_n_train_steps=1, save_on_exception=True
     )
+    late = {"enable_checkpointing": True, "log_every_n_steps": 50}
     callbacks = [Break(1), saved, LastCheckpoint(tmp_path / "checkpoints")]
     with pytest.raises(NonFiniteError):
-        fit(only_add(HeadOnly(backbone=tiny("bert"))), data(), *callbacks, enable_checkpointing=True)
+        fit(only_add(HeadOnly(backbone=tiny("bert"))), data(), *callbacks, **late)
     assert not list(tmp_path.rglob("*.ckpt"))  # the weights of step 1 are broken right after it
     with pytest.raises(NonFiniteError):
-        fit(only_add(HeadOnly(backbone=tiny("bert"))), data(), Break(2), saved, enable_checkpointing=True)
+        fit(only_add(HeadOnly(backbone=tiny("bert"))), data(), Break(2), saved, **late)
     assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["step=1.ckpt"]
 
 
@@ -117,7 +129,7 @@ def test_no_checkpoint_is_saved_after_a_bad_loss(tiny: Tiny, data: Data, fit: Ru
 def test_losses_on_an_accelerator_are_checked_now_and_then(tiny: Tiny, data: Data, fit: Run, where: str) -> None:
     settings = {
         "interval": {"log_every_n_steps": 3},
-        "epoch": {"limit_val_batches": 0},
+        "epoch": {"limit_val_batches": 0, "log_every_n_steps": 50},
         "validation": {"val_check_interval": 3, "log_every_n_steps": 4},
     }[where]
     with pytest.raises(NonFiniteError, match="at step 2, learning rate"):
