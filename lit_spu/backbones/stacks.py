@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_spu.backbones import absorbed_cross_attention, last_position
+from lit_spu.backbones import absorbed_cross_attention, last_position, norms
 from lit_spu.backbones.family import Family
 from lit_spu.backbones.hooks import override_forward, position_wise
 from lit_spu.backbones.last_position import gather_position
@@ -97,6 +97,7 @@ class TransformerStacks:
         self._partial_stacks: list[PartialStack] | None = None
 
     def _install_shortcuts(self) -> None:
+        norms.install(self.model)
         self.runs_at_position = last_position.install(
             self.model,
             self.family,

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -85,7 +84,7 @@ class SideStream:
             if part in self.linears:
                 override_forward(part, partial(self._forward, partial(_Pass.run_linear, linear=part)))
             elif self.recompute and not [*part.children()] and not isinstance(part, nn.Embedding):
-                override_forward(part, partial(self._forward, partial(_Pass.run_recomputable, part=part)))
+                override_forward(part, partial(self._forward, _Pass.run_recomputable))
 
     @position_wise
     def _forward(self, run: Callable[..., Any], forward: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -150,16 +149,13 @@ class _Pass:
                 output = pair.add_to(output, x)
         return output
 
-    def run_recomputable(self, forward: Forward, *args: Any, part: Any) -> Any:
+    def run_recomputable(self, forward: Forward, *args: Any) -> Any:
         """Run a module without parts, such as a norm or a non-linearity, and note the call that recomputes its output.
 
         The backward pass of such a module saves its input, from which its output can be recomputed.
         """
         if not self.runs_side:
             return forward(*args)
-        # `variance_epsilon` is transformers' name in RMS norms, which compute in fp32
-        if hasattr(part, "variance_epsilon") and args[0].dtype == part.weight.dtype == torch.float32:
-            forward = partial(_rms_norm, part)
         output = forward(*args)
         # a ReLU saves its output, so nothing is gained by recomputing it
         if output.requires_grad and output is not args[0] and not hasattr(output.grad_fn, "_saved_result"):
@@ -169,10 +165,6 @@ class _Pass:
     def _side_of(self, argument: Any) -> Any:
         frozen, side = self.encoder_states or (None, None)
         return side if argument is frozen and frozen is not None else argument
-
-
-def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 @contextmanager
