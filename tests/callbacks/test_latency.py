@@ -168,3 +168,20 @@ def test_latency_reports_what_it_could_not_measure(make_trainer: MakeTrainer, ca
     make_trainer(Latency(warmup=8), limit_val_batches=0).fit(Uncalled())
     assert "no step time, because the run ended within the warm-up of 8 steps" in caplog.text
     assert "not timed, because never called as a module: Uncalled" in caplog.text
+
+
+def test_latency_reads_times_only_when_they_are_logged(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a time waits for a CUDA device."""
+    waits: list[int] = []
+
+    def seconds(self: clocks.Clock, start: float, end: float) -> float:
+        waits.append(trainer.global_step)
+        return end - start
+
+    monkeypatch.setattr(clocks.Clock, "seconds", seconds)
+    trainer = make_trainer(Latency(warmup=2), limit_val_batches=0, log_every_n_steps=3)
+    trainer.fit(Sleepy())
+    assert sorted(set(waits)) == [3, 6, 8]
+    assert waits.count(3) == 6  # three steps and three forward passes
