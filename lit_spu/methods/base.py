@@ -135,6 +135,8 @@ class Method(Checked, CapturedSteps, ABC):
 
         In mixed precision, recomputed blocks restore autocast themselves.
         """
+        if self.set_captured_gradients():
+            return
         trainer: Any = self.trainer
         is_mixed = str(trainer.precision).endswith("mixed")
         with nullcontext() if is_mixed else trainer.precision_plugin.forward_context():

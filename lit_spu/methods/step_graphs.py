@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode  # torch has 
 
 from lit_spu.backbones import Batch
 from lit_spu.backbones.hooks import find_foreign_hooks
+from lit_spu.backbones.precision import is_quantized
 from lit_spu.methods.finite import FiniteLosses
 
 LENGTH_MULTIPLE = 8
@@ -74,12 +75,12 @@ class StepGraphs:
         self.obstacle: str | None = None
         self._has_failed = False
         self._module, self._compute_loss, self._record = module, loss, record
-        self._parameters = list(module.parameters())
+        self._parameters = [parameter for parameter in module.parameters() if not is_quantized(parameter)]
         self._weights: list[tuple[bool, int]] = []  # whether each is trained, and its address
         self._steps: dict[object, _Step | None] = {}  # None after a first, eager step
         self._grads: dict[nn.Parameter, Tensor] = {}  # common to all graphs
         self._num_examples = 0
-        self._anchor: Tensor | None = None
+        self._replayed: _Step | None = None
 
     def set_obstacle(self, reason: str | None) -> None:
         """Run the following steps eagerly for this reason, which is logged; None allows graphs."""
@@ -91,7 +92,11 @@ class StepGraphs:
         self.obstacle = reason
 
     def loss(self, batch: Batch) -> Tensor | None:
-        """Return the loss of a training step, whose gradients its backward pass sets; None if it must run eagerly."""
+        """Return the loss of a training step, whose gradients `set_gradients` sets; None if it must run eagerly.
+
+        The next step overwrites the loss.
+        """
+        self._replayed = None
         # a dispatch mode, such as a count of live bytes, sees no operator of a replay
         if self.obstacle or is_in_torch_dispatch_mode() or torch.is_anomaly_enabled():
             return None
@@ -114,8 +119,16 @@ class StepGraphs:
         torch._foreach_copy_(step.batch, list(batch.values()))
         step.graph.replay()
         self.num_replays += 1
-        loss: Tensor = _SetGradients.apply(self._get_anchor(step.loss), step)  # type: ignore[no-untyped-call]
-        return loss
+        self._replayed = step
+        return step.loss
+
+    def set_gradients(self) -> bool:
+        """Set the gradients of a step that was replayed, instead of its backward pass. Return False for others."""
+        if self._replayed is None:
+            return False
+        for parameter, grad in self._replayed.grads:
+            parameter.grad = grad
+        return True
 
     def _capture(self, batch: Batch) -> _Step | None:
         """Return the captured step of a batch, or None if it cannot be captured."""
@@ -155,12 +168,6 @@ class StepGraphs:
         self._grads = present | self._grads  # the first graph's own gradients serve all graphs
         return ((p, self._grads[p]) for p in present)
 
-    def _get_anchor(self, loss: Tensor) -> Tensor:
-        """Return a scalar with a gradient, through which autograd reaches `_SetGradients`."""
-        if self._anchor is None:
-            self._anchor = torch.zeros_like(loss, requires_grad=True)
-        return self._anchor
-
     def _fail(self, reason: str) -> None:
         self.set_obstacle(reason)
         self._has_failed = True
@@ -168,21 +175,6 @@ class StepGraphs:
     def _forget(self) -> None:
         self._steps.clear()
         self._grads.clear()
-
-
-class _SetGradients(torch.autograd.Function):
-    """The loss of a captured step. Its backward pass sets the gradients, which the graph has computed."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, step: _Step) -> Tensor:
-        ctx.step = step
-        return step.loss.clone()  # the next replay overwrites it
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        for parameter, grad in ctx.step.grads:
-            parameter.grad = grad
-        return None, None
 
 
 class CapturedSteps(FiniteLosses):
@@ -209,6 +201,10 @@ class CapturedSteps(FiniteLosses):
     def is_capturable(self, batch: Batch) -> bool:
         """Return whether a step on this batch neither waits for the device nor does anything that is done once."""
         return True
+
+    def set_captured_gradients(self) -> bool:
+        """Set the gradients if the last step was replayed; return False if it needs a backward pass."""
+        return self.graphs is not None and self.graphs.set_gradients()
 
     def graph_obstacle(self) -> str | None:
         """Return why the steps of this epoch cannot be captured, or None."""

@@ -89,10 +89,8 @@ class Ladder(nn.Module):
             record_function if torch.autograd._profiler_enabled() else nullcontext  # type: ignore[attr-defined]
         )
         with mark("rungs"):
-            states = [hidden_states.blocks[block] for block in self.projected_block.values()]
-            embeddings, *rest = project(
-                [self.embedding_projection, *self.down.values()], [hidden_states.embeddings, *states]
-            )
+            read = [hidden_states.embeddings, *(hidden_states.blocks[i] for i in self.projected_block.values())]
+            embeddings, *rest = project([self.embedding_projection, *self.down.values()], read)
             projected = dict(zip(self.down, rest, strict=True))
             slots = [self._drop(projected[name]) for name in self.slot_projections]
             zero = embeddings.new_zeros(()).expand_as(embeddings)

@@ -59,7 +59,9 @@ def training_step(
             method.take_step(batch, *optimizers)
             return
         method.graphs = graphs
-        method.captured_loss(batch).backward()
+        loss = method.captured_loss(batch)
+        if not method.set_captured_gradients():
+            loss.backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
 

@@ -122,7 +122,7 @@ def test_steps_are_captured_once_their_states_are_cached(tmp_path: Path) -> None
 
 
 def test_few_launches_remain_outside_of_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One copies the batch, one replays, and six are Lightning's and the optimizer's."""
+    """One copies the batch, one replays, and the others are Lightning's, the log's and the optimizer's."""
     counts: list[tuple[Launches, int]] = []
 
     class Count(Capture):
@@ -142,11 +142,9 @@ def test_few_launches_remain_outside_of_a_graph(tmp_path: Path, monkeypatch: pyt
     original = Tape.replay
     monkeypatch.setattr(Tape, "replay", replay)
     monkeypatch.setattr(step_graphs, "is_in_torch_dispatch_mode", lambda: False)
-    fit(made("kladder", "mini-bert", gradient_checkpointing=False), tmp_path, Count(), max_epochs=4)
-    replayed = [launches for launches, replays in counts[8:] if replays]
-    assert replayed
-    for launches in replayed:
-        print(launches.by_operator)
+    fit(made("lora", "mini-bert"), tmp_path, Count(), max_epochs=4, log_every_n_steps=100)
+    for launches, replays in counts[12:15]:  # all lengths are captured, and the last step of the epoch logs
+        assert replays == 1
         assert launches.total + 1 <= 10
         assert launches.own_waits == 0
         assert not launches.host_copies
