@@ -35,7 +35,8 @@ class Latency(Checked, Callback):
     - `latency/forward/<module>_ms`, `latency/inference/<module>_ms`: one call of a submodule.
 
     Single times are logged; `summary` has their medians and their 95th percentiles (`latency/step_p95_ms`). It also
-    counts the passes of training, `passes/forward` and `passes/backward`, including the warm-up.
+    counts the passes of training, `passes/forward` and `passes/backward`, including the warm-up. A step that is
+    replayed as a CUDA graph has no time of its forward pass.
 
     Args:
         warmup: Number of first steps, and of first calls of each kind, that are not counted.
@@ -111,8 +112,7 @@ class Latency(Checked, Callback):
         self._global_step, self._batches = trainer.global_step, []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        for timer in self._timers.values():
-            timer.pop_finished()
+        self._discard_calls()
         self._batch_start = self._clock.now()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,6 +122,10 @@ class Latency(Checked, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches.append((self._batch_start, self._clock.now()))
+        graphs = getattr(pl_module, "graphs", None)
+        if graphs and graphs.has_replayed:  # calls while a graph was captured took no time on the device
+            self._discard_calls()
+            self._passes["passes/forward"] += 1
         self._note_calls("forward")
         if trainer.global_step > self._global_step:
             self._unread.append(("step", self._batches))
@@ -177,6 +181,10 @@ class Latency(Checked, Callback):
             if kind == "forward" and not name:
                 self._passes["passes/forward"] += len(finished)
             self._unread += [(f"{kind}/{name}" if name else kind, [interval]) for interval in finished]
+
+    def _discard_calls(self) -> None:
+        for timer in self._timers.values():
+            timer.pop_finished()
 
     def _limit_unread(self) -> None:
         if len(self._unread) >= MAX_UNREAD:

@@ -82,6 +82,11 @@ class StepGraphs:
         self._num_examples = 0
         self._replayed: _Step | None = None
 
+    @property
+    def has_replayed(self) -> bool:
+        """Whether the last step was replayed."""
+        return self._replayed is not None
+
     def set_obstacle(self, reason: str | None) -> None:
         """Run the following steps eagerly for this reason, which is logged; None allows graphs."""
         if self._has_failed:

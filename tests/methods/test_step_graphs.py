@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 
+from lit_spu.callbacks.latency import Latency
 from lit_spu.callbacks.memory import Memory
 from lit_spu.callbacks.policies import LossEMA
 from lit_spu.callbacks.selective_update import SelectiveUpdate
@@ -199,6 +200,15 @@ def test_a_counted_step_runs_eagerly(tmp_path: Path) -> None:
         fit(method, tmp_path, capture, memory, max_epochs=3)
         counted.append(memory.summary["memory/live_peak_mib"])
     assert counted[0] == counted[1]
+
+
+def test_passes_of_replays_are_counted_and_not_timed(tmp_path: Path) -> None:
+    latency = Latency(warmup=0)
+    fit(made("head", "mini-bert"), tmp_path, capture := Capture(), latency, max_epochs=3)
+    assert latency.summary["passes/forward"] == latency.summary["passes/backward"] == 12
+    num_eager = 12 - capture.graphs.num_replays
+    assert len(latency._durations["forward"].seconds) == num_eager
+    assert len(latency._durations["step"].seconds) == 12
 
 
 def test_batches_are_padded_to_a_multiple() -> None:
