@@ -91,6 +91,51 @@ def test_a_captured_step_is_the_eager_one(tmp_path: Path, config: str, precision
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
 
 
+class RecordLosses(Callback):
+    """Records the losses of all steps. From the second epoch on, reading the cache may not wait for the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cache: Any = pl_module.cache
+        if cache is None or trainer.current_epoch != 1:
+            return
+
+        def read(batch: dict[str, torch.Tensor]) -> Any:
+            assert cache.is_prepared(batch)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return cache(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        pl_module.hidden_states = read  # type: ignore[assignment]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_losses_on_cached_states_are_those_without_a_cache(tmp_path: Path, precision: Any) -> None:
+    """Resident by default; copied one batch ahead from the host's memory and from files without memory for them."""
+    files = str(tmp_path / "states")
+    found = []
+    for cache, mib in ((None, None), ("memory", None), ("memory", 0), (files, 0), (files, None)):
+        settings: dict[str, Any] = {"activation_cache": cache, "cache_device_mib": mib, "cache_precision": precision}
+        torch.manual_seed(3)
+        method = made("lst", "mini-bert", **settings)
+        tokens = str(tmp_path / "tokens")
+        data = GLUE(batch_size=64, limit_train=640, limit_validation=20, same_batches=True, cache=tokens)
+        recorded = RecordLosses()
+        quiet_trainer(max_epochs=4, accelerator="cuda", callbacks=[recorded]).fit(method, data)
+        found.append(torch.stack(recorded.losses).cpu())
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+    for losses in found[2:]:
+        torch.testing.assert_close(losses, found[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", ["full", "lora", "lst", "mezo"])
 def test_live_bytes_are_what_the_allocator_says(config: str) -> None:
     method = made(config, "mini-bert").to(CUDA)

@@ -11,23 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
-from importlib.metadata import version
 from itertools import tee
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from lit_spu.backbones.activation_store import FileStore, MemoryStore, Record, Store
 from lit_spu.backbones.backbone import Backbone
+from lit_spu.backbones.cache_keys import digest_backbone, digest_texts
 from lit_spu.backbones.cached_states import Array, Encoded, RecordReader, Stacks, num_bytes, to_record
 from lit_spu.backbones.cached_texts import CachedTexts
 from lit_spu.backbones.copy_ahead import copy_ahead
-from lit_spu.backbones.precision import Precision, is_quantized
+from lit_spu.backbones.precision import Precision
 from lit_spu.backbones.stacks import Batch, HiddenStates, StateIndices
 from lit_spu.backbones.state_tables import StateTables
 from lit_spu.errors import UserError
@@ -74,11 +73,12 @@ class ActivationCache:
         self.wanted = [sorted(numbers) for numbers in wanted or backbone.base_model.all_states()]
         parameter = next(backbone.base_model.embeddings[0].parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
-        name = f"{_digest_backbone(backbone, self.wanted)}-{precision}"
+        name = f"{digest_backbone(backbone, self.wanted)}-{precision}"
         self.store: Store = MemoryStore() if folder is None else FileStore(folder / name)
         self.texts = CachedTexts(())
         self.tables: StateTables | None = None
-        self._key = ""
+        self._stacks = [number for number, numbers in enumerate(self.wanted) if numbers]
+        self._key = _new_key()
 
     def __call__(self, batch: Batch) -> tuple[HiddenStates, ...]:
         """Return the hidden states of all stacks, zero where a text is padded.
@@ -110,7 +110,7 @@ class ActivationCache:
         """
         own, copied = tee(batches)
         parts = map(self._find_parts, copied)
-        is_copied = self.device.type != "cpu" and not self._is_resident
+        is_copied = self._can_overlap and not self._is_resident
         for batch, part in zip(own, copy_ahead(parts, self.device) if is_copied else parts, strict=True):
             yield {**batch, **part}
 
@@ -118,37 +118,52 @@ class ActivationCache:
     def _is_resident(self) -> bool:
         return self.tables is not None and self.tables.device == self.device
 
+    @property
+    def _can_overlap(self) -> bool:
+        """Whether copies from pinned memory run while the device computes."""
+        return self.device.type == "cuda"
+
     def is_prepared(self, batch: Batch) -> bool:
         """Return whether `prepare` has found the states of this batch."""
-        return bool(self._key) and any(name.startswith(self._key) for name in batch)
+        return any(self._name(part, stack) in batch for part in ("positions", "numbers") for stack in self._stacks)
 
     def _find_parts(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what is added to a batch; nothing if it has texts that are not planned, or not cached yet."""
+        """Return what is added to a batch: nothing if a text is not planned, and its rows if one is not cached yet."""
         rows = self.texts.find(batch) if batch["input_ids"].device.type == "cpu" else None
         if rows is None:
             return {}
-        longest, pinned = batch["input_ids"].shape[1], self.device.type != "cpu"
+        states = None
         if self.tables is None:
-            records = self.store.find([self.texts.keys[row] for row in rows])
-            known = [record for record in records if record is not None]
-            if len(known) < len(records):
-                return {}
-            states = self._decode_records(known, [counts[rows] for counts in self.texts.counts], longest, pinned)
-        elif not self.tables.are_filled(rows):
-            return {}
-        elif self._is_resident:
-            positions = self.tables.positions(rows, longest)
-            return {self._name(stack): part.pin_memory() if pinned else part for stack, part in positions.items()}
-        else:
-            states = self.tables.read(self.tables.positions(rows, longest), pinned)
+            states = self._find_records(rows, batch["input_ids"].shape[1])
+        elif self.tables.are_filled(rows):
+            positions = self.tables.positions(rows, batch["input_ids"].shape[1])
+            if self._is_resident:
+                return {self._name("positions", stack): self._pin(part) for stack, part in positions.items()}
+            states = self.tables.read(positions, self._can_overlap)
+        if states is None:
+            return {self._name("rows"): self._pin(torch.from_numpy(rows))}
         return {
-            self._name(stack, name): _as_integers(part)
+            self._name(name, stack): _as_integers(part)
             for stack, encoded in states.items()
             for name, part in encoded._asdict().items()
             if part is not None
         }
 
-    def _name(self, stack: int, part: str = "positions") -> str:
+    def _find_records(self, rows: Array, longest: int) -> Stacks | None:
+        """Return the states of planned texts from their records, or None if one has none."""
+        records = self.store.find([self.texts.keys[row] for row in rows])
+        known = [record for record in records if record is not None]
+        if len(known) < len(records):
+            return None
+        return self._decode_records(known, self._planned_counts(rows), longest, self._can_overlap)
+
+    def _planned_counts(self, rows: Array) -> list[Array]:
+        return [counts[rows] for counts in self.texts.counts]
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self._can_overlap else tensor
+
+    def _name(self, part: str, stack: int = 0) -> str:
         return f"{self._key}_{part}_{stack}"
 
     def _read_prepared(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks | None:
@@ -156,10 +171,10 @@ class ActivationCache:
         positions, states = {}, {}
         for stack, ids in enumerate(_input_ids(inputs)):
             shape = (len(self.wanted[stack]), *ids.shape)
-            if (found := batch.get(self._name(stack))) is not None and found.shape == ids.shape:
+            if (found := batch.get(self._name("positions", stack))) is not None and found.shape == ids.shape:
                 positions[stack] = found
-            elif (found := batch.get(self._name(stack, "numbers"))) is not None and found.shape[:3] == shape:
-                scales = batch.get(self._name(stack, "scales"))
+            elif (found := batch.get(self._name("numbers", stack))) is not None and found.shape[:3] == shape:
+                scales = batch.get(self._name("scales", stack))
                 states[stack] = Encoded(
                     found.view(self.cached_dtype), None if scales is None else scales.view(torch.float32)
                 )
@@ -174,9 +189,8 @@ class ActivationCache:
 
     def _find_or_compute(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks:
         """Return the states of a batch, which are computed and cached where they are not."""
-        counts = self._count_tokens(inputs)
-        keys, longest = _digest_texts(inputs, counts[0]), inputs["input_ids"].shape[1]
-        rows = None if self.tables is None else self.texts.find_keys(keys)
+        rows, keys, counts = self._identify(batch, inputs)
+        longest = inputs["input_ids"].shape[1]
         if self.tables is None or rows is None:
             records = self._find_or_add_records(batch, keys, counts)
             states = self._decode_records(records, counts, longest)
@@ -190,6 +204,15 @@ class ActivationCache:
                 self.tables.fill(rows, states)
             states = self.tables.read(self.tables.positions(rows, longest))
         return {stack: encoded.to(inputs["input_ids"].device) for stack, encoded in states.items()}
+
+    def _identify(self, batch: Batch, inputs: Mapping[str, Tensor]) -> tuple[Array | None, list[bytes], list[Array]]:
+        """Return the rows of the texts, or None if one is not planned, their keys, and their tokens for each stack."""
+        if (found := batch.get(self._name("rows"))) is not None:
+            rows = found.cpu().numpy()
+            return rows, [self.texts.keys[row] for row in rows], self._planned_counts(rows)
+        counts = self._count_tokens(inputs)
+        keys = digest_texts(inputs, counts[0])
+        return self.texts.find_keys(keys), keys, counts
 
     def _compute(self, batch: Batch) -> Stacks:
         """Compute the wanted states of a batch, in the format of the cache."""
@@ -270,7 +293,7 @@ class ActivationCache:
         """
         self.texts = CachedTexts(self._with_keys(batches))
         self.tables = None
-        self._key = f"cached_{uuid4().hex[:8]}"  # in batches: no other cache may read what this one has prepared
+        self._key = _new_key()
         sizes = sum(
             (
                 num_bytes(len(wanted), 1, width, self.cached_dtype) * counts
@@ -288,7 +311,13 @@ class ActivationCache:
             raise self._space_error(plan, needed, free)
         if is_resident or self.store.in_memory:
             device = self.device if is_resident else torch.device("cpu")
-            self.tables = StateTables(self.texts, self.wanted, self._widths, self.cached_dtype, device)
+            try:
+                self.tables = StateTables(self.texts, self.wanted, self._widths, self.cached_dtype, device)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"model.cache_device_mib: {device} has no room for all {plan.num_bytes_of_all / _MIB:,.0f} MiB of"
+                    " cached states. Give it less than that, such as 0: then they are copied from the host."
+                ) from error
         return plan
 
     def describe_place(self) -> str:
@@ -302,7 +331,7 @@ class ActivationCache:
         for batch in batches:
             inputs = self.backbone.model_inputs(batch)
             counts = self._count_tokens(inputs)
-            yield batch, _digest_texts(inputs, counts[0]), counts
+            yield batch, digest_texts(inputs, counts[0]), counts
 
     @property
     def _widths(self) -> list[int]:
@@ -323,6 +352,11 @@ class ActivationCache:
         )
 
 
+def _new_key() -> str:
+    """Return a prefix of names in batches. No other cache, and no other plan, may read what was prepared for one."""
+    return f"cached_{uuid4().hex[:8]}"
+
+
 def _as_integers(part: Tensor) -> Tensor:
     """Return the bits of a tensor as integers, which a Trainer does not convert to its precision."""
     return part.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[part.itemsize])
@@ -331,36 +365,3 @@ def _as_integers(part: Tensor) -> Tensor:
 def _input_ids(inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the token ids of each stack."""
     return [ids for name, ids in inputs.items() if name.endswith("input_ids")]
-
-
-def _digest_texts(inputs: Mapping[str, Tensor], counts: Array) -> list[bytes]:
-    """Return a digest of the backbone's inputs for each text, without padding."""
-    padded = inputs["input_ids"].shape
-    arrays = [(t.cpu().numpy(), t.shape == padded) for name, t in inputs.items() if not name.endswith("mask")]
-    return [
-        blake2b(b"".join((t[row, :count] if cut else t[row]).tobytes() for t, cut in arrays), digest_size=16).digest()
-        for row, count in enumerate(counts.tolist())
-    ]
-
-
-def _digest_backbone(backbone: Backbone, wanted: StateIndices) -> str:
-    """Return a digest of all that determines the wanted hidden states: weights of the blocks, settings and code."""
-    model, digest = backbone.base_model.model, sha256()
-    config = {
-        name: value
-        for name, value in model.config.to_diff_dict().items()
-        if name not in ("id2label", "label2id") and not name.startswith("_")  # labels and paths change no state
-    }
-    device = next(model.parameters()).device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    packages = [f"{package} {version(package)}" for package in ("torch", "transformers")]
-    code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    digest.update(repr((code, config, device, autocast, packages, wanted)).encode())
-    above = nn.ModuleList([*backbone.head_modules, *backbone.base_model.blocks_above(wanted)])
-    unread = set(above.parameters())  # a BERT's pooler reads the hidden states and does not change them
-    for name, parameter in model.named_parameters():
-        if parameter not in unread:
-            plain = parameter.dequantize() if is_quantized(parameter) else parameter
-            digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(plain.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_spu.backbones import Batch, HiddenStates, copy_ahead
+from lit_spu.backbones import Batch, HiddenStates, activation_cache, copy_ahead
 from lit_spu.backbones.activation_cache import ActivationCache
 from lit_spu.backbones.cached_texts import CachedTexts
+from lit_spu.errors import UserError
 from lit_spu.measure import Launches
 from tests.backbones.test_activation_cache import forbid, frozen
 from tests.conftest import SENTENCES, encode
@@ -60,10 +61,13 @@ def test_prepared_batches_have_the_same_states(
     cache = ActivationCache(backbone, None if place == "memory" else tmp_path, precision)
     batch = encode(backbone, (*SENTENCES, SENTENCES[0]))
     cache.plan([batch], device_bytes=PLENTY if place == "files, read once" else 0)
-    assert not cache.is_prepared(prepare(cache, batch))  # nothing is cached yet
+    first = prepare(cache, batch)
+    assert not cache.is_prepared(first)  # nothing is cached yet
     with torch.no_grad():
         expected = ActivationCache(backbone, precision=precision)(batch)
-        assert_equal(cache(batch), expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(activation_cache, "digest_texts", None)  # the rows are known
+            assert_equal(cache(first), expected)
         forbid(backbone, monkeypatch)
         prepared = prepare(cache, batch)
         assert cache.is_prepared(prepared)
@@ -197,6 +201,16 @@ def test_a_batch_is_copied_while_the_one_before_is_used(monkeypatch: pytest.Monk
         *("side: copy", "main: wait for 2", "main: uses 1", "step 1"),
         *("main: wait for 3", "main: uses 2", "step 2"),
     ]
+
+
+def test_a_device_without_room_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(activation_cache, "StateTables", fail)
+    cache = ActivationCache(frozen(tiny("bert")))
+    with pytest.raises(UserError, match=r"model.cache_device_mib: cpu has no room"):
+        cache.plan([encode(cache.backbone)])
 
 
 def test_texts_without_an_index_have_no_rows(tiny: Tiny) -> None:
