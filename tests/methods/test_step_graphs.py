@@ -107,11 +107,13 @@ def test_masks_of_dropout_are_drawn_in_each_replay(tmp_path: Path) -> None:
     assert graphs.num_replays == 13
 
 
+@pytest.mark.slow
 def test_a_step_is_captured_anew_when_other_weights_are_trained(tmp_path: Path) -> None:
     graphs = compare("full", "mini-bert", tmp_path, FreezeLater)
     assert 8 <= graphs.num_replays < 13  # the first step of each length is eager again
 
 
+@pytest.mark.slow
 def test_clipped_gradients_and_a_weight_without_gradient(tmp_path: Path) -> None:
     compare("lst", "mini-bert", tmp_path, trainer={"gradient_clip_val": 0.01})
 
@@ -151,6 +153,7 @@ def test_few_launches_remain_outside_of_a_graph(tmp_path: Path, monkeypatch: pyt
         assert not launches.host_copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "trainer", "callbacks", "reason"),
     [
@@ -167,6 +170,7 @@ def test_steps_that_cannot_be_captured_run_as_usual(
     assert str(graphs.obstacle).startswith(reason)
 
 
+@pytest.mark.slow
 def test_a_hook_of_the_user_turns_graphs_off(tmp_path: Path) -> None:
     calls: list[int] = []
     method = made("head", "mini-bert")
@@ -191,6 +195,7 @@ def test_a_step_that_needs_a_value_turns_graphs_off(tmp_path: Path, monkeypatch:
     assert "cannot be captured" in str(capture.graphs.obstacle)
 
 
+@pytest.mark.slow
 def test_a_counted_step_runs_eagerly(tmp_path: Path) -> None:
     """Live bytes are counted at each operator, which a replay would hide."""
     counted = []
@@ -202,6 +207,7 @@ def test_a_counted_step_runs_eagerly(tmp_path: Path) -> None:
     assert counted[0] == counted[1]
 
 
+@pytest.mark.slow
 def test_passes_of_replays_are_counted_and_not_timed(tmp_path: Path) -> None:
     latency = Latency(warmup=0)
     fit(made("head", "mini-bert"), tmp_path, capture := Capture(), latency, max_epochs=3)
