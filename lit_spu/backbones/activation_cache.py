@@ -143,7 +143,7 @@ class ActivationCache:
         if states is None:
             return {self._name("rows"): self._pin(torch.from_numpy(rows))}
         return {
-            self._name(name, stack): _as_integers(part)
+            self._name(name, stack): _pack(part)
             for stack, encoded in states.items()
             for name, part in encoded._asdict().items()
             if part is not None
@@ -170,14 +170,13 @@ class ActivationCache:
         """Return the states of a batch from what `prepare` has added to it, or None if it has not."""
         positions, states = {}, {}
         for stack, ids in enumerate(_input_ids(inputs)):
-            shape = (len(self.wanted[stack]), *ids.shape)
+            shape = (len(ids), len(self.wanted[stack]), ids.shape[1])
             if (found := batch.get(self._name("positions", stack))) is not None and found.shape == ids.shape:
                 positions[stack] = found
             elif (found := batch.get(self._name("numbers", stack))) is not None and found.shape[:3] == shape:
                 scales = batch.get(self._name("scales", stack))
-                states[stack] = Encoded(
-                    found.view(self.cached_dtype), None if scales is None else scales.view(torch.float32)
-                )
+                numbers = _unpack(found, self.cached_dtype)
+                states[stack] = Encoded(numbers, None if scales is None else _unpack(scales, torch.float32))
             elif self.wanted[stack]:  # not prepared, or padded to another length since
                 return None
         if positions and self.tables is not None:
@@ -357,9 +356,14 @@ def _new_key() -> str:
     return f"cached_{uuid4().hex[:8]}"
 
 
-def _as_integers(part: Tensor) -> Tensor:
-    """Return the bits of a tensor as integers, which a Trainer does not convert to its precision."""
-    return part.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[part.itemsize])
+def _pack(part: Tensor) -> Tensor:
+    """Return a part [states, batch, …] for a batch: its rows first, as integers, which no Trainer converts."""
+    return part.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[part.itemsize]).transpose(0, 1)
+
+
+def _unpack(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a part [states, batch, …] as it was packed."""
+    return part.transpose(0, 1).view(dtype)
 
 
 def _input_ids(inputs: Mapping[str, Tensor]) -> list[Tensor]:
