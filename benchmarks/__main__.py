@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import data, epochs, launches, methods, models
+from benchmarks import data, epochs, host, launches, methods, models
 from lit_spu import ranges
 from lit_spu.backbones.load import ASSETS
 from lit_spu.errors import UserError
@@ -41,6 +41,7 @@ def main() -> None:
         "--device", default="cpu", help="device of the steps, such as 'cuda' (default: cpu, one thread)"
     )
     parser.add_argument("--launches", action="store_true", help="count the operators of a step instead, as on a GPU")
+    parser.add_argument("--host", action="store_true", help="time steps of narrow models in the Trainer instead")
     parser.add_argument("--quick", action="store_true", help="two rounds of 32 tokens, for a rough result")
     parser.add_argument("--glue", type=Path, help="folder in GLUE's layout: also measure batches of its SST-2")
     parser.add_argument(
@@ -55,6 +56,9 @@ def main() -> None:
     console, task = Console(), TASKS["sst2"]
     if options.launches:
         print_launches(task, options)
+        return
+    if options.host:
+        print_host_times(task, options)
         return
 
     pipelines = [data.synthetic(67_349, options.batch_size)]
@@ -93,6 +97,15 @@ def print_launches(task: Task, options: argparse.Namespace) -> None:
             print(
                 "\n".join(launches.make_table(name, launches.count_launches(rows, batch, options.rounds))), end="\n\n"
             )
+
+
+def print_host_times(task: Task, options: argparse.Namespace) -> None:
+    """Print Markdown tables of the host time of a step in the Trainer. A round is a block of steps."""
+    for name, config in models.narrow_configs().items():
+        with TemporaryDirectory() as folder:
+            backbone = models.save(config, Path(folder), task)
+            overheads = host.measure_overheads(backbone, max(4, options.rounds))
+            print("\n".join(host.make_table(name, overheads)), end="\n\n")
 
 
 def make_cost_table(title: str, costs: list[methods.Cost]) -> Table:

@@ -106,11 +106,10 @@ class Memory(Checked, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        figures = self._read_peak()
-        if figures:
+        if figures := self._read_peak():
+            self._update_summary(figures)
             mean = self.summary.get("memory/mean_mib", 0.0)
             mean += (figures["memory/peak_mib"] - mean) / (self._num_batches + 1)
-            self._update_summary(figures)
             self.summary["memory/mean_mib"] = figures["memory/mean_mib"] = mean
         self._num_batches += 1
         if counted := self._stop_counting():
@@ -184,7 +183,8 @@ class Memory(Checked, Callback):
 
     def _update_summary(self, figures: dict[str, float]) -> None:
         """Raise the figures in the summary to these, where these are larger."""
-        self.summary |= {name: max(value, self.summary.get(name, 0.0)) for name, value in figures.items()}
+        for name, value in figures.items():
+            self.summary[name] = max(value, self.summary.get(name, 0.0))
 
 
 def _write_timeline(live_bytes: LiveBytes, folder: Path) -> None:

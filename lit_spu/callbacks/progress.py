@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
-INTERVAL = 0.1
+INTERVAL = 0.2
 """Seconds between two updates within an epoch. Rich draws less often, and an update takes time."""
 
 

@@ -147,6 +147,9 @@ class Method(Checked, CapturedSteps, ABC):
         super().optimizer_step(*args, **kwargs)
         self.trainer.optimizers[0].zero_grad()
 
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing before the backward pass: the gradients were freed after the last step."""
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained weights, and its learning rate by step."""
         groups = self.parameter_groups()
@@ -202,6 +205,7 @@ class Method(Checked, CapturedSteps, ABC):
     def on_fit_start(self) -> None:
         self.train()  # from_pretrained leaves models in evaluation mode, and Lightning does not change it
         super().on_fit_start()
+        self.zero_grad()
         self.seed = torch.initial_seed()
 
     def graph_obstacle(self) -> str | None:

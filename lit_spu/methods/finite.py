@@ -21,7 +21,7 @@ class LossWatch:
     Losses stay on the device, so that no training step waits for it. `read` fetches all of them at once.
 
     Attributes:
-        last: The last loss that was read.
+        last: The last loss that is known on the host.
     """
 
     def __init__(self) -> None:
@@ -140,10 +140,14 @@ class FiniteLosses(LightningModule):
             NonFiniteError: If the loss is not finite.
         """
         trainer = self.trainer
+        is_read_at_once = loss.device.type == "cpu" and trainer.world_size == 1
+        if is_read_at_once and math.isfinite(value := loss.item()):
+            self._loss_watch.last = value
+            return
         step = trainer.global_step + int(self.automatic_optimization)  # a manual step is counted by now
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self._loss_watch.add(loss, step, rates)
-        if loss.device.type == "cpu" and trainer.world_size == 1:
+        if is_read_at_once:
             self.check_local_losses()
 
     def check_local_losses(self) -> None:
