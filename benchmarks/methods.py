@@ -66,7 +66,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lst, nothing recomputed": ("lst", {"gradient_checkpointing": False}),
     **{f"{name}, cached": (name, {"activation_cache": "memory"}) for name in CACHED},
     "mezo, rademacher": ("mezo", {"noise": "rademacher"}),
-    "mezo, table": ("mezo", {"noise": "table"}),
     "mezo, gaussian": ("mezo", {"noise": "gaussian"}),
     "mezo, gaussian, seen rows": ("mezo", {"noise": "gaussian", "rows": "seen"}),
 }

@@ -21,7 +21,7 @@ from lit_spu.export import writers
 from lit_spu.files import CHECKSUMS, write_checksums
 from lit_spu.methods.head import HeadOnly
 from lit_spu.methods.lora import LoRA
-from lit_spu.optim.trajectory import Trajectory
+from lit_spu.optim.trajectory import VERSION, Trajectory
 from lit_spu.tasks import TASKS
 
 Tiny = Callable[[str], str]
@@ -138,6 +138,7 @@ def test_an_unreadable_summary_counts_as_none(tmp_path: Path) -> None:
 
 
 HEADER = {
+    "version": VERSION,
     "groups": 1,
     "directions": 1,
     "seed": 0,
@@ -156,10 +157,19 @@ def test_a_trajectory_whose_header_lacks_an_entry_is_refused(name: str, tmp_path
     file = tmp_path / "trajectory.mezo"
     file.write_bytes(json.dumps(HEADER).encode() + b"\n" + bytes(16))
     assert Trajectory.read(file).rows == [[0.0, 0.0]] * 2
-    for damaged in ({**HEADER, name: [1]}, {key: value for key, value in HEADER.items() if key != name}):
+    lacks = {key: value for key, value in HEADER.items() if key != name}
+    for damaged in ({**HEADER, name: [1]}, *([lacks] if name != "version" else [])):
         file.write_bytes(json.dumps(damaged).encode() + b"\n" + bytes(16))
         with pytest.raises(UserError, match="was not written by a run of MeZO"):
             Trajectory.read(file)
+
+
+def test_a_trajectory_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    """Those of the first version have no entry for it."""
+    file = tmp_path / "trajectory.mezo"
+    file.write_bytes(json.dumps({key: value for key, value in HEADER.items() if key != "version"}).encode() + b"\n")
+    with pytest.raises(UserError, match="has version 1, and this lit_spu replays version 2 alone"):
+        lit_spu.replay(file)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": set(),
     "tasks": set(),
     "checkpoints": {"version"},
-    "optim": {"checkpoints"},
+    "optim": {"checkpoints", "backbones.hooks"},
     "backbones": {"tasks", "checkpoints"},
     "data": {"tasks"},
     "nn": {

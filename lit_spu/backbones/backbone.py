@@ -71,6 +71,7 @@ class Backbone(nn.Module, Architecture, ABC):
         self.base_model = self.stacks_class(below_head, family)
         self.has_classifier = head == "classifier"
         self.head_steps = [HEAD_FUNCTIONS.get(path) or model.get_submodule(path) for path in self.head_paths]
+        self.select_rows = SelectRows()
         self.label_weight: nn.Parameter | None = None
         self.label_bias: nn.Parameter | None = None
         if not self.has_classifier:
@@ -320,7 +321,24 @@ class Backbone(nn.Module, Architecture, ABC):
             return self.label_weight, self.label_bias
         linear = self.model.get_submodule(self.base_model.family.vocabulary[-1])
         bias = None if linear.bias is None else at_least_fp32(linear.bias[self.label_token_ids])
-        return at_least_fp32(linear.weight[self.label_token_ids]), bias
+        return at_least_fp32(self.select_rows(self.label_token_ids, linear.weight)), bias
+
+    @property
+    def table_readers(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """The modules that read rows of a matrix over the vocabulary, and these matrices.
+
+        The modules are called with the row indices first. Nothing else reads the matrices in a forward pass.
+        """
+        tables = {self.model.get_input_embeddings().weight}
+        readers: list[tuple[nn.Module, nn.Parameter]] = []
+        if not self.has_classifier and self.label_weight is None:
+            linear = self.model.get_submodule(self.base_model.family.vocabulary[-1])
+            readers.append((self.select_rows, linear.weight))
+            tables.add(linear.weight)
+        for module in self.model.modules():
+            if type(module) is nn.Embedding and (weight := module.get_parameter("weight")) in tables:
+                readers.append((module, weight))
+        return readers
 
     def label_word_candidates(self) -> Sequence[Sequence[str]]:
         """Return lists of label words, the preferred list first."""
@@ -332,6 +350,14 @@ class Backbone(nn.Module, Architecture, ABC):
         if not tokens:
             raise label_word_error(self.task.name, self.name, rejected, self.one_token_words)
         return tokens
+
+
+class SelectRows(nn.Module):
+    """Selection of rows from a matrix by their indices."""
+
+    def forward(self, row_indices: Tensor, matrix: Tensor) -> Tensor:
+        """Return the rows [indices, width] of a matrix [rows, width]."""
+        return F.embedding(row_indices, matrix)
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -25,8 +25,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def is_quantized(weight: Tensor) -> bool:
     """Return whether a weight is held in int8."""
-    # torchao's tensors have no test of their own. Reading `weight.data` would let MeZO compute a perturbed weight.
-    return is_traceable_wrapper_subclass(weight)
+    return is_traceable_wrapper_subclass(weight)  # torchao's tensors have no test of their own
 
 
 def compute_in_fp32(module: nn.Module) -> None:

@@ -15,7 +15,8 @@ from lit_spu.optim.trajectory import Recorder
 class TrajectoryRecorder(FirstStep):
     """Callback that writes `trajectory.mezo` into the run directory.
 
-    It writes nothing if the Trainer has neither a logger nor checkpoints.
+    Steps are written every `log_every_n_steps` batches, with each checkpoint and at the end. Nothing is written if the
+    Trainer has neither a logger nor checkpoints.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,21 @@ class TrajectoryRecorder(FirstStep):
         if self._recorder:
             self._recorder.write()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (batch_idx + 1) % (getattr(trainer, "log_every_n_steps", 0) or 50) == 0:
+            self._append()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._append()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._append()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._append()
+
+    def _append(self) -> None:
+        """Append the steps since the last call. Their slopes are read from the device, which waits for it."""
         if self._recorder and self.has_begun:
             self._recorder.append()

@@ -167,7 +167,7 @@ class FiniteLosses(LightningModule):
         strategy: Any = self.trainer.strategy
 
         def reduce(first: float) -> float:
-            # on the module's device: MeZO's losses are on the CPU, where NCCL cannot reduce
+            # on the module's device, because NCCL cannot reduce on a CPU
             return float(strategy.reduce(torch.tensor(first, device=self.device), reduce_op="min"))
 
         if self.trainer.world_size == 1:

@@ -27,6 +27,7 @@ from lit_spu.methods.base import Method
 from lit_spu.methods.teacher import check_same_labels
 from lit_spu.optim.mezo import MeZOOptimizer, NoiseName, Rows
 from lit_spu.optim.replay import check_replayable
+from lit_spu.optim.rounding import Rounding
 from lit_spu.optim.trajectory import Trajectory
 from lit_spu.ranges import Count, Positive, PositiveShare, Text
 from lit_spu.tasks import load_task
@@ -48,16 +49,19 @@ class ZerothOrder(Method):
         schedule: A constant learning rate, as in the paper, or linear warm-up and decay.
         objective: `loss`, which is minimised, or one of the task's metrics, which is maximised on each batch.
         epsilon: Perturbation scale ε.
-        noise: Distribution of the directions: normal noise, as in the paper; random signs; slices of a table of normal
-            noise; or matrices of rank one, which are never formed, so that a step costs little more than its forward
-            passes.
+        noise: Distribution of the directions: normal noise, as in the paper; random signs; or matrices of rank one,
+            whose few factors are drawn, so that a step costs little more than its forward passes.
         directions: Number of directions per step. Their updates are averaged.
         shard_directions: Evaluate different directions on each device, for more directions in total.
-        share: Share of the weights that take part in a step, drawn for each step (LeZO).
-        rows: Update `all` rows of an embedding, or only those `seen` in the step's batch. With `seen`, no trajectory is
-            recorded, because it would have to hold the rows.
+        share: Share of the weights that take part in a step, drawn for each step: whole blocks and token embeddings, as
+            in LeZO, and other weights one by one.
+        rows: Update `all` rows of the token embeddings, or only those `seen` in the step's batch. With `seen`, no
+            trajectory is recorded, because it would have to hold the rows.
         normalize: Divide the slopes by the standard deviation of the step's losses (FZOO). The learning rate then has
             another scale.
+        rounding: Rounding of updated weights in half precision (`trainer.precision` of bf16-true or 16-true):
+            `stochastic`, so that small updates add up in the mean; `residual`, which stores the rounding errors in as
+            much memory as the weights take; or to the `nearest` number, which loses small updates.
         weights: Initial weights: a run directory, a checkpoint or an export of the same trained weights. For example, a
             LoRA that was trained by backpropagation can be trained further with a metric as the objective.
         trajectory: A trajectory to continue, or a run directory that has one. Its steps are replayed, and training
@@ -85,6 +89,7 @@ class ZerothOrder(Method):
         share: PositiveShare = 1.0,
         rows: Rows = "all",
         normalize: bool = False,
+        rounding: Rounding = "stochastic",
         weights: Text | None = None,
         trajectory: Text | None = None,
         **kwargs: Any,
@@ -99,6 +104,7 @@ class ZerothOrder(Method):
         self.schedule, self.objective, self.weights, self.trajectory = schedule, objective, weights, trajectory
         self.epsilon, self.noise, self.directions = epsilon, noise, directions
         self.shard_directions, self.share, self.rows, self.normalize = shard_directions, share, rows, normalize
+        self.rounding = rounding
         self.automatic_optimization = False
 
     @classmethod
@@ -106,8 +112,8 @@ class ZerothOrder(Method):
         reasons = {
             "gradient_clip_val": "there is no gradient to clip. --model.normalize makes steps of similar length",
             "accumulate_grad_batches": "there is no gradient to accumulate. Use a larger --data.batch_size",
-            "precision": "its scaler needs gradients. bf16-mixed has no scaler, nor has 16-true, where the rounding"
-            " errors of updates are saved",
+            "precision": "its scaler needs gradients. bf16-mixed has no scaler, nor has 16-true, where --model.rounding"
+            " keeps small updates",
             "strategy": "each device must hold all weights. ddp exchanges three numbers per step",
         }
         is_allowed = {
@@ -177,6 +183,7 @@ class ZerothOrder(Method):
         """
         closure = self.make_closure(batch)
         value: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
+        # waits for the device, as metrics do; the loss is never undefined
         is_undefined = self.objective != "loss" and value is not None and bool(value.isnan())
         return None if is_undefined else value
 
@@ -190,11 +197,16 @@ class ZerothOrder(Method):
         loss = self.take_step(batch, *optimizers)
         if loss is not None:
             self.log_loss(loss.float())
-        if num_skipped := optimizers[0].num_skipped_directions:
-            self.log_step("train/left_out", num_skipped, prog_bar=True)
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             self.step_lr_scheduler(scheduler)
         self.flush_step()
+
+    def _hand_over(self) -> None:
+        """Log the number of skipped directions too, if there are any. Reading it waits for the device."""
+        optimizer: Any = self.trainer.optimizers[0]
+        if num_skipped := optimizer.num_skipped_directions:
+            self.log_step("train/left_out", num_skipped, prog_bar=True)
+        super()._hand_over()
 
     def step_lr_scheduler(self, scheduler: Any) -> None:
         """Log a learning rate and advance it to the next step's."""
@@ -212,9 +224,9 @@ class ZerothOrder(Method):
             named = self.perturbed_parameters()
             matrices, others = ([(n, p) for n, p in named if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
             groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others}]
-        own: dict[str, Any] = {
-            name: getattr(self, name) for name in ("lr", "epsilon", "noise", "directions", "share", "rows", "normalize")
-        }
+        names = ("lr", "epsilon", "noise", "directions", "share", "rows", "normalize", "rounding")
+        own = {name: getattr(self, name) for name in names}
+        own |= {"blocks": self.backbone.blocks, "table_readers": self.backbone.table_readers}
         return MeZOOptimizer([group for group in groups if group["params"]], **own | settings)
 
     def configure_optimizers(self) -> Any:
@@ -222,7 +234,7 @@ class ZerothOrder(Method):
         strategy: Any = self.trainer.strategy
         optimizer = self.make_optimizer(
             seed=strategy.broadcast(torch.initial_seed()),
-            reduce=lambda sums: strategy.reduce(sums, reduce_op="sum"),
+            reduce=partial(strategy.reduce, reduce_op="sum") if self.trainer.world_size > 1 else None,
             shard=(self.global_rank, self.trainer.world_size) if self.shard_directions else (0, 1),
         )
         if self.trajectory:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any
+
+import torch
 
 _MASK_64 = 2**64 - 1
 
@@ -13,9 +14,22 @@ def key_of(*parts: int | str) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def mix_64(number: Any) -> Any:
-    """Return 64 random-looking bits for an integer, or for every element of a uint64 array (SplitMix64)."""
+def mix_64(number: int) -> int:
+    """Return 64 random-looking bits for an integer (SplitMix64)."""
     x = (number + 1) * 0x9E3779B97F4A7C15 & _MASK_64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK_64
     return x ^ x >> 31
+
+
+class KeyedGenerators:
+    """One generator a device, seeded again for each draw."""
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def seed(self, device: torch.device, key: int) -> torch.Generator:
+        """Return the device's generator, seeded by a key."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        return self._generators[device].manual_seed(mix_64(key) >> 1)

@@ -8,34 +8,27 @@ key.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_spu.checkpoints.fingerprint import fingerprint
-from lit_spu.optim.keyed_random import key_of
-from lit_spu.optim.noise import GaussianNoise, LowRankNoise, Noise, RademacherNoise, TableNoise
+from lit_spu.optim.keyed_random import KeyedGenerators, key_of
+from lit_spu.optim.noise import GaussianNoise, LowRankNoise, Noise, RademacherNoise
 from lit_spu.optim.perturbed import Perturbed
+from lit_spu.optim.rounding import Rounding, is_half, round_stochastically
+from lit_spu.optim.units import Unit, is_same_memory, make_layout
 
-NoiseName = Literal["gaussian", "rademacher", "table", "low_rank"]
+NoiseName = Literal["gaussian", "rademacher", "low_rank"]
 
 Rows = Literal["all", "seen"]
 
-NOISES: dict[str, type[Noise]] = {
-    "gaussian": GaussianNoise,
-    "rademacher": RademacherNoise,
-    "table": TableNoise,
-    "low_rank": LowRankNoise,
-}
+NOISES: dict[str, type[Noise]] = {"gaussian": GaussianNoise, "rademacher": RademacherNoise, "low_rank": LowRankNoise}
 
 
 class MeZOOptimizer(Optimizer):
@@ -43,31 +36,36 @@ class MeZOOptimizer(Optimizer):
 
     A slope is g = (ℓ(θ+εz) − ℓ(θ−εz)) / 2ε, and the update is θ ← (1 − lr·wd)θ − lr·mean(g·z).
 
-    An evaluation does not write the weights, in any precision. For weights in half precision, the optimizer's state
-    holds the rounding error of all updates so far (`rounding_residual`), so that small updates add up.
+    The weights are divided into units (see `units`): those inside each block, each table, and all others. Their data
+    become views of the units' buffers. An evaluation does not write the weights, in any precision. A step does not wait
+    for the device, unless the loss does.
 
     Args:
-        params: Weights, named weights, or groups of either, as for any torch optimizer. A weight's z depends on its
-            name.
+        params: Weights, named weights, or groups of either, as for any torch optimizer.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         epsilon: Perturbation scale ε.
         noise: Distribution of z.
         directions: Number n of directions per step. Their updates are averaged (n-SPSA).
         share: Share of the weights that take part in a step, drawn again for every step. The other weights are neither
-            perturbed nor updated (LeZO, https://arxiv.org/abs/2410.09823, which draws whole layers).
-        rows: Update all rows of an embedding, or only those that the step's batch has read. The updates of the other
-            rows would be a random walk, because their gradient is zero.
+            perturbed nor updated. Blocks and tables are drawn as a whole, as in LeZO
+            (https://arxiv.org/abs/2410.09823), and other weights one by one.
+        rows: Update all rows of a table, or only those that the step's batch has read. The updates of the other rows
+            would be a random walk, because their gradient is zero.
         normalize: Divide the slopes by the standard deviation of the step's losses, so that all steps have a similar
             length (FZOO, https://arxiv.org/abs/2506.09034).
+        rounding: Rounding of updated weights in half precision: `stochastic` rounds up or down at random, so that small
+            updates add up in the mean. `residual` stores the rounding error of all updates so far, which takes as much
+            memory as the weights. `nearest` loses updates below half the distance of two numbers.
         seed: Random seed of all directions, the same on all ranks.
-        reduce: Function that returns the sum of a tensor over all ranks.
+        reduce: Function that returns the sum of a tensor over all ranks; None for one rank.
         shard: This rank and the number of ranks, if every rank evaluates n directions of its own.
+        blocks: Modules that run one after the other, in every forward pass or not at all.
+        table_readers: Modules that read rows of a matrix, called with the row indices first, and the matrices. Nothing
+            else reads these matrices.
 
     Attributes:
-        history: One row per step, in fp32: the learning rate of every group and the slope along every direction.
         replay_rows: Rows of a history. The first steps are taken from them, without an evaluation.
-        num_skipped_directions: Number of directions skipped so far because their slope was not finite.
         initial_fingerprint: Fingerprint of the initial weights.
 
     Raises:
@@ -85,26 +83,51 @@ class MeZOOptimizer(Optimizer):
         share: float = 1.0,
         rows: Rows = "all",
         normalize: bool = False,
+        rounding: Rounding = "stochastic",
         seed: int = 0,
-        reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+        reduce: Callable[[Tensor], Tensor] | None = None,
         shard: tuple[int, int] = (0, 1),
+        blocks: Sequence[nn.Module] = (),
+        table_readers: Sequence[tuple[nn.Module, nn.Parameter]] = (),
     ) -> None:
         if epsilon <= 0 or directions < 1 or not 0 < share <= 1:
             raise ValueError(
                 f"epsilon={epsilon} must be above 0, directions={directions} at least 1, and share={share} above 0 and"
                 " at most 1"
             )
-        self.epsilon, self.share, self.rows, self.normalize = epsilon, share, rows, normalize
+        self.epsilon, self.share, self.rows, self.normalize, self.rounding = epsilon, share, rows, normalize, rounding
         self.seed, self.reduce = seed, reduce
-        self.noise = NOISES[noise]()
         rank, num_ranks = shard
         self.directions = directions * num_ranks
         self.rank_directions = range(rank * directions, (rank + 1) * directions)
-        self.history = array("f")
-        self.num_skipped_directions = 0
         self.replay_rows: Sequence[Sequence[float]] = ()
+        self._history = array("f")
+        self._new_rows: list[Tensor] = []
+        self._constants: dict[str, tuple[Sequence[float], Tensor]] = {}
+        self._residuals: dict[Unit, Tensor] = {}
+        self._generators = KeyedGenerators()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
-        self.initial_fingerprint = fingerprint((name, parameter) for _, name, parameter in self._all_weights())
+        self.initial_fingerprint = fingerprint((name, weight) for _, name, weight in self._all_weights())
+        layout = make_layout(self._all_weights(), blocks, [weight for _, weight in table_readers], one_by_one=share < 1)
+        self.layout, self.noise = layout, NOISES[noise](layout.units)
+        self.perturbed = Perturbed(layout, self.noise, table_readers)
+        self._prepare()
+
+    @property
+    def history(self) -> array[float]:
+        """One row per step, in fp32: the learning rate of every group and the slope along every direction.
+
+        Reading it waits for the device.
+        """
+        if self._new_rows:
+            self._history.extend(torch.stack(self._new_rows).flatten().tolist())
+            self._new_rows.clear()
+        return self._history
+
+    @property
+    def num_skipped_directions(self) -> int:
+        """Number of directions skipped so far because their slope was not finite. Reading it waits for the device."""
+        return sum(not math.isfinite(value) for value in self.history)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], num_examples: int = 1) -> Tensor | None:  # type: ignore[override]
@@ -123,55 +146,39 @@ class MeZOOptimizer(Optimizer):
         if (step := self.param_groups[0]["step"]) < len(self.replay_rows):
             self.replay_step(self.replay_rows[step])
             return None
-        row_marks: dict[int, Tensor] = {}
-        rank_losses = {j: self._evaluate(j, closure, row_marks) for j in self.rank_directions}
-        zeros = torch.zeros_like(rank_losses[self.rank_directions[0]])
-        losses = torch.stack([rank_losses.get(j, zeros) for j in range(self.directions)])
-        counts = losses.new_tensor([num_examples * (j in rank_losses) for j in range(self.directions)])
-        sums = self.reduce(torch.cat([losses * num_examples, counts[:, None]], dim=1))
-        losses = (sums[:, :2] / sums[:, 2:]).cpu()
-        slopes = (losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)
-        if self.normalize:
-            slopes /= losses.std()
-        rows_read = {key: self.reduce(marks).nonzero().flatten() for key, marks in row_marks.items()}
-        self.apply_slopes(slopes.tolist(), rows=rows_read)
+        self._prepare()
+        try:
+            losses = self._evaluate(closure, num_examples)
+            slopes = (losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)
+            if self.normalize:
+                slopes /= losses.std()
+            learning_rates = self._constant("lr", [group["lr"] for group in self.param_groups])
+            self._apply_row(torch.cat([learning_rates, slopes.float()]))
+        finally:
+            for table in self.layout.tables:
+                table.marks = None
+            torch.clear_autocast_cache()  # it knows a weight by its identity
         return losses.mean()
 
     @torch.no_grad()
-    def apply_slopes(
-        self,
-        slopes: Sequence[float],
-        learning_rates: Sequence[float] | None = None,
-        rows: Mapping[int, Tensor] | None = None,
-    ) -> None:
-        """Update the weights by known slopes. Directions with a slope that is not finite are skipped.
-
-        Args:
-            slopes: The slope along every direction.
-            learning_rates: The learning rate of every group; None uses the groups' present ones.
-            rows: By the id of a weight, the indices of its rows to update. All rows of the other weights are updated.
-        """
-        row = array("f", [*(learning_rates or [group["lr"] for group in self.param_groups]), *slopes])
-        self.history.extend(row)
-        slopes_fp32 = row[len(self.param_groups) :]
-        self.num_skipped_directions += sum(not math.isfinite(g) for g in slopes_fp32)
-        for number, name, weight in self._active_weights():
-            group, lr = self.param_groups[number], row[number]
-            steps = [
-                (self._key(j, name), -lr * g / len(slopes_fp32)) for j, g in enumerate(slopes_fp32) if math.isfinite(g)
-            ]
-            decay, residual = lr * group["weight_decay"], self._rounding_residual(weight)
-            if rows and id(weight) in rows:
-                self.noise.update_rows(weight, rows[id(weight)], steps, decay, residual)
-            else:
-                self.noise.update(weight, steps, decay, residual)
-        for group in self.param_groups:
-            group["step"] += 1
-
     def replay_step(self, row: Sequence[float]) -> None:
         """Take a recorded step again, from its row of a history."""
-        num_groups = len(self.param_groups)
-        self.apply_slopes(row[num_groups:], row[:num_groups])
+        self._prepare()
+        self._apply_row(torch.tensor(row, dtype=torch.float32, device=self.layout.units[0].device))
+
+    def apply_slopes(self, slopes: Sequence[float]) -> None:
+        """Update the weights by known slopes. Directions with a slope that is not finite are skipped."""
+        self.replay_step([*(group["lr"] for group in self.param_groups), *slopes])
+
+    @torch.no_grad()
+    def sample(self, direction: int = 0) -> dict[Tensor, Tensor]:
+        """Return z of each weight along a direction of the present step, in fp32."""
+        key = self._key(direction)
+        return {
+            weight: z
+            for unit in self.layout.units
+            for weight, z in zip(unit.weights, self.noise.sample(unit, key), strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         extra = {
@@ -184,73 +191,111 @@ class MeZOOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.seed, self.initial_fingerprint = state_dict["seed"], state_dict["initial_fingerprint"]
-        self.history = array("f", state_dict["history"].tolist())
+        self._history[:] = array("f", state_dict["history"].tolist())
+        self._new_rows.clear()
 
-    def _evaluate(self, direction: int, closure: Callable[[], Tensor], row_marks: dict[int, Tensor]) -> Tensor:
-        """Return the losses at θ + εz and at θ − εz, [2], in fp64.
+    def _prepare(self) -> None:
+        self.perturbed.flatten()
 
-        With rows="seen", the first call of a step fills `row_marks`: by the id of a weight, 1 for each row that was
-        read, else 0.
-        """
-        keys = [(weight, self._key(direction, name)) for _, name, weight in self._active_weights()]
-        losses = []
-        for sign in (1, -1):
-            with delay_sigint(), Perturbed(keys, self.noise, sign * self.epsilon) as perturbed:
-                losses.append(closure().double())
-        if self.rows == "seen" and not row_marks:
-            for weight, _ in keys:
-                if rows := perturbed.rows_read.get(id(weight), ()):
-                    row_marks[id(weight)] = torch.zeros(len(weight), device=weight.device)
-                    row_marks[id(weight)][torch.cat(rows)] = 1
-        return torch.stack(losses)
+    def _evaluate(self, closure: Callable[[], Tensor], num_examples: int) -> Tensor:
+        """Return the losses at θ + εz and at θ − εz for all directions of all ranks, [directions, 2], in fp64."""
+        active = set(self._active_units())
+        if self.rows == "seen":
+            for table in self.layout.tables:
+                table.marks = torch.zeros(len(table.weights[0]), device=table.device)
+        found = []
+        for direction in self.rank_directions:
+            for sign in (1, -1):
+                self.noise.begin([self._key(direction)], self._constant(f"{sign}ε", [sign * self.epsilon])[None])
+                with self.perturbed.apply(active):
+                    found.append(closure().double())
+        losses = torch.stack(found).view(-1, 2)
+        if self.reduce is None:
+            return losses
+        sums = losses.new_zeros(self.directions, 3)
+        rank = slice(self.rank_directions.start, self.rank_directions.stop)
+        sums[rank, :2] = losses * num_examples
+        sums[rank, 2] = num_examples
+        sums = self.reduce(sums)
+        for table in self.layout.tables:
+            if table.marks is not None:
+                table.marks = self.reduce(table.marks).clamp_(max=1)
+        return sums[:, :2] / sums[:, 2:]
 
-    def _active_weights(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Yield those of `_all_weights` that take part in this step."""
-        for number, name, weight in self._all_weights():
-            if self.share == 1 or self._key(-1, name) < self.share * 2**63:
-                yield number, name, weight
+    def _apply_row(self, row: Tensor) -> None:
+        """Update the weights by a row of a history, and append it."""
+        if len(self._new_rows) == 256:  # bounds the memory of what has not been read
+            _ = self.history
+        self._new_rows.append(row)
+        learning_rates, slopes = row[: len(self.param_groups)], row[len(self.param_groups) :]
+        steps = learning_rates[:, None] * slopes.nan_to_num(0.0, 0.0, 0.0) / -len(slopes)
+        self.noise.begin([self._key(direction) for direction in range(self.directions)], steps)
+        for unit in self._active_units():
+            weight_decay = self.param_groups[unit.group]["weight_decay"]
+            self._update(unit, learning_rates[unit.group] * weight_decay if weight_decay else None)
+        for group in self.param_groups:
+            group["step"] += 1
 
-    def _all_weights(self) -> Iterator[tuple[int, str, Tensor]]:
+    def _update(self, unit: Unit, decay: Tensor | None) -> None:
+        """Multiply a unit's weights by 1 − decay and add their steps along the directions chosen by `noise.begin`."""
+        residual = self._rounding_residual(unit)
+        width = 1 if unit.marks is None else unit.weights[0].shape[1]
+        factor = None
+        if decay is not None:
+            factor = 1 - (decay if unit.marks is None else decay * unit.marks[:, None])
+        for part in self.noise.parts(unit):
+            place = slice(part.begin, part.end)
+            weights = unit.flat[place]
+            exact = weights.float() if is_half(unit.dtype) else weights
+            if residual is not None:
+                exact += residual[place]
+            if factor is not None:
+                rows = slice(part.begin // width, part.end // width)
+                exact.view(-1, width).mul_(factor if unit.marks is None else factor[rows])
+            self.noise.add(unit, part, exact, exact)
+            if residual is not None:
+                weights.copy_(exact)
+                torch.sub(exact, weights, out=residual[place])
+            elif exact is not weights:
+                if self.rounding == "stochastic":
+                    key = key_of(self._key(-2), unit.name) + part.begin
+                    exact = round_stochastically(exact, unit.dtype, self._generators.seed(unit.device, key))
+                weights.copy_(exact)
+
+    def _active_units(self) -> Iterator[Unit]:
+        """Yield the units that take part in this step."""
+        for unit in self.layout.units:
+            if self.share == 1 or key_of(self._key(-1), unit.name) < self.share * 2**63:
+                yield unit
+
+    def _all_weights(self) -> Iterator[tuple[int, str, nn.Parameter]]:
         """Yield every weight with its group's number and its name. An unnamed weight is named by its number."""
         numbers = map(str, count())
         for number, group in enumerate(self.param_groups):
             for weight, name in zip(group["params"], group.get("param_names", numbers), strict=False):
                 yield number, name, weight
 
-    def _key(self, direction: int, name: str) -> int:
-        return key_of(self.seed, self.param_groups[0]["step"], direction, name)
+    def _key(self, direction: int) -> int:
+        return key_of(self.seed, self.param_groups[0]["step"], direction)
 
-    def _rounding_residual(self, weight: Tensor) -> Tensor | None:
-        """Return the rounding residual of a weight in half precision, initially zeros, or None for other weights."""
-        if weight.dtype not in (torch.float16, torch.bfloat16):
+    def _constant(self, name: str, values: Sequence[float]) -> Tensor:
+        """Return numbers as an fp32 tensor on the weights' device. They are copied there only if they have changed."""
+        known, device = self._constants.get(name), self.layout.units[0].device
+        if known is None or known[0] != values or known[1].device != device:
+            known = self._constants[name] = values, torch.tensor(values, dtype=torch.float32, device=device)
+        return known[1]
+
+    def _rounding_residual(self, unit: Unit) -> Tensor | None:
+        """Return the rounding residual [numel] of a unit in half precision, initially zeros, or None without one."""
+        if self.rounding != "residual" or not is_half(unit.dtype):
             return None
-        state = self.state[weight]
-        if not state:
-            state["rounding_residual"] = torch.zeros_like(weight)
-        residual: Tensor = state["rounding_residual"]
+        state = [self.state[weight] for weight in unit.weights]
+        known = state[0].get("rounding_residual")
+        residual = self._residuals.get(unit)
+        if known is None or residual is None or not is_same_memory(known, residual):
+            residual = self._residuals[unit] = torch.zeros_like(unit.flat)
+            for own, view in zip(state, unit.views(residual), strict=True):
+                if known is not None:  # from a loaded state
+                    view.copy_(own["rounding_residual"])
+                own["rounding_residual"] = view
         return residual
-
-
-@contextmanager
-def delay_sigint() -> Iterator[None]:
-    """Delay SIGINT: an exception inside a TorchFunctionMode can corrupt its stack.
-
-    A second SIGINT is not delayed. Outside the main thread, where Python handles no signals, this does nothing.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    delayed: list[tuple[int, FrameType | None]] = []
-
-    def delay(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, handler)
-        delayed.append((number, frame))
-
-    signal.signal(signal.SIGINT, delay)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    for number, frame in delayed:
-        handler(number, frame)

@@ -1,322 +1,291 @@
-"""Distributions of the perturbation z that MeZO adds to a weight.
+"""Distributions of the perturbation z that MeZO adds to the weights.
 
-No z is stored. A key determines one z, which is drawn again wherever it is needed.
-
-Every weight is viewed as a matrix [rows, width]; a vector is a single row. The values of a row depend on the key, the
-row's index and the matrix's shape. They do not depend on the weight's dtype or memory layout, nor on the other rows
-that are drawn. Torch's global generators are not used.
+No z is stored. A key determines one z, which is drawn again wherever it is needed. z does not depend on the weights'
+dtype. Torch's global generators are not used.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_spu.optim.keyed_random import mix_64
+from lit_spu.optim.keyed_random import KeyedGenerators, key_of
+from lit_spu.optim.units import Stack, Unit, is_same_memory
+
+PART_NUMEL = 2**23
+"""Largest number of elements that are drawn at a time, except for a single row."""
+
+SMALL_PART_NUMEL = 2**13
+
+SMALL_DRAWS = {"cpu"}
+"""Types of devices where a draw costs its elements alone. There a table is drawn in small parts of rows, and only those
+that are needed. Elsewhere each draw is a kernel launch, and the host does not wait to know which rows are needed."""
+
+
+class Part(NamedTuple):
+    """Part of a unit's buffer."""
+
+    begin: int
+    end: int
+    stack: Stack | None = None  # for noise of low rank: the matrices of this part
 
 
 class Noise(ABC):
-    """Base class of distributions of z. Each element has mean 0 and variance 1."""
+    """Base class of distributions of z. Each element has mean 0 and variance 1.
 
-    block_numel = 2**14
-    """Number of elements drawn at a time, in whole rows. A block fits the processor's cache."""
+    The methods `add` and `add_rows` add scaled z to weights, for the directions chosen by `begin`.
+
+    Args:
+        units: All units that have noise.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self._generators = KeyedGenerators()
+        self._buffers: dict[torch.device, Tensor] = {}
 
     @abstractmethod
-    def draw(self, key: int, rows: range, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """Return z [len(rows), width] of one block of rows, in fp32 on the weight's device.
+    def begin(self, keys: Sequence[int], scales: Tensor) -> None:
+        """Choose directions.
 
         Args:
-            key: Key of z.
-            rows: Row indices of the block.
-            weight: Matrix [rows, width], of which only the shape and the device matter.
-            buffer: A tensor of the block's shape that z may be written to if it is fp32. The caller uses it next, so
-                it is in the processor's cache then.
-
-        Returns:
-            A tensor that the next call may overwrite.
+            keys: One key for each direction.
+            scales: The factor of z, [groups, directions], or [1, directions] for all groups.
         """
 
-    def sample(self, key: int, like: Tensor) -> Tensor:
-        """Return z in fp32, in the shape of a weight."""
-        weight = as_matrix(like)
-        z = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-        for rows, part in self._blocks(z):
-            part.copy_(self.draw(key, rows, weight, part))
-        return z.view(like.shape)
+    @abstractmethod
+    def parts(self, unit: Unit) -> Sequence[Part]:
+        """Return the parts that a unit is drawn in. They cover all of its weights."""
 
-    def sample_rows(self, key: int, weight: Tensor, row_indices: Tensor) -> Tensor:
-        """Return the rows of z [len(row_indices), width] in fp32, for a weight [rows, width]."""
-        z = weight.new_empty(len(row_indices), weight.shape[1], dtype=torch.float32)
-        block_rows = self._rows_per_block(weight)
-        ordered, order = row_indices.sort()
-        blocks, counts = (ordered // block_rows).unique_consecutive(return_counts=True)
-        begin = 0
-        for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
-            rows = range(block * block_rows, min((block + 1) * block_rows, len(weight)))
-            part = slice(begin, begin + count)
-            z[order[part]] = self.draw(key, rows, weight)[ordered[part] - rows.start]
-            begin += count
-        return z
+    @abstractmethod
+    def add(self, unit: Unit, part: Part, source: Tensor, out: Tensor) -> None:
+        """Write source + Σ scale·z for one part to `out`, which may be `source`. Rows without a mark stay."""
 
-    def perturb(self, key: int, weight: Tensor, scale: float) -> Tensor:
-        """Return weight + scale·z, a new tensor of the same shape and dtype."""
-        out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        source = as_matrix(weight)
-        for (rows, part), (_, target) in zip(self._blocks(source), self._blocks(as_matrix(out)), strict=True):
-            torch.add(part, self.draw(key, rows, source, target), alpha=scale, out=target)
-        return out
+    @abstractmethod
+    def add_rows(self, table: Unit, row_indices: Tensor, rows: Tensor) -> None:
+        """Add Σ scale·z to rows [count, width] of a table in place. `row_indices` [count] are their places."""
 
-    def perturbed_linear(self, key: int, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """Return the output of a linear layer with the weight + scale·z."""
-        return F.linear(x, self.perturb(key, weight, scale), bias)
+    def sample(self, unit: Unit, key: int) -> list[Tensor]:
+        """Return z in fp32 for each weight of a unit."""
+        self.begin([key], torch.ones(1, 1, dtype=torch.float32, device=unit.device))
+        z = torch.zeros(unit.numel, dtype=torch.float32, device=unit.device)
+        for part in self.parts(unit):
+            out = z[part.begin : part.end]
+            self.add(unit, part, out, out)
+        return unit.views(z)
 
-    def update(
-        self, weight: Tensor, steps: Sequence[tuple[int, float]], decay: float, rounding_residual: Tensor | None
-    ) -> None:
-        """Multiply a weight by 1 − decay and add step·z for every key, in place.
+    @property
+    def buffer_numel(self) -> int:
+        """Number of elements of `buffer` that draws use."""
+        return 0
 
-        Args:
-            weight: Weight of any shape.
-            steps: Pairs of a key and a step.
-            decay: Weight decay, multiplied by the learning rate.
-            rounding_residual: For a weight in half precision, the rounding error of all updates so far, in the weight's
-                dtype and shape. It is updated as well.
-        """
-        matrix = as_matrix(weight)
-        residual = None if rounding_residual is None else as_matrix(rounding_residual)
-        for rows, part in self._blocks(matrix):
-            moves = ((self.draw(key, rows, matrix), step) for key, step in steps)
-            _update(part, None if residual is None else residual[rows.start : rows.stop], moves, decay)
-
-    def update_rows(
-        self,
-        weight: Tensor,
-        row_indices: Tensor,
-        steps: Sequence[tuple[int, float]],
-        decay: float,
-        rounding_residual: Tensor | None,
-    ) -> None:
-        """Update only some rows of a weight [rows, width]. Their result equals that of `update` to the bit."""
-        part = weight[row_indices]
-        residual = None if rounding_residual is None else rounding_residual[row_indices]
-        _update(part, residual, ((self.sample_rows(key, weight, row_indices), step) for key, step in steps), decay)
-        weight[row_indices] = part
-        if rounding_residual is not None and residual is not None:
-            rounding_residual[row_indices] = residual
-
-    def _rows_per_block(self, weight: Tensor) -> int:
-        return max(1, self.block_numel // weight.shape[1])
-
-    def _blocks(self, matrix: Tensor) -> Iterator[tuple[range, Tensor]]:
-        """Yield the row indices of every block, and a view of these rows."""
-        block_rows = self._rows_per_block(matrix)
-        if matrix.shape[0] <= block_rows:  # most weights: splitting them would only add calls
-            yield range(matrix.shape[0]), matrix
-            return
-        begin = 0
-        for part in matrix.split(block_rows):
-            yield range(begin, begin + len(part)), part
-            begin += len(part)
+    def buffer(self, numel: int, device: torch.device) -> Tensor:
+        """Return an fp32 tensor [numel], in the same memory each time."""
+        if device not in self._buffers or self._buffers[device].numel() < numel:
+            self._buffers[device] = torch.empty(max(numel, self.buffer_numel), dtype=torch.float32, device=device)
+        return self._buffers[device][:numel]
 
     def __repr__(self) -> str:
         return type(self).__name__
 
 
-class _GeneratorNoise(Noise):
-    """Base class of noise from torch's generators, which are seeded again for every block."""
+class DenseNoise(Noise):
+    """Base class of noise whose elements are independent. It is drawn part by part from torch's generators."""
 
-    def __init__(self) -> None:
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._buffers: dict[torch.device, Tensor] = {}
+    def __init__(self, units: Sequence[Unit]) -> None:
+        super().__init__(units)
+        self._keys: Sequence[int] = ()
+        self._scales: list[list[Tensor]] = []
 
-    def _rows_per_block(self, weight: Tensor) -> int:
-        if weight.device.type == "cpu":
-            return super()._rows_per_block(weight)
-        return max(1, 2**22 // weight.shape[1])  # 16 MiB: on a GPU, the number of kernel launches counts
+    @abstractmethod
+    def draw(self, out: Tensor, generator: torch.Generator) -> None:
+        """Fill a tensor [count] in fp32 with noise."""
 
-    def _seed_generator(self, key: int, rows: range, weight: Tensor) -> torch.Generator:
-        """Return a generator on the weight's device, seeded for a block of rows."""
-        device = weight.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
-        return self._generators[device].manual_seed(mix_64(key + rows.start) >> 1)
+    @property
+    def buffer_numel(self) -> int:
+        return max(self._part_numel(unit) + _width(unit) for unit in self.units)
 
-    def _get_buffer(self, numel: int, device: torch.device) -> Tensor:
-        """Return an fp32 tensor of `numel` elements, in the same memory each time."""
-        if device not in self._buffers or self._buffers[device].numel() < numel:
-            self._buffers[device] = torch.empty(max(numel, self.block_numel), dtype=torch.float32, device=device)
-        return self._buffers[device][:numel]
+    def begin(self, keys: Sequence[int], scales: Tensor) -> None:
+        self._keys, self._scales = keys, [list(row) for row in scales]
+
+    def parts(self, unit: Unit) -> Sequence[Part]:
+        numel = self._part_numel(unit)
+        begins: Sequence[int] = range(0, unit.numel, numel)
+        if unit.marks is not None and _draws_small(unit):
+            places = unit.marks.nonzero().flatten() // (numel // _width(unit))
+            begins = [place * numel for place in sorted(set(places.tolist()))]
+        return [Part(begin, min(begin + numel, unit.numel)) for begin in begins]
+
+    def add(self, unit: Unit, part: Part, source: Tensor, out: Tensor) -> None:
+        is_free = out.dtype is torch.float32 and not is_same_memory(source, out)
+        for key, scale in self._directions(unit):
+            z = self._draw_part(unit, part, key, out if is_free else self.buffer(len(out), out.device))
+            if unit.marks is not None:
+                width = _width(unit)
+                z.view(-1, width).mul_(unit.marks[part.begin // width : part.end // width, None])
+            torch.addcmul(source, z, scale, out=out)
+            source, is_free = out, False
+
+    def add_rows(self, table: Unit, row_indices: Tensor, rows: Tensor) -> None:
+        find = self._rows_of_few_parts if _draws_small(table) else self._rows_of_all_parts
+        for key, scale in self._directions(table):
+            for z in find(table, key, row_indices):
+                rows.addcmul_(z, scale)
+
+    def _directions(self, unit: Unit) -> Iterator[tuple[int, Tensor]]:
+        scales = self._scales[unit.group] if len(self._scales) > 1 else self._scales[0]
+        return zip((key_of(key, unit.name) for key in self._keys), scales, strict=True)
+
+    def _draw_part(self, unit: Unit, part: Part, key: int, out: Tensor) -> Tensor:
+        self.draw(out, self._generators.seed(out.device, key + part.begin))
+        return out
+
+    def _rows_of_few_parts(self, table: Unit, key: int, row_indices: Tensor) -> Iterator[Tensor]:
+        """Yield z [count, width] of rows. Only the parts that hold one of them are drawn."""
+        width, numel = _width(table), self._part_numel(table)
+        z = torch.empty(len(row_indices), width, dtype=torch.float32, device=row_indices.device)
+        ordered, order = row_indices.sort()
+        places, counts = (ordered // (numel // width)).unique_consecutive(return_counts=True)
+        first = 0
+        for place, count in zip(places.tolist(), counts.tolist(), strict=True):
+            part = Part(place * numel, min((place + 1) * numel, table.numel))
+            drawn = self._draw_part(table, part, key, self.buffer(part.end - part.begin, z.device))
+            found = slice(first, first + count)
+            z[order[found]] = drawn.view(-1, width)[ordered[found] - part.begin // width]
+            first += count
+        yield z
+
+    def _rows_of_all_parts(self, table: Unit, key: int, row_indices: Tensor) -> Iterator[Tensor]:
+        """Yield for each part z [count, width] of those rows that lie in it, and zeros for the others."""
+        width, parts = _width(table), self.parts(table)
+        if len(parts) == 1:
+            z = self._draw_part(table, parts[0], key, self.buffer(table.numel, row_indices.device))
+            yield z.view(-1, width)[row_indices]
+            return
+        num_rows = self._part_numel(table) // width
+        place = row_indices // num_rows
+        inside = row_indices - place * num_rows
+        buffer = self.buffer((num_rows + 1) * width, row_indices.device)
+        buffer[-width:].zero_()
+        for number, part in enumerate(parts):
+            self._draw_part(table, part, key, buffer[: part.end - part.begin])
+            yield buffer.view(-1, width)[torch.where(place == number, inside, num_rows)]
+
+    def _part_numel(self, unit: Unit) -> int:
+        """Return the number of elements of a part, in whole rows of a table."""
+        numel = SMALL_PART_NUMEL if _draws_small(unit) else PART_NUMEL
+        return min(unit.numel, max(1, numel // _width(unit)) * _width(unit))
 
 
-class GaussianNoise(_GeneratorNoise):
-    """Normal noise, as in the MeZO paper.
+class GaussianNoise(DenseNoise):
+    """Normal noise, as in the MeZO paper. It is the same on all CPUs, and on all GPUs of one model."""
 
-    It is the same on all CPUs, and on all GPUs of one model.
-    """
-
-    def draw(self, key: int, rows: range, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-        shape = len(rows), weight.shape[1]
-        if buffer is not None and buffer.dtype is torch.float32 and buffer.is_contiguous():
-            out = buffer.view(-1)
-        else:
-            out = self._get_buffer(shape[0] * shape[1], weight.device)
-        return out.normal_(generator=self._seed_generator(key, rows, weight)).view(shape)
+    def draw(self, out: Tensor, generator: torch.Generator) -> None:
+        out.normal_(generator=generator)
 
 
-class RademacherNoise(_GeneratorNoise):
+class RademacherNoise(DenseNoise):
     """Random signs, 1 or −1."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, units: Sequence[Unit]) -> None:
+        super().__init__(units)
         self._signs: dict[torch.device, Tensor] = {}
 
-    def draw(self, key: int, rows: range, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-        shape, device = (len(rows), weight.shape[1]), weight.device
-        if device not in self._signs:
-            self._signs[device] = _signs_of_bytes(device)
-        count = shape[0] * shape[1]
-        words = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
-        words.random_(-(2**63), None, generator=self._seed_generator(key, rows, weight))
-        return F.embedding(words.view(torch.uint8).int(), self._signs[device]).view(-1)[:count].view(shape)
-
-
-class TableNoise(Noise):
-    """Normal noise from a table: a block is a slice of 2²¹ normal quantiles (8 MiB) in random order.
-
-    A slice begins anywhere, so drawing a block costs no more than reading it. In exchange, the entries of z are
-    correlated: E zzᵀ = 1 + R, with the same R in every step. |Rg| is about an eighth of |g| in the mean over directions
-    g, and reaches 0.52 |g| for the worst g (measured). The table is the same on every machine.
-    """
-
-    block_numel = 2**15
-
-    def __init__(self) -> None:
-        self._tables: dict[torch.device, Tensor] = {}
-
-    def draw(self, key: int, rows: range, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-        width, device = weight.shape[1], weight.device
-        if device not in self._tables:
-            self._tables[device] = _shuffled_quantiles(device)
-        table = self._tables[device]
-        num_places = len(table) - len(rows) * width + 1
-        if num_places < 1:
-            raise ValueError(
-                f"noise=table: a weight has rows of {width:,} elements, more than the table's {len(table):,}. Use"
-                " noise=gaussian."
-            )
-        begin = mix_64(key + rows.start) % num_places
-        return table[begin : begin + len(rows) * width].view(len(rows), width)
+    def draw(self, out: Tensor, generator: torch.Generator) -> None:
+        if out.device not in self._signs:
+            bits = torch.arange(256, device=out.device)[:, None] >> torch.arange(8, device=out.device) & 1
+            self._signs[out.device] = bits.float() * 2 - 1  # of each byte, [256, 8]
+        words = torch.empty(-(-len(out) // 64), dtype=torch.int64, device=out.device)
+        words.random_(-(2**63), None, generator=generator)
+        out.copy_(F.embedding(words.view(torch.uint8).int(), self._signs[out.device]).view(-1)[: len(out)])
 
 
 class LowRankNoise(Noise):
-    """Matrices of low rank, z = UVᵀ/√r for a weight [outputs, inputs], with normal U [outputs, r] and V [inputs, r].
+    """Matrices of rank one (https://arxiv.org/abs/2410.07698).
 
-    A linear layer adds U(Vᵀx) to its output, so z itself is never computed (https://arxiv.org/abs/2410.07698). Weights
-    that are not matrices have normal noise.
+    z = uvᵀ for a weight [outputs, inputs], with normal u and v. Weights that are not matrices have normal noise.
+    The factors of all units are drawn together, and are kept until other directions are chosen.
     """
 
-    def __init__(self, rank: int = 1) -> None:
-        self.rank, self.normal = rank, GaussianNoise()
+    def __init__(self, units: Sequence[Unit]) -> None:
+        super().__init__(sorted(units, key=lambda unit: unit.group))
+        self._factors: dict[int, Tensor] = {}
+        self._left = self._right = torch.empty(0)  # of the chosen directions: scaled u and normal noise; v
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}  # in `_left` and `_right`, by unit and part
+        self._group_ends: list[int] = []
+        left = right = 0
+        for unit in self.units:
+            for part in self.parts(unit):
+                self._places[unit.name, part.begin] = left, right
+                if part.stack:
+                    left += part.stack.num_matrices * part.stack.rows
+                    right += part.stack.num_matrices * part.stack.columns
+                else:
+                    left += part.end - part.begin
+            self._group_ends += [left] * (unit.group + 1 - len(self._group_ends))
+            self._group_ends[unit.group] = left
+        self._num_left, self._num_factors = left, left + right
 
-    def draw(self, key: int, rows: range, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-        if not _has_factors(weight):
-            return self.normal.draw(key, rows, weight)
-        u, v = self._factors(key, weight)
-        return _multiply(u[rows.start : rows.stop], v)
-
-    def sample_rows(self, key: int, weight: Tensor, row_indices: Tensor) -> Tensor:
-        if not _has_factors(weight):
-            return super().sample_rows(key, weight, row_indices)
-        u, v = self._factors(key, weight)
-        return _multiply(u[row_indices], v)
-
-    def perturb(self, key: int, weight: Tensor, scale: float) -> Tensor:
-        if not _has_factors(weight):
-            return super().perturb(key, weight, scale)
-        u, v = self._factors(key, weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            return torch.addmm(weight, u.to(weight.dtype), v.T.to(weight.dtype), alpha=scale)
-
-    def perturbed_linear(self, key: int, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        if not _has_factors(weight):
-            return super().perturbed_linear(key, x, weight, bias, scale)
-        u, v = (factor.to(x.dtype) for factor in self._factors(key, weight))
-        out, low_rank = F.linear(x, weight, bias), x @ v
-        out.flatten(0, -2).addmm_(low_rank.flatten(0, -2), u.T.to(out.dtype), alpha=scale)  # not autocast, as they are
-        return out
-
-    def update(
-        self, weight: Tensor, steps: Sequence[tuple[int, float]], decay: float, rounding_residual: Tensor | None
-    ) -> None:
-        if not _has_factors(weight) or rounding_residual is not None:
-            super().update(weight, steps, decay, rounding_residual)
+    def begin(self, keys: Sequence[int], scales: Tensor) -> None:
+        known, device = self._factors, scales.device
+        self._factors = {key: known[key] if key in known else self._draw(key, device) for key in keys}
+        drawn = [self._factors[key] for key in keys]
+        factors = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]
+        left, self._right = factors[:, : self._num_left], factors[:, self._num_left :]
+        if len(scales) == 1:
+            self._left = left * scales[0, :, None]
             return
-        if decay:
-            weight.mul_(1 - decay)
-        for key, step in steps:
-            u, v = self._factors(key, weight)
-            weight.addmm_(u.to(weight.dtype), v.T.to(weight.dtype), alpha=step)
+        self._left, begin = torch.empty_like(left), 0
+        for scale, end in zip(scales, self._group_ends, strict=False):
+            torch.mul(left[:, begin:end], scale[:, None], out=self._left[:, begin:end])
+            begin = end
 
-    def _factors(self, key: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return U/√r [rows, r] and V [width, r]."""
-        both = torch.empty(sum(weight.shape) * self.rank, dtype=torch.float32, device=weight.device)
-        u, v = self.normal.sample(key, both).view(-1, self.rank).split(list(weight.shape))
-        return (u, v) if self.rank == 1 else (u * self.rank**-0.5, v)
+    def parts(self, unit: Unit) -> Sequence[Part]:
+        parts = [Part(stack.begin, stack.end, stack) for stack in unit.stacks]
+        return parts if unit.rest_begin == unit.numel else [*parts, Part(unit.rest_begin, unit.numel)]
 
-    def _rows_per_block(self, weight: Tensor) -> int:
-        return weight.shape[0]  # one block, so that the factors are drawn once
+    def add(self, unit: Unit, part: Part, source: Tensor, out: Tensor) -> None:
+        left, right = self._places[unit.name, part.begin]
+        if part.stack is None:
+            z = self._left[:, left : left + len(out)]
+            torch.add(source, z[0] if len(z) == 1 else z.sum(0), out=out)
+            return
+        u, v = self._stack_factors(part.stack, left, right)
+        if unit.marks is not None:
+            u = u * unit.marks
+        source, out = part.stack.view(source), part.stack.view(out)
+        if len(u) == 1:
+            torch.addcmul(source, u[0, :, :, None], v[0, :, None], out=out)
+            return
+        with torch.autocast(out.device.type, enabled=False):  # a replay computes the same without it
+            torch.baddbmm(source, u.permute(1, 2, 0).to(out.dtype), v.transpose(0, 1).to(out.dtype), out=out)
 
+    def add_rows(self, table: Unit, row_indices: Tensor, rows: Tensor) -> None:
+        (stack,) = table.stacks
+        u, v = self._stack_factors(stack, *self._places[table.name, stack.begin])
+        for left, right in zip(u[:, 0], v[:, 0], strict=True):
+            rows.addcmul_(left[row_indices, None], right)
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """Return a view [rows, width] of a weight; a vector is a single row."""
-    if weight.dim() == 2:
-        return weight
-    return weight.flatten(1) if weight.dim() > 2 else weight.reshape(1, -1)
+    def _draw(self, key: int, device: torch.device) -> Tensor:
+        factors = torch.empty(self._num_factors, dtype=torch.float32, device=device)
+        return factors.normal_(generator=self._generators.seed(device, key))
 
-
-def _update(part: Tensor, residual: Tensor | None, moves: Iterable[tuple[Tensor, float]], decay: float) -> None:
-    """Multiply a part of a weight by 1 − decay and add step·z for every move; `residual` takes the rounding error."""
-    exact = part if residual is None else part.float() + residual
-    if decay:
-        exact.mul_(1 - decay)
-    for z, step in moves:
-        exact.add_(z, alpha=step)
-    if residual is not None:
-        part.copy_(exact)
-        residual.copy_(exact - part)
-
-
-def _has_factors(weight: Tensor) -> bool:
-    """Return whether z of this weight has low rank. That of a vector, or of a matrix of one row, is normal."""
-    return weight.dim() == 2 and weight.shape[0] > 1
-
-
-def _multiply(u: Tensor, v: Tensor) -> Tensor:
-    """Return uvᵀ in the precision of u, also under autocast: a replay, which has none, computes the same."""
-    with torch.autocast(u.device.type, enabled=False):
-        return u @ v.T
+    def _stack_factors(self, stack: Stack, left: int, right: int) -> tuple[Tensor, Tensor]:
+        """Return scaled u [directions, matrices, rows] and v [directions, matrices, columns]."""
+        u = self._left[:, left : left + stack.num_matrices * stack.rows].unflatten(1, (stack.num_matrices, -1))
+        v = self._right[:, right : right + stack.num_matrices * stack.columns].unflatten(1, (stack.num_matrices, -1))
+        return u, v
 
 
-def _signs_of_bytes(device: torch.device) -> Tensor:
-    """Return the bits of each byte as signs [256, 8]."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-    return torch.from_numpy(bits).to(device, torch.float32) * 2 - 1
+def _draws_small(unit: Unit) -> bool:
+    return unit.is_table and unit.device.type in SMALL_DRAWS
 
 
-def _shuffled_quantiles(device: torch.device) -> Tensor:
-    """Return 2²¹ normal quantiles in random order, the same on every machine."""
-    count = 2**21
-    order = np.argsort(mix_64(np.arange(count, dtype=np.uint64)), kind="stable")
-    return torch.from_numpy(_normal_quantiles(count).numpy()[order]).to(device)
-
-
-def _normal_quantiles(count: int) -> Tensor:
-    """Return normal quantiles, rising, rounded to multiples of 2⁻¹² so that machines agree."""
-    exact = torch.arange(count, dtype=torch.float64).add_(0.5).div_(count)
-    torch.special.ndtri(exact, out=exact)
-    return exact.mul_(2**12).round_().div_(2**12).float()
+def _width(unit: Unit) -> int:
+    """Return the width of a table's rows, or 1 for other units."""
+    return unit.weights[0].shape[1] if unit.is_table else 1

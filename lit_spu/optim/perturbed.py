@@ -1,74 +1,112 @@
-"""Forward passes with perturbed weights, without a change to the weights themselves."""
+"""Forward passes with perturbed weights, without a change to the weights themselves.
+
+While a block runs, its weights are views of scratch memory that holds flat + scale·z. Afterwards they are views of
+their unit's buffer again, to which nothing was written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
+from lit_spu.backbones.hooks import override_forward, position_wise
 from lit_spu.optim.noise import Noise
+from lit_spu.optim.units import ALIGNMENT, Layout, Unit
 
 
-class Perturbed(TorchFunctionMode):
-    """Context manager in which every torch function reads weight + scale·z in place of a weight.
-
-    No weight is written, so nothing has to be restored, not even after an error. Where a function reads only some rows
-    of a weight (an embedding, or an index), only these rows are perturbed.
+class Perturbed:
+    """Perturbation of a model's weights during forward passes.
 
     Args:
-        weights: The perturbed weights, each with the key of its z.
-        noise: Distribution of z.
-        scale: Perturbation scale, with its sign.
-
-    Attributes:
-        rows_read: By the id of a weight, the row indices that were read; None where the whole weight was read.
+        layout: The units of the weights.
+        noise: Distribution of z. Its `begin` chooses the direction and its scale.
+        readers: Modules that read rows of a table, called with the row indices first, and their tables.
     """
 
-    def __init__(self, weights: Sequence[tuple[Tensor, int]], noise: Noise, scale: float) -> None:
-        super().__init__()
-        self.keys = {id(weight): key for weight, key in weights}
-        self.noise, self.scale = noise, scale
-        self.rows_read: dict[int, list[Tensor] | None] = {}
+    def __init__(self, layout: Layout, noise: Noise, readers: Sequence[tuple[nn.Module, nn.Parameter]]) -> None:
+        self.layout, self.noise = layout, noise
+        # units in fp32 are formed last: their scratch memory is where noise for other dtypes is drawn
+        self.blocks = [(b, sorted(units, key=lambda unit: unit.dtype is torch.float32)) for b, units in layout.blocks]
+        tables = {table.weights[0]: table for table in layout.tables}
+        self.readers = [(module, tables[weight]) for module, weight in readers if weight in tables]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.embedding and id(args[1]) in self.keys:
-            return self._select_rows(args[1], args[0])
-        if func is Tensor.__getitem__ and id(args[0]) in self.keys and _selects_rows(*args):
-            return self._select_rows(*args)
-        if func is F.linear and id(args[1]) in self.keys:
-            x, weight, bias = args if len(args) == 3 else (*args, kwargs.get("bias"))
-            self.rows_read[id(weight)] = None
-            return self.noise.perturbed_linear(self.keys[id(weight)], x, weight, self._perturb(bias), self.scale)
-        if getattr(func, "__name__", "") == "__get__":  # an attribute: most, such as shape, need no perturbed weight
-            value = func(*args, **kwargs)
-            if not isinstance(value, Tensor):
-                return value
-        args = [type(a)(map(self._perturb, a)) if isinstance(a, list | tuple) else self._perturb(a) for a in args]
-        return func(*args, **{name: self._perturb(value) for name, value in kwargs.items()})
+    def flatten(self) -> None:
+        """Let all units have their buffers and scratch memory."""
+        num_moved = sum(unit.flatten() for unit in self.layout.units)
+        if not num_moved:
+            return
+        sizes: dict[tuple[torch.device, torch.dtype], int] = defaultdict(int)
+        places = []
+        for _, units in self.blocks:  # one block runs at a time: they share their memory
+            ends: dict[torch.dtype, int] = defaultdict(int)
+            for unit in units:
+                places.append((unit, ends[unit.dtype]))
+                ends[unit.dtype] += -(-unit.numel // ALIGNMENT) * ALIGNMENT
+                sizes[unit.device, unit.dtype] = max(sizes[unit.device, unit.dtype], ends[unit.dtype])
+        memory = {
+            (device, dtype): self.noise.buffer(max(size, self.noise.buffer_numel), device)
+            if dtype is torch.float32
+            else torch.empty(size, dtype=dtype, device=device)
+            for (device, dtype), size in sizes.items()
+        }
+        for unit, begin in places:
+            unit.set_scratch(memory[unit.device, unit.dtype][begin : begin + unit.numel])
+        for unit in self.layout.others:
+            unit.set_scratch(torch.empty_like(unit.flat))
 
-    def _perturb(self, value: Any) -> Any:
-        """Return the perturbed value of a weight, and any other value unchanged."""
-        if id(value) not in self.keys:
-            return value
-        self.rows_read[id(value)] = None
-        return self.noise.perturb(self.keys[id(value)], value, self.scale)
+    @contextmanager
+    def apply(self, active: Collection[Unit]) -> Iterator[None]:
+        """Context manager in which the active units are perturbed."""
+        restores: list[Callable[[], None]] = []
+        cached_casts = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # the cache knows a weight by its identity
+        try:
+            for unit in self.layout.others:
+                if unit in active:
+                    self._swap(unit)
+            for block, units in self.blocks:
+                if found := [unit for unit in units if unit in active]:
+                    restores.append(override_forward(block, partial(self._run_block, found)))
+            for module, table in self.readers:
+                if table in active:
+                    restores.append(override_forward(module, partial(self._read_rows, table)))
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached_casts)
+            for restore in reversed(restores):
+                restore()
+            for unit in self.layout.units:
+                unit.restore_if_swapped()
 
-    def _select_rows(self, weight: Tensor, row_indices: Tensor) -> Tensor:
-        """Return the perturbed rows [..., width] of a weight [rows, width] for `row_indices` [...]."""
-        rows, inverse = row_indices.unique(return_inverse=True)
-        if (rows_read := self.rows_read.setdefault(id(weight), [])) is not None:
-            rows_read.append(rows)
-        z = self.noise.sample_rows(self.keys[id(weight)], weight, rows)
-        z = z.to(torch.promote_types(weight.dtype, torch.float32))
-        perturbed: Tensor = (weight[rows] + self.scale * z).to(weight.dtype)
-        return perturbed[inverse]
+    def _swap(self, unit: Unit) -> None:
+        for part in self.noise.parts(unit):
+            place = slice(part.begin, part.end)
+            self.noise.add(unit, part, unit.flat[place], unit.scratch[place])
+        unit.swap()
 
+    @position_wise
+    def _run_block(self, units: Sequence[Unit], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            for unit in units:
+                self._swap(unit)
+            return forward(*args, **kwargs)
+        finally:
+            for unit in units:
+                unit.restore_if_swapped()
 
-def _selects_rows(weight: Tensor, index: Any) -> bool:
-    """Return whether an index selects whole rows of a matrix by their indices."""
-    return weight.dim() == 2 and isinstance(index, Tensor) and index.dtype is torch.long
+    @position_wise
+    def _read_rows(self, table: Unit, forward: Callable[..., Any], row_indices: Tensor, *_: Any) -> Tensor:
+        weight, places = table.weights[0], row_indices.flatten()
+        rows = F.embedding(places, weight)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.noise.add_rows(table, places, rows)
+        if table.marks is not None:
+            table.marks.index_fill_(0, places, 1.0)
+        return rows.to(weight.dtype).view(*row_indices.shape, -1)

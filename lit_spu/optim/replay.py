@@ -11,7 +11,8 @@ from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.errors import UserError, describe_changes
 from lit_spu.optim.keyed_random import key_of
 from lit_spu.optim.mezo import MeZOOptimizer
-from lit_spu.optim.trajectory import Trajectory
+from lit_spu.optim.trajectory import VERSION, Trajectory
+from lit_spu.optim.units import Unit
 
 
 def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -> dict[str, Any]:
@@ -22,14 +23,17 @@ def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -
         optimizer: The optimizer before its first step.
     """
     device = optimizer.param_groups[0]["params"][0].device
-    noise = optimizer.noise.sample(key_of("header"), torch.empty(64, 64, device=device))
+    unit = Unit("header", 0, [torch.nn.Parameter(torch.empty(shape, device=device)) for shape in ((64, 64), (64,))])
+    noise = type(optimizer.noise)([unit]).sample(unit, key_of("header"))
+    units = [(unit.name, unit.numel) for unit in optimizer.layout.units]
     settings = {name: value for name, value in checkpoint.items() if name != "state_dict"}
     return settings | {
+        "version": VERSION,
         "groups": len(optimizer.param_groups),
         "directions": optimizer.directions,
         "seed": optimizer.seed,
         "initial_fingerprint": optimizer.initial_fingerprint,
-        "noise": fingerprint([(f"{optimizer.noise} {optimizer.share}", noise)]),
+        "noise": fingerprint((f"{optimizer.noise} {optimizer.share} {optimizer.rounding} {units}", z) for z in noise),
         "device": device.type,
         "torch": str(torch.__version__),
     }
@@ -66,7 +70,7 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
         )
     if own["noise"] != recorded["noise"]:
         raise UserError(
-            f"{file}: the noise differs here. It depends on model.noise and model.share; normal and low-rank noise also"
-            f" depend on the device ({recorded['device']}) and the version of torch ({recorded['torch']}; here"
-            f" {own['torch']}). The noise `table` is the same everywhere."
+            f"{file}: the noise differs here. It depends on model.noise, model.share, model.rounding and"
+            f" model.weight_decay, on the device ({recorded['device']}; here {own['device']}) and on the version of"
+            f" torch ({recorded['torch']}; here {own['torch']})."
         )

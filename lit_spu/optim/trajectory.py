@@ -22,8 +22,11 @@ from lit_spu.safe_yaml import parse_json
 
 NAME = "trajectory.mezo"
 
+VERSION = 2
+"""Version of the noise and of the file. Files of version 1 had no entry for it, and a key for each weight."""
+
 _TYPES = {
-    **dict.fromkeys(("groups", "directions", "seed"), int),
+    **dict.fromkeys(("version", "groups", "directions", "seed"), int),
     **dict.fromkeys(("method", "noise", "initial_fingerprint", "device", "torch"), str),
     **dict.fromkeys(("backbone", "hyper_parameters", "data"), dict),
 }
@@ -50,7 +53,7 @@ class Trajectory:
             raise UserError(f"trajectory: {file} does not exist. Give the directory of a run by MeZO, or its {NAME}.")
         line, _, data = file.read_bytes().partition(b"\n")
         try:
-            header = {"data": {}} | parse_json(line)
+            header = {"data": {}, "version": 1} | parse_json(line)
             if wrong := [name for name, kind in _TYPES.items() if type(header[name]) is not kind]:
                 raise TypeError(", ".join(wrong))
             _ = checkpoint_config(header), header["backbone"]["fingerprint"], header["backbone"]["name"]  # are there
@@ -61,6 +64,12 @@ class Trajectory:
                 f"trajectory: {file} was not written by a run of MeZO: {error!r}. Give the directory of a run by MeZO,"
                 f" or its {NAME}."
             ) from error
+        if header["version"] != VERSION:
+            raise UserError(
+                f"trajectory: {file} has version {header['version']}, and this lit_spu replays version {VERSION} alone,"
+                " whose noise is drawn differently. Replay it with the lit_spu that wrote it, and give the result as"
+                " --model.weights."
+            )
         return cls(file, header, rows.tolist())
 
     def first(self, steps: int | None) -> list[list[float]]:

@@ -29,7 +29,6 @@ class AssumedValues(TorchFunctionMode):
         self._assumptions: dict[Any, Callable[..., Any]] = {
             Tensor.numpy: _zeros,
             Tensor.item: lambda tensor: _zeros(tensor).item(),  # also of each element in tolist
-            Tensor.unique: _all_different,
             Tensor.unique_consecutive: _one_run,
             Tensor.nonzero: self._one_index_per_token,
         }
@@ -48,11 +47,6 @@ class AssumedValues(TorchFunctionMode):
 def _zeros(tensor: Tensor) -> npt.NDArray[Any]:
     """Return an array of zeros in the shape and dtype of a tensor."""
     return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-
-
-def _all_different(tensor: Tensor, *, return_inverse: bool, **_: Any) -> Any:
-    """Return the result of `unique` where all elements differ."""
-    return (tensor.flatten(), torch.zeros_like(tensor)) if return_inverse else tensor.flatten()
 
 
 def _one_run(tensor: Tensor, *, return_counts: bool, **_: Any) -> Any:

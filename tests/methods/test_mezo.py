@@ -20,7 +20,6 @@ from lit_spu.data.glue import GLUE
 from lit_spu.errors import NonFiniteError, UserError
 from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.mezo import MeZO
-from lit_spu.optim.mezo import MeZOOptimizer
 from lit_spu.optim.trajectory import Trajectory
 from tests.conftest import encode
 from tests.ddp import run
@@ -57,7 +56,7 @@ def test_a_step_is_the_optimizers_and_keeps_nothing(data: Callable[..., GLUE], f
         trainer = fit(method, small, Watch())
     assert len(saved) == 0
     assert trainer.global_step == len(batches) == 4
-    optimizer = MeZOOptimizer(twin.named_parameters(), lr=1e-3, seed=seed)
+    optimizer = twin.make_optimizer(seed=seed)
     twin.eval()
     for batch in batches:
         optimizer.step(lambda batch=batch: twin.loss(batch), num_examples=8)  # type: ignore[misc]
@@ -222,7 +221,7 @@ def into(folder: Path) -> dict[str, Any]:
     [
         {},
         {"noise": "low_rank", "directions": 2, "schedule": "linear"},
-        {"noise": "table", "weight_decay": 0.1, "share": 0.5, "normalize": True},
+        {"weight_decay": 0.1, "share": 0.5, "normalize": True, "directions": 2},
         {"noise": "rademacher"},
     ],
 )
@@ -314,7 +313,8 @@ def test_a_trajectory_of_something_else_is_refused(
     trajectory = Trajectory.read(tmp_path / "run")
     wrong: list[tuple[MeZO, str]] = [
         (MeZO(backbone=tiny("bert")), "starts from the backbone 'mini-bert'"),
-        (MeZO(noise="table"), "the noise differs here"),
+        (MeZO(noise="rademacher"), "the noise differs here"),
+        (MeZO(rounding="nearest"), "the noise differs here"),
         (MeZO(share=0.5), "the noise differs here"),
     ]
     moved = MeZO()

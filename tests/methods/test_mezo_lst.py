@@ -15,7 +15,6 @@ from lit_spu.measure.saved import SavedForBackward
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.mezo_lst import MeZOLST
 from lit_spu.optim import schedules
-from lit_spu.optim.mezo import MeZOOptimizer
 from tests.conftest import encode
 
 Run = Callable[..., Trainer]
@@ -62,7 +61,7 @@ def test_each_part_moves_by_its_own_rule(data: Callable[..., GLUE], fit: Run) ->
     trainer = fit(method, data(), watch)
     assert trainer.global_step == 4
     assert watch.moved == [{"backbone", "side"}] * 4
-    mezo = MeZOOptimizer(twin.perturbed_parameters(), lr=1e-3, seed=seed)
+    mezo = twin.make_optimizer(lr=1e-3, seed=seed)
     adamw = torch.optim.AdamW(twin.side.parameters(), 1e-2, weight_decay=0.0, fused=True)
     rate = schedules.linear(adamw, 0.0, 4)
     for batch in watch.batches:

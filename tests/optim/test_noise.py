@@ -2,149 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 
+from lit_spu.optim import noise as noise_module
 from lit_spu.optim.keyed_random import key_of
-from lit_spu.optim.noise import GaussianNoise, LowRankNoise, Noise, RademacherNoise, TableNoise
+from lit_spu.optim.mezo import NOISES
+from lit_spu.optim.units import Unit
 
-NOISES: dict[str, Callable[[], Noise]] = {
-    "gaussian": GaussianNoise,
-    "rademacher": RademacherNoise,
-    "table": TableNoise,
-    "low_rank": LowRankNoise,
-    "low_rank of 4": lambda: LowRankNoise(4),
-}
-KURTOSIS = {"gaussian": 3.0, "rademacher": 1.0, "table": 3.0, "low_rank": 9.0, "low_rank of 4": 4.5}
+KURTOSIS = {"gaussian": 3.0, "rademacher": 1.0, "low_rank": 9.0}
+
+SHAPES = [(100, 70), (), (7,), (100, 70), (1, 50), (30, 20), (6, 5, 4)]
 
 noises = pytest.mark.parametrize("kind", NOISES)
 
 
+def make_unit(*shapes: Sequence[int], dtype: torch.dtype = torch.float32, is_table: bool = False) -> Unit:
+    """Return a unit of random weights of these shapes."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    unit = Unit("unit", 0, weights, is_table=is_table)
+    unit.flatten()
+    return unit
+
+
+def sample(kind: str, unit: Unit, key: int) -> list[Tensor]:
+    return NOISES[kind]([unit]).sample(unit, key)
+
+
+def added(noise: Any, unit: Unit, keys: Sequence[int], scales: Tensor) -> list[Tensor]:
+    """Return the weights with noise added along several directions."""
+    out = unit.flat.float().clone()
+    noise.begin(keys, scales)
+    for part in noise.parts(unit):
+        noise.add(unit, part, out[part.begin : part.end], out[part.begin : part.end])
+    return unit.views(out)
+
+
 @noises
 def test_noise_has_its_moments(kind: str) -> None:
-    """Mean 0, variance 1 and the kurtosis of the kind, within four standard errors; that of z of rank r is 3 + 6/r."""
-    noise, weight = NOISES[kind](), torch.empty(40, 50)
-    z = torch.stack([noise.sample(key_of("moments", i), weight) for i in range(500)]).double()
-    independent = 500 * 40 if kind.startswith("low_rank") else z.numel()  # a matrix of low rank is that of its rows
+    """Mean 0, variance 1 and the kurtosis of the kind, within four standard errors; that of rank one is 9."""
+    unit = make_unit((40, 50))
+    z = torch.stack([sample(kind, unit, key_of("moments", i))[0] for i in range(500)]).double()
+    independent = 500 * 40 if kind == "low_rank" else z.numel()  # a matrix of rank one is that of its rows
     assert abs(float(z.mean())) < 4 / independent**0.5
     assert float(z.square().mean()) == pytest.approx(1.0, abs=4 * (KURTOSIS[kind] / independent) ** 0.5)
     assert float((z**4).mean()) == pytest.approx(KURTOSIS[kind], rel=0.1)
 
 
 @noises
-def test_keys_and_entries_are_uncorrelated(kind: str) -> None:
-    noise, weight = NOISES[kind](), torch.empty(200, 300)
-    a, b = (noise.sample(key_of(name), weight).flatten() for name in ("a", "b"))
-    correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in ((a, b), (a[1:], a[:-1]), (a[300:], a[:-300]))]
-    entries = 200 if kind.startswith("low_rank") else len(a)
+@pytest.mark.parametrize("is_table", [True, False])
+def test_keys_and_entries_are_uncorrelated(kind: str, is_table: bool) -> None:
+    """Also those of different parts of a table, and of equal weights of a unit."""
+    shapes = [(200, 300)] if is_table else [(200, 150)] * 2
+    unit = make_unit(*shapes, is_table=is_table)
+    a, b = (torch.cat([z.flatten() for z in sample(kind, unit, key_of(name))]) for name in ("a", "b"))
+    shifts = (1, 300, noise_module.SMALL_PART_NUMEL // 300 * 300, 200 * 150)
+    correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in ((a, b), *((a[i:], a[:-i]) for i in shifts))]
+    entries = 100 if kind == "low_rank" else len(a) // 2
     assert all(abs(float(c)) < 5 / entries**0.5 for c in correlations)
 
 
 @noises
-def test_all_rows_differ(kind: str) -> None:
-    """Also rows at the same place of different blocks."""
-    noise, weight = NOISES[kind](), torch.empty(400, 200)
-    assert noise._rows_per_block(weight) <= 200 or kind.startswith("low_rank")
-    assert len(noise.sample(5, weight).unique(dim=0)) == 400
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_noise_depends_on_the_key_and_not_on_the_dtype(kind: str, dtype: torch.dtype) -> None:
+    """Bitwise, after other draws too. Every weight has the z of its shape."""
+    unit, other = make_unit(*SHAPES), make_unit(*SHAPES, dtype=dtype)
+    found, noise = sample(kind, unit, 5), NOISES[kind]([other])
+    noise.sample(other, 6)
+    again = noise.sample(other, 5)
+    assert [z.shape for z in found] == [weight.shape for weight in unit.weights]
+    assert {z.dtype for z in again} == {torch.float32}
+    assert all(map(torch.equal, found, again))
 
 
 @noises
-@pytest.mark.parametrize("shape", [(), (7,), (100, 70), (300, 200), (6, 5, 4)])
-def test_noise_depends_on_the_key_and_not_on_dtype_or_layout(kind: str, shape: tuple[int, ...]) -> None:
-    """Bitwise: whichever rows are drawn, before or after which, in whatever dtype and memory layout."""
-    noise, other, weight = NOISES[kind](), NOISES[kind](), torch.randn(shape)
-    z = noise.sample(5, weight)
-    assert z.shape == weight.shape
-    assert z.dtype is torch.float32
-    other.sample(6, torch.empty(1000))
-    for like in (weight.double(), weight.bfloat16(), weight.T.contiguous().T if weight.dim() == 2 else weight):
-        assert torch.equal(other.sample(5, like), z)
-    if weight.dim() == 2:
-        row_indices = torch.tensor([50, 3, 99, 3, 0])
-        assert torch.equal(other.sample_rows(5, weight, row_indices), z[row_indices])
+@pytest.mark.parametrize("draws_small", [True, False])
+@pytest.mark.parametrize("part_numel", [10 * 50, 2**23])
+def test_rows_are_those_of_the_whole_table(
+    kind: str, draws_small: bool, part_numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever parts are drawn for them."""
+    monkeypatch.setattr(noise_module, "SMALL_DRAWS", {"cpu"} if draws_small else ())
+    monkeypatch.setattr(noise_module, "PART_NUMEL", part_numel)
+    monkeypatch.setattr(noise_module, "SMALL_PART_NUMEL", part_numel)
+    table = make_unit((73, 50), is_table=True)
+    noise, places = NOISES[kind]([table]), torch.tensor([50, 3, 72, 3, 0, 9, 10])
+    (z,) = noise.sample(table, 5)
+    noise.begin([5], torch.full((1, 1), 0.5))
+    rows = torch.ones(7, 50)
+    noise.add_rows(table, places, rows)
+    torch.testing.assert_close(rows, 1 + 0.5 * z[places])
+    table.marks = torch.zeros(73).index_fill_(0, places, 1.0)
+    (moved,) = added(noise, table, [5], torch.full((1, 1), 0.5))
+    weight = table.weights[0].detach()
+    torch.testing.assert_close(moved, weight + 0.5 * table.marks[:, None] * z)
+    assert torch.equal(moved[20], weight[20])
 
 
 @noises
-def test_global_generators_are_not_used(kind: str) -> None:
-    before = torch.get_rng_state(), np.random.get_state()[1]  # type: ignore[index]
-    NOISES[kind]().sample(1, torch.empty(100, 100))
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])  # type: ignore[index]
-
-
-@noises
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_perturbing_and_updating_are_arithmetic_on_the_sample(kind: str, dtype: torch.dtype) -> None:
-    noise, weight = NOISES[kind](), torch.randn(300, 200).to(dtype)
-    before, z, exact = weight.clone(), noise.sample(5, weight).double(), weight.clone().double()
-    unit = torch.finfo(torch.float32 if dtype is torch.float64 else dtype).eps
-    perturbed = noise.perturb(5, weight, 1e-2)
-    assert perturbed.dtype is dtype
-    torch.testing.assert_close(perturbed.double(), exact + 1e-2 * z, atol=4 * unit, rtol=2 * unit)
-    x = torch.randn(8, 3, 200).to(dtype)
-    bias = torch.randn(300).to(dtype)
-    torch.testing.assert_close(
-        noise.perturbed_linear(5, x, weight, bias, 1e-2).double(),
-        F.linear(x.double(), exact + 1e-2 * z, bias.double()),
-        atol=300 * unit,
-        rtol=300 * unit,
-    )
-    assert torch.equal(weight, before)
-    residual = torch.zeros_like(weight) if dtype.itemsize == 2 else None
-    noise.update(weight, [(5, 1e-3), (6, -2e-3)], 0.1, residual)
-    moved = weight.double() + (0 if residual is None else residual.double())
-    expected = 0.9 * exact + 1e-3 * z - 2e-3 * noise.sample(6, weight).double()
-    precise = unit**2 if residual is not None else unit
-    torch.testing.assert_close(moved, expected, atol=16 * max(precise, 2e-8), rtol=16 * max(precise, 2e-8))
-
-
-@noises
-def test_a_matrix_of_one_row_is_perturbed_and_updated_alike(kind: str) -> None:
-    """As a regression's head has it."""
-    noise, weight, x = NOISES[kind](), torch.zeros(1, 50), torch.randn(4, 50)
-    z = noise.sample(5, weight)
-    assert torch.equal(noise.perturb(5, weight, 1.0), z)
-    assert torch.equal(noise.sample_rows(5, weight, torch.tensor([0])), z)
-    torch.testing.assert_close(noise.perturbed_linear(5, x, weight, None, 1.0), x @ z.T)
-    for residual in (None, torch.zeros_like(weight)):
-        moved = torch.zeros(1, 50)
-        noise.update(moved, [(5, 1.0)], 0.0, residual)
-        assert torch.equal(moved, z)
-
-
-def test_a_view_that_is_not_contiguous_is_updated_in_place() -> None:
-    for noise in (GaussianNoise(), TableNoise(), LowRankNoise()):
-        whole = torch.zeros(50, 60)
-        noise.update(whole.T[:, ::2], [(5, 1.0)], 0.0, None)
-        assert torch.equal(whole.T[:, ::2], noise.sample(5, torch.empty(60, 25)))
-        assert not whole.T[:, 1::2].any()
+def test_directions_and_groups_have_their_scales(kind: str) -> None:
+    units = [make_unit(*SHAPES), Unit("second", 1, [nn.Parameter(torch.randn(9, 8)), nn.Parameter(torch.randn(3))])]
+    units[1].flatten()
+    noise, scales = NOISES[kind](units), torch.tensor([[0.5, 2.0, -1.0], [0.1, 0.0, 3.0]])
+    for unit in units:
+        z = [noise.sample(unit, key) for key in (5, 6, 7)]
+        found = added(noise, unit, [5, 6, 7], scales)
+        for number, weight in enumerate(unit.weights):
+            expected = weight + sum(scale * of_key[number] for scale, of_key in zip(scales[unit.group], z, strict=True))
+            torch.testing.assert_close(found[number], expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 @noises
 def test_noise_is_the_same_in_every_precision_of_the_trainer(kind: str) -> None:
-    """A replay has neither autocast nor another default dtype, and takes the same steps."""
-    noise, weight = NOISES[kind](), torch.randn(40, 30)
-    rows = torch.tensor([3, 1])
+    """A replay has neither autocast nor another default dtype, and takes the same steps. Global generators stay."""
+    unit = make_unit(*SHAPES)
 
-    def computed() -> list[torch.Tensor]:
-        updated = weight.clone()
-        noise.update(updated, [(5, 0.1)], 0.0, None)
-        return [noise.sample(5, weight), noise.sample_rows(5, weight, rows), noise.perturb(5, weight, 0.1), updated]
+    def computed() -> list[Tensor]:
+        noise = NOISES[kind]([unit])
+        scales = torch.tensor([[0.1, 0.2]], dtype=torch.float32)
+        return [*noise.sample(unit, 5), *added(noise, unit, [5, 6], scales), *added(noise, unit, [5], scales[:, :1])]
 
+    states = torch.get_rng_state(), np.random.get_state()[1]  # type: ignore[index]
     expected = computed()
     with torch.autocast("cpu", torch.bfloat16):
-        found = computed()
-        out = noise.perturbed_linear(5, torch.randn(2, 3, 30), weight, torch.zeros(40), 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    noise = NOISES[kind]()
+        assert all(map(torch.equal, computed(), expected))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = computed()
+        assert all(map(torch.equal, computed(), expected))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert out.dtype is torch.bfloat16
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # type: ignore[index]

@@ -1,14 +1,13 @@
-"""Forward passes with perturbed weights: every torch function reads them, and none is written."""
+"""Forward passes with perturbed weights: they are those of a copy with other weights, and no weight is written."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.backbones import load_backbone
@@ -17,24 +16,11 @@ from lit_spu.methods.bitfit import BitFit
 from lit_spu.methods.ia3 import IA3
 from lit_spu.methods.ladder import LadderSideTuning
 from lit_spu.methods.lora import LoRA
-from lit_spu.optim.keyed_random import key_of
-from lit_spu.optim.mezo import NOISES
-from lit_spu.optim.noise import GaussianNoise, Noise
-from lit_spu.optim.perturbed import Perturbed
+from lit_spu.optim.mezo import MeZOOptimizer
 from lit_spu.tasks import TASKS
 from tests.conftest import FAMILIES, encode
 
-
-def with_perturbed_weights(method: Any, keys: Sequence[tuple[Tensor, int]], noise: Noise, scale: float) -> Any:
-    """Return a copy of a module with the perturbation added to its weights."""
-    copied = copy.deepcopy(method)
-    key = {id(parameter): k for parameter, k in keys}
-    with torch.no_grad():
-        for own, its in zip(method.parameters(), copied.parameters(), strict=True):
-            if id(own) in key:
-                its.add_(noise.sample(key[id(own)], own), alpha=scale)
-    return copied
-
+SCALE = 2.0**-7  # exact in every precision
 
 METHODS: dict[str, Callable[..., Method]] = {
     "lora": lambda **kwargs: LoRA(norms=True, **kwargs),
@@ -44,57 +30,133 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 
+def make_optimizer(module: Any, backbone: Any, **settings: Any) -> MeZOOptimizer:
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return MeZOOptimizer(named, epsilon=SCALE, blocks=backbone.blocks, table_readers=backbone.table_readers, **settings)
+
+
+def with_perturbed_weights(module: Any, optimizer: MeZOOptimizer, scale: float = SCALE) -> Any:
+    """Return a copy of a module with the perturbation added to its weights."""
+    copied, z = copy.deepcopy(module), optimizer.sample()
+    with torch.no_grad():
+        for own, its in zip(module.parameters(), copied.parameters(), strict=True):
+            if own in z:
+                its.copy_(its.to(torch.promote_types(its.dtype, torch.float32)) + scale * z[own])
+    return copied
+
+
+def perturbed_values(optimizer: MeZOOptimizer, function: Callable[[], Tensor]) -> list[Tensor]:
+    """Return a function's values at both points of a step that moves no weight."""
+    values: list[Tensor] = []
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step(lambda: values.append(function()) or values[-1].sum())  # type: ignore[func-returns-value]
+    return values
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "low_rank"])
 @pytest.mark.parametrize("head", ["classifier", "prompt"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_backbone_reads_perturbed_weights_and_writes_none(
-    tiny: Callable[[str], str], family: str, head: Any, kind: str
-) -> None:
-    """The logits equal those of a copy with the perturbation written into every weight."""
+def test_a_backbone_reads_perturbed_weights(tiny: Callable[[str], str], family: str, head: Any, kind: str) -> None:
+    """The logits equal those of a copy with the perturbation written into every weight, at both points of a step."""
     backbone = load_backbone(tiny(family), TASKS["sst2"], head).double().eval()
-    batch, noise = encode(backbone), NOISES[kind]()
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    keys = [(p, key_of(name)) for name, p in backbone.named_parameters()]
+    batch, before = encode(backbone), {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    optimizer = make_optimizer(backbone, backbone, noise=kind)
+    assert [len(units) for _, units in optimizer.layout.blocks] == [1] * len(backbone.blocks)
     with torch.no_grad():
-        plain, expected = backbone(batch), with_perturbed_weights(backbone, keys, noise, 1e-2)(batch)
-        with Perturbed(keys, noise, 1e-2):
-            logits = backbone(batch)
-        assert not torch.allclose(plain, expected, atol=1e-4)
-        # of a product, z is not rounded to fp32: x comes between its factors
-        rounding = 1e-12 if kind == "gaussian" else 2e-6
-        torch.testing.assert_close(logits, expected, atol=rounding, rtol=rounding)
+        plain = backbone(batch)
+        for values, scale in zip(perturbed_values(optimizer, lambda: backbone(batch)), (SCALE, -SCALE), strict=True):
+            optimizer.param_groups[0]["step"] = 0
+            expected = with_perturbed_weights(backbone, optimizer, scale)(batch)
+            assert not torch.allclose(plain, expected, atol=1e-4)
+            rounding = 1e-12 if kind == "gaussian" else 2e-6  # a product of factors is not rounded to fp32
+            torch.testing.assert_close(values, expected, atol=rounding, rtol=rounding)
         assert torch.equal(backbone(batch), plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "table"])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
-def test_a_method_reads_perturbed_weights(tiny: Callable[[str], str], family: str, name: str, kind: str) -> None:
+def test_a_method_reads_perturbed_weights(tiny: Callable[[str], str], family: str, name: str) -> None:
     """Only its trained weights are perturbed."""
     torch.manual_seed(0)  # the same weights in any order of tests
     method: Any = METHODS[name](backbone=tiny(family), head="prompt").double().eval()
     for parameter in method.parameters():
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    batch, noise = encode(method.backbone), NOISES[kind]()
-    keys = [(p, key_of(name)) for name, p in method.named_parameters() if p.requires_grad]
+    batch = encode(method.backbone)
+    optimizer = make_optimizer(method, method.backbone, noise="rademacher")
+    found = perturbed_values(optimizer, lambda: method.loss(batch))[0]
+    optimizer.param_groups[0]["step"] = 0
     with torch.no_grad():
-        expected = with_perturbed_weights(method, keys, noise, 1e-2).loss(batch)
-        with Perturbed(keys, noise, 1e-2):
-            loss = method.loss(batch)
-        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-9)
+        expected = with_perturbed_weights(method, optimizer).loss(batch)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
         assert abs(float(method.loss(batch) - expected)) > 1e-7
 
 
-def test_weights_are_unperturbed_after_an_error() -> None:
-    linear = nn.Linear(4, 4)
-    before = [p.clone() for p in linear.parameters()]
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match="shapes"),
-        Perturbed([(linear.weight, 1)], GaussianNoise(), 1.0),
-    ):
-        linear(linear(torch.ones(4))[:3])
-    assert all(map(torch.equal, before, linear.parameters()))
-    assert torch.equal(linear(torch.ones(4)), F.linear(torch.ones(4), *before))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_block_with_perturbed_weights_runs_at_the_answer_alone(
+    tiny: Callable[[str], str], dtype: torch.dtype
+) -> None:
+    """In half precision, with weights of two dtypes and two groups in a block, equal to the bit."""
+    backbone = load_backbone(tiny("bert"), TASKS["sst2"], "prompt").to(dtype).eval()
+    backbone.blocks[0].get_submodule("output.LayerNorm").float()  # two units
+    batch, hook = encode(backbone), Widths()
+    named = list(backbone.named_parameters())
+    groups = [{"params": [(n, p) for n, p in named if (p.ndim > 1) is is_matrix]} for is_matrix in (True, False)]
+    optimizer = MeZOOptimizer(
+        groups, epsilon=SCALE, lr=0.0, blocks=backbone.blocks, table_readers=backbone.table_readers
+    )
+    assert len(optimizer.layout.blocks[0][1]) == (2 if dtype is torch.float32 else 3)
+    with torch.autocast("cpu", torch.bfloat16):  # whose cache knows weights by their identity
+        expected = with_perturbed_weights(backbone, optimizer)(batch)
+        backbone.blocks[-1].get_submodule("output.dense").register_forward_hook(hook)
+        found = perturbed_values(optimizer, lambda: backbone(batch))
+    assert torch.equal(found[0], expected)
+    assert not torch.equal(*found)
+    assert hook.widths == [1, 1]
+
+
+class Widths:
+    """Hook that notes for how many positions of each text a module runs."""
+
+    position_wise = True
+
+    def __init__(self) -> None:
+        self.widths: list[int] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.widths.append(output.shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_their_own_after_an_error_in_a_block(tiny: Callable[[str], str], dtype: torch.dtype) -> None:
+    """To the bit, and in their own memory, from which they are moved and trained on."""
+    backbone = load_backbone(tiny("t5"), TASKS["sst2"], "prompt").to(dtype).eval()
+    batch, optimizer = encode(backbone), make_optimizer(backbone, backbone, lr=1e-2)
+    before, places = copy.deepcopy(backbone.state_dict()), [p.data_ptr() for p in backbone.parameters()]
+    with backbone.blocks[1].register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: backbone(batch).sum())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    assert [p.data_ptr() for p in backbone.parameters()] == places
+    assert not any("forward" in vars(module) for module in [*backbone.blocks, *backbone.base_model.embeddings])
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_weights_that_were_moved_are_trained_on(tiny: Callable[[str], str]) -> None:
+    """Other data of a parameter, such as those on another device, move into a new buffer at the next step."""
+    ends = []
+    for moves in (False, True):
+        torch.manual_seed(0)
+        backbone = load_backbone(tiny("bert"), TASKS["sst2"], "prompt").eval()
+        batch, optimizer = encode(backbone), make_optimizer(backbone, backbone, lr=1e-2)
+        for _ in range(2):
+            if moves:
+                backbone.double().float()
+                backbone.load_state_dict({name: tensor.clone() for name, tensor in backbone.state_dict().items()})
+            optimizer.step(lambda: backbone.loss(backbone(batch), batch))  # noqa: B023
+        ends.append(backbone.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

@@ -14,7 +14,6 @@ import torch
 from lit_spu.backbones.load import ASSETS
 from lit_spu.errors import UserError
 from lit_spu.measure import Kind
-from lit_spu.optim.mezo import NOISES
 from lit_spu.study.estimate import Estimate, Failure, estimates, largest_batch_size
 from lit_spu.study.grid import build, method_configs
 from lit_spu.study.steps import batch_of, live_bytes, training_step
@@ -61,7 +60,7 @@ def test_a_gpu_recomputes_no_blocks_of_a_ladder() -> None:
     assert len({*peaks("lora")}) == 1
 
 
-@pytest.mark.parametrize("settings", [{"rows": "seen"}, {"rows": "seen", "noise": "low_rank"}, {"noise": "rademacher"}])
+@pytest.mark.parametrize("settings", [{"rows": "seen", "noise": "gaussian"}, {"rows": "seen"}, {"noise": "rademacher"}])
 def test_estimates_of_mezo_settings(settings: dict[str, Any]) -> None:
     """MeZO reads values in its step: rows of the embedding and slopes."""
     settings = {"directions": 1, **settings}
@@ -146,13 +145,3 @@ def test_estimating_leaves_no_fake_tensors_behind() -> None:
     for _ in estimates({"head": CONFIGS["head"]}, "mini-bert", "sst2", 4, 16):
         assert type(torch.ones(2)) is torch.Tensor
     assert torch.ones(2).sum().item() == 2
-
-
-@pytest.mark.parametrize("noise", ["table", "rademacher"])
-def test_real_steps_after_an_estimate_have_real_tables(noise: Any) -> None:
-    weight = torch.zeros(8, 8)
-    before = NOISES[noise]().sample(1, weight)
-    estimate("mezo", "mini-bert", 4, 16, settings={"noise": noise, "directions": 1})
-    after = NOISES[noise]().sample(1, weight)
-    assert type(after) is torch.Tensor
-    assert torch.equal(after, before)

@@ -1,0 +1,189 @@
+"""Units: weights that are perturbed and updated together, in one buffer.
+
+A unit has one learning rate and one weight decay. Its noise is drawn, added and applied by a few operators, however
+many weights it has.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64
+"""Each weight begins at a multiple of this many elements, where the kernels of matrix products are fast."""
+
+
+class Stack(NamedTuple):
+    """Matrices of one shape that are adjacent in a unit's buffer."""
+
+    begin: int
+    num_matrices: int
+    rows: int
+    columns: int
+    stride: int  # from one matrix to the next
+
+    @property
+    def end(self) -> int:
+        return self.begin + (self.num_matrices - 1) * self.stride + self.rows * self.columns
+
+    def view(self, part: Tensor) -> Tensor:
+        """Return the matrices [matrices, rows, columns] in `part`, the elements from `begin` to `end` of a buffer."""
+        size, stride = (self.num_matrices, self.rows, self.columns), (self.stride, self.columns, 1)
+        return part.as_strided(size, stride, part.storage_offset())
+
+
+class Unit:
+    """Weights of one parameter group and one dtype. Their data are views of one buffer.
+
+    The buffer is made by `flatten`. A weight that has got other data since (on another device, for example) is moved
+    into a new buffer by the next call.
+
+    Args:
+        name: Name that decides the unit's noise.
+        group: Number of the parameter group.
+        weights: The weights. Matrices of one shape are put next to each other, before all other weights.
+        is_table: Whether the unit is one matrix of which evaluations read rows alone.
+
+    Attributes:
+        flat: The buffer [numel].
+        scratch: Memory for the perturbed weights, [numel] and of the same dtype.
+        marks: For each row of a table, 1 if the step's batch reads it, else 0. None if all rows are updated.
+    """
+
+    def __init__(self, name: str, group: int, weights: Sequence[nn.Parameter], is_table: bool = False) -> None:
+        self.name, self.group, self.is_table = name, group, is_table
+        self.weights = sorted(weights, key=lambda weight: (not has_rows(weight), tuple(weight.shape)))
+        self.begins, end = [], 0
+        for weight in self.weights:
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
+            self.begins.append(begin)
+            end = begin + weight.numel()
+        self.numel = end
+        matrices = [(b, w) for b, w in zip(self.begins, self.weights, strict=True) if has_rows(w)]
+        self.stacks = []
+        for (rows, columns), found in groupby(matrices, key=lambda pair: tuple(pair[1].shape)):
+            begins = [begin for begin, _ in found]
+            stride = -(-rows * columns // ALIGNMENT) * ALIGNMENT
+            self.stacks.append(Stack(begins[0], len(begins), rows, columns, stride))
+        self.rest_begin = self.begins[len(matrices)] if len(matrices) < len(self.weights) else self.numel
+        self.flat = self.scratch = torch.empty(0)
+        self.marks: Tensor | None = None
+        self._own: list[Tensor] = []
+        self._perturbed: list[Tensor] = []
+        self._is_swapped = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Return the weights' parts of a buffer [numel] in their shapes."""
+        return [
+            buffer[begin : begin + weight.numel()].view(weight.shape)
+            for begin, weight in zip(self.begins, self.weights, strict=True)
+        ]
+
+    def flatten(self) -> bool:
+        """Move the weights into one buffer. Return False if they are there already."""
+        if self._own and all(map(is_same_memory, self.weights, self._own)):
+            return False
+        first = self.weights[0].data
+        if len(self.weights) == 1 and first.is_contiguous():
+            self.flat = first.view(-1)
+        else:
+            self.flat = first.new_zeros(self.numel)
+            torch._foreach_copy_(self.views(self.flat), [weight.data for weight in self.weights])
+        self._own = self.views(self.flat)
+        self.restore()
+        return True
+
+    def set_scratch(self, scratch: Tensor) -> None:
+        self.scratch, self._perturbed = scratch, self.views(scratch)
+
+    def swap(self) -> None:
+        """Let the weights be those in the scratch memory, until `restore`."""
+        self._is_swapped = True
+        _set_data(self.weights, self._perturbed)
+
+    def restore(self) -> None:
+        """Let the weights be those in the buffer."""
+        _set_data(self.weights, self._own)
+        self._is_swapped = False
+
+    def restore_if_swapped(self) -> None:
+        if self._is_swapped:
+            self.restore()
+
+
+class Layout(NamedTuple):
+    """All units of an optimizer."""
+
+    blocks: list[tuple[nn.Module, list[Unit]]]  # units of the weights inside one block
+    tables: list[Unit]  # each has one matrix, of which evaluations read rows alone
+    others: list[Unit]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [*(unit for _, units in self.blocks for unit in units), *self.tables, *self.others]
+
+
+def make_layout(
+    weights: Iterable[tuple[int, str, nn.Parameter]],
+    blocks: Sequence[nn.Module],
+    tables: Iterable[nn.Parameter],
+    one_by_one: bool,
+) -> Layout:
+    """Divide weights into units.
+
+    Args:
+        weights: Weights with the numbers of their groups and their names.
+        blocks: Modules that run one after the other. A weight inside one of them is used by no other module.
+        tables: Matrices that are read by their rows alone.
+        one_by_one: Make a unit of each weight that is not inside a block.
+    """
+    block_of = {parameter: number for number, block in enumerate(blocks) for parameter in block.parameters()}
+    num_uses = Counter(parameter for block in blocks for parameter in block.parameters())
+    table_set = set(tables)
+    members: dict[tuple[int | str, int, torch.dtype], list[nn.Parameter]] = {}
+    for group, name, weight in weights:
+        place: int | str = name if one_by_one or weight in table_set else "rest"
+        if num_uses[weight] == 1:
+            place = block_of[weight]
+        members.setdefault((place, group, weight.dtype), []).append(weight)
+    layout = Layout([(block, []) for block in blocks], [], [])
+    num_dtypes: Counter[tuple[int | str, int]] = Counter()
+    for (place, group, _), found in members.items():
+        name = f"{place}, group {group}, part {num_dtypes[place, group]}"  # the noise is the same in every dtype
+        num_dtypes[place, group] += 1
+        unit = Unit(name, group, found, is_table=found[0] in table_set)
+        if isinstance(place, int):
+            layout.blocks[place][1].append(unit)
+        elif unit.is_table:
+            layout.tables.append(unit)
+        else:
+            layout.others.append(unit)
+    return layout
+
+
+def has_rows(weight: Tensor) -> bool:
+    """Return whether a weight is a matrix of at least two rows."""
+    return weight.dim() == 2 and weight.shape[0] > 1
+
+
+def _set_data(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.data = value
+
+
+def is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors begin at the same place of the same memory."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
