@@ -101,6 +101,7 @@ class DenseNoise(Noise):
         super().__init__(units)
         self._keys: Sequence[int] = ()
         self._scales: list[list[Tensor]] = []
+        self._begins: dict[Unit, Tensor] = {}  # of each table: the rows before its parts, [parts, 1]
 
     @abstractmethod
     def draw(self, out: Tensor, generator: torch.Generator) -> None:
@@ -108,7 +109,7 @@ class DenseNoise(Noise):
 
     @property
     def buffer_numel(self) -> int:
-        return max(self._part_numel(unit) + _width(unit) for unit in self.units)
+        return max(self._part_numel(unit) + 2 * _width(unit) for unit in self.units)
 
     def begin(self, keys: Sequence[int], scales: Tensor) -> None:
         self._keys, self._scales = keys, [list(row) for row in scales]
@@ -168,13 +169,15 @@ class DenseNoise(Noise):
             yield z.view(-1, width)[row_indices]
             return
         num_rows = self._part_numel(table) // width
-        place = row_indices // num_rows
-        inside = row_indices - place * num_rows
-        buffer = self.buffer((num_rows + 1) * width, row_indices.device)
-        buffer[-width:].zero_()
-        for number, part in enumerate(parts):
-            self._draw_part(table, part, key, buffer[: part.end - part.begin])
-            yield buffer.view(-1, width)[torch.where(place == number, inside, num_rows)]
+        buffer = self.buffer((num_rows + 2) * width, row_indices.device)
+        buffer.view(-1, width)[:: num_rows + 1].zero_()  # a row before the part, and one after it
+        begins = self._begins.get(table)
+        if begins is None or begins.device != row_indices.device:
+            numbers = [[part.begin // width - 1] for part in parts]
+            begins = self._begins[table] = torch.tensor(numbers, device=row_indices.device)
+        for part, places in zip(parts, (row_indices - begins).clamp_(0, num_rows + 1), strict=True):
+            self._draw_part(table, part, key, buffer[width:][: part.end - part.begin])
+            yield buffer.view(-1, width)[places]
 
     def _part_numel(self, unit: Unit) -> int:
         """Return the number of elements of a part, in whole rows of a table."""
