@@ -6,7 +6,7 @@ the same operators on the same memory: all that Python has decided, and all numb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,11 +53,15 @@ class Tape(TorchDispatchMode):
                 target.copy_(results[number])
 
 
-def record(run: Callable[[], None]) -> Tape:
+def record(function: Callable[[], object], generators: Iterable[torch.Generator] = ()) -> Tape:
     """Record a function. As under capture, its random numbers are drawn in the replays only."""
-    state = torch.get_rng_state()
+    every = [torch.default_generator, *generators]
+    states = [generator.get_state() for generator in every]
     tape = Tape()
-    with tape:
-        run()
-    torch.set_rng_state(state)
+    try:
+        with tape:
+            function()
+    finally:
+        for generator, state in zip(every, states, strict=True):
+            generator.set_state(state)
     return tape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_spu.measure import LiveBytes
 from lit_spu.methods.base import Method
-from lit_spu.methods.step_graphs import Graph, StepGraphs
+from lit_spu.methods.step_graphs import Graphs, Recorder
 from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.tasks import Task
 
@@ -29,7 +29,7 @@ def batch_of(examples: int, tokens: int, task: Task) -> dict[str, Tensor]:
 
 
 def training_step(
-    method: Method, batch: dict[str, Tensor], record: Callable[[Callable[[], None]], Graph] | None = None
+    method: Method, batch: dict[str, Tensor], record: Recorder | None = None
 ) -> tuple[Callable[..., None], list[torch.optim.Optimizer]]:
     """Prepare a method for training steps like the Trainer's, but without logging.
 
@@ -52,7 +52,7 @@ def training_step(
     configs = configured if isinstance(configured, list) else [configured]
     optimizers: list[torch.optim.Optimizer] = [config["optimizer"] for config in configs]
     method.train()
-    graphs = StepGraphs(method, method.loss, record) if record else None
+    graphs = Graphs(method, record) if record else None
 
     def step(batch: dict[str, Tensor] = batch) -> None:
         if isinstance(method, ZerothOrder):

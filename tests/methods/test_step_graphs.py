@@ -21,7 +21,7 @@ from lit_spu.data.text import Tokens
 from lit_spu.measure import Launches
 from lit_spu.methods import step_graphs
 from lit_spu.methods.base import Method
-from lit_spu.methods.step_graphs import CapturedSteps, StepGraphs
+from lit_spu.methods.step_graphs import CapturedSteps, Graphs
 from tests.runs import METHODS, fit, made
 from tests.tape import Tape, record
 
@@ -43,11 +43,11 @@ class Losses(Callback):
 class Capture(Losses):
     """Plays the steps of a run on tapes."""
 
-    graphs: StepGraphs
+    graphs: Graphs
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Method)
-        self.graphs = pl_module.graphs = StepGraphs(pl_module, pl_module.loss, record)
+        self.graphs = pl_module.graphs = Graphs(pl_module, record)
 
 
 class FreezeLater(Callback):
@@ -67,9 +67,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CapturedSteps, "length_multiple", 8)
 
 
-def compare(
-    config: str, backbone: str, folder: Path, *callbacks: Callable[[], Callback], **settings: Any
-) -> StepGraphs:
+def compare(config: str, backbone: str, folder: Path, *callbacks: Callable[[], Callback], **settings: Any) -> Graphs:
     """Train eagerly and with graphs, compare losses and weights, and return the graphs."""
     trainer_settings = {"max_epochs": 4} | settings.pop("trainer", {})
     found = []
@@ -149,7 +147,8 @@ def test_few_launches_remain_outside_of_a_graph(tmp_path: Path, monkeypatch: pyt
     for launches, replays in counts[12:15]:  # all lengths are captured, and the last step of the epoch logs
         assert replays == 1
         assert launches.total + 1 <= 10
-        assert launches.own_waits == 0
+        # on one CPU, a loss is read at once
+        assert all(place.startswith("lit_spu/methods/finite.py") for place in launches.waits), launches.waits
         assert not launches.host_copies
 
 
