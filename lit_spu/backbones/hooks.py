@@ -54,6 +54,12 @@ def has_default_forward(module: nn.Module) -> bool:
     return "forward" not in vars(module)
 
 
+def is_class_forward(forward: Callable[..., Any]) -> bool:
+    """Return whether an inner forward is that of its module's class, not another override."""
+    module = getattr(forward, "__self__", None)
+    return module is not None and getattr(forward, "__func__", None) is type(module).forward
+
+
 def is_position_wise(root: nn.Module) -> bool:
     """Return whether all hooks and forward overrides of a module and of its parts are position-wise."""
     if _has_any_global_hook():
@@ -84,7 +90,7 @@ def _overrides(module: nn.Module) -> Iterator[Any]:
     while isinstance(forward, partial):
         yield forward.func
         forward = forward.args[-1]  # the inner forward, see `override_forward`
-    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+    if forward is not None and not is_class_forward(forward):
         yield forward
 
 

@@ -23,6 +23,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the data type in which a linear layer computes on x: its own, or that of autocast."""
+    device = x.device.type
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):  # autocast leaves fp64 alone
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def is_quantized(weight: Tensor) -> bool:
     """Return whether a weight is held in int8."""
     return is_traceable_wrapper_subclass(weight)  # torchao's tensors have no test of their own

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+
+from lit_spu.backbones.hooks import is_class_forward
+from lit_spu.backbones.precision import is_quantized
 
 Role = Literal["query", "key", "value", "output", "up", "down"]
 """Role of a linear layer: computes queries, keys or values, joins the heads, or widens or narrows a state."""
@@ -14,7 +18,7 @@ class TargetLinear(NamedTuple):
     """A linear layer of a block, or one part of a fused layer.
 
     A fused layer computes `num_parts` equal parts side by side (GPT-2: queries, keys and values). Adapters on it are
-    attached by hooks, so the Hugging Face module tree is unchanged.
+    attached by hooks and forward overrides, so the Hugging Face module tree is unchanged.
     """
 
     path: str  # in the base model
@@ -43,12 +47,20 @@ class TargetLinear(NamedTuple):
         weight = weight.T if self.is_transposed else weight
         return weight if self.num_parts == 1 else weight.chunk(self.num_parts)[self.part]
 
+    @property
+    def columns(self) -> slice:
+        """The outputs of this part among those of the whole layer."""
+        width = self.linear.weight.shape[1 if self.is_transposed else 0] // self.num_parts
+        return slice(self.part * width, (self.part + 1) * width)
+
     def select_outputs(self, output: Tensor) -> Tensor:
         """Return this part, a view [..., outputs], of the whole layer's output [..., outputs * num_parts]."""
-        if self.num_parts == 1:
-            return output
-        width = output.shape[-1] // self.num_parts
-        return output.narrow(-1, self.part * width, width)
+        return output[..., self.columns]
+
+    def is_plain(self, forward: Callable[..., Any]) -> bool:
+        """Return whether an inner forward of the layer computes Wx + b from plain tensors."""
+        has_class = self.is_transposed or type(self.linear).forward is nn.Linear.forward
+        return has_class and is_class_forward(forward) and not is_quantized(self.linear.weight)
 
     def __str__(self) -> str:
         return self.path if self.num_parts == 1 else f"{self.path}.{self.role}"

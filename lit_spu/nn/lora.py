@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_spu.backbones.hooks import position_wise
+from lit_spu.backbones.hooks import override_forward, position_wise
+from lit_spu.backbones.precision import compute_dtype
 from lit_spu.backbones.target_linears import TargetLinear
 from lit_spu.errors import UserError
 from lit_spu.nn.adapter import Adapter
@@ -45,19 +46,35 @@ class LowRank(Adapter):
         """The initial A and B that `init_from_svd` has subtracted from W."""
 
     def attach(self) -> Self:
-        self.target.linear.register_forward_hook(self._add_to_output)
+        override_forward(self.target.linear, self._forward)
         return self
 
     @position_wise
-    def _add_to_output(self, linear: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return output if self.is_merged else self.add_to(output, args[0])
+    def _forward(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.is_merged:
+            return forward(x)
+        if self.target.is_plain(forward):
+            return self._add(x, None)
+        output = forward(x)  # of a quantised layer, or of one that computes more than Wx + b
+        # a linear layer's output is a view, and autograd copies the gradient of a view that is changed in place
+        return self._add(x, output.clone() if output.requires_grad and output._is_view() else output)
 
     def add_to(self, output: Tensor, x: Tensor) -> Tensor:
         """Add s·B(A x) to a layer's `output` [..., outputs] in place, from its input x [..., inputs], and return it."""
-        low = F.linear(self.dropout(x), self.a.to(x.dtype))
-        part = self.target.select_outputs(output)
-        added: Tensor = AddLowRank.apply(part, low.to(output.dtype), self.b.to(output.dtype), self.scale)  # type: ignore[no-untyped-call]
-        return added if part is output else output
+        return self._add(x, output)
+
+    def _add(self, x: Tensor, output: Tensor | None) -> Tensor:
+        """Add s·B(A x) to an output, by default to the linear layer's own."""
+        linear, dtype = self.target.linear, compute_dtype(x) if output is None else output.dtype
+        weight = bias = None
+        if output is None:
+            weight = linear.weight.T if self.target.is_transposed else linear.weight
+            weight, bias = weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+        low_input = self.dropout(x).to(dtype) if self.training and self.dropout.p else None
+        factors = self.a.to(dtype), self.b.to(dtype)
+        columns = self.target.columns
+        result: Tensor = AddLowRank.apply(x.to(dtype), low_input, *factors, output, weight, bias, columns, self.scale)  # type: ignore[no-untyped-call]
+        return result
 
     @property
     def product(self) -> Tensor:
@@ -94,26 +111,81 @@ class LowRank(Adapter):
 
 
 class AddLowRank(torch.autograd.Function):
-    """Add s·low·Bᵀ to `output` [..., outputs] in place, where low = A x. It copies neither `output` nor its gradient.
+    """Compute Wx + b + s·B(A x) as one node of autograd's graph.
 
-    The change in place is safe: the linear layer that computed `output` does not save it. Autograd's own in-place sum
-    would need a view of two dimensions, and copy the gradient for it.
+    With an `output`, it adds s·B(A x) to this tensor in place: Wx + b is known, or another module has computed it. The
+    change is safe if this module does not save its output, as linear layers do not.
+
+    Args:
+        x: The input of the linear layer, [..., inputs].
+        low_input: The input of A if it is not x, such as x after dropout.
+        a: A, [rank, inputs].
+        b: B, [outputs of the target, rank].
+        output: [..., outputs] or None.
+        weight: W, [outputs, inputs], if there is no `output`.
+        bias: b, [outputs], or None.
+        columns: The target's part of the outputs.
+        scale: s.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
-        output.flatten(0, -2).addmm_(low.flatten(0, -2), b.T, alpha=scale)
-        ctx.mark_dirty(output)
-        ctx.save_for_backward(low, b)
-        ctx.scale = scale
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        low_input: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        output: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        columns: slice,
+        scale: float,
+    ) -> Tensor:
+        flat = x.flatten(0, -2)
+        if weight is not None:
+            # written into the result's own memory: what a node returns must not be a view if it is to be changed
+            output = x.new_empty(*x.shape[:-1], len(weight))
+            rows = output.flatten(0, -2)
+            torch.mm(flat, weight.T, out=rows) if bias is None else torch.addmm(bias, flat, weight.T, out=rows)
+        else:
+            assert output is not None
+            ctx.mark_dirty(output)
+            rows = output.flatten(0, -2)
+        low = torch.mm(flat if low_input is None else low_input.flatten(0, -2), a.T)
+        rows[:, columns].addmm_(low, b.T, alpha=scale)
+        _, _, _, _, _, trains_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if low_input is None or trains_weight else None, low_input, low, a, b, weight)
+        ctx.columns, ctx.scale, ctx.input_shape = columns, scale, x.shape
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad_output,) = grads
-        low, b = ctx.saved_tensors
-        flat = grad_output.flatten(0, -2)
-        # products with a thin matrix: MKL is 3 to 10 times as fast with its few vectors as contiguous rows
-        grad_low = F.linear(flat, b.T.contiguous()).mul_(ctx.scale).view_as(low)
-        grad_b = (low.flatten(0, -2).T @ flat).mul_(ctx.scale).T
-        return grad_output, grad_low, grad_b, None
+        x, low_input, low, a, b, weight = ctx.saved_tensors
+        needs_x, needs_low_input, needs_a, needs_b, needs_output, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad = grad_output.flatten(0, -2)
+        part = grad[:, ctx.columns]
+        grad_x = grad_low_input = grad_a = grad_b = None
+        # Bᵀgᵀ: MKL is 3 to 10 times as fast with the few vectors of a thin matrix as contiguous rows
+        grad_low = grad.new_empty(b.shape[1], len(grad)).addmm_(b.T, part.T, beta=0, alpha=ctx.scale)
+        if needs_a:
+            grad_a = grad_low @ (x if low_input is None else low_input).flatten(0, -2)
+        if needs_b:
+            grad_b = torch.empty_like(b).addmm_(part.T, low, beta=0, alpha=ctx.scale)
+        if needs_low_input:
+            grad_low_input = (grad_low.T @ a).view(ctx.input_shape)
+        if needs_x and weight is not None:
+            grad_x = grad @ weight
+        if needs_x and low_input is None:
+            grad_x = grad_low.T @ a if grad_x is None else grad_x.addmm_(grad_low.T, a)
+        return (
+            None if grad_x is None else grad_x.view(ctx.input_shape),
+            grad_low_input,
+            grad_a,
+            grad_b,
+            grad_output if needs_output else None,
+            grad.T @ x.flatten(0, -2) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+            None,
+            None,
+        )

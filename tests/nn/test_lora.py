@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_spu.backbones.hooks import override_forward
 from lit_spu.backbones.target_linears import TargetLinear
+from lit_spu.measure import Launches
 from lit_spu.measure.saved import SavedForBackward
-from lit_spu.nn.lora import AddLowRank, LowRank
+from lit_spu.nn.lora import LowRank
 
 
 def target(kind: str) -> TargetLinear:
@@ -48,18 +52,60 @@ def test_it_adds_its_product(kind: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(where.linear(x), wanted, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_its_formula(kind: str) -> None:
-    where = target(kind)
-    where.linear.requires_grad_(False)
-    pair = trained(where).attach()
+class Doubled(nn.Linear):
+    """A linear layer that computes more than its product."""
 
-    def run(x: Tensor, *_: Tensor) -> Tensor:
-        out: Tensor = where.linear(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def overridden(linear: nn.Module) -> nn.Module:
+    override_forward(linear, lambda forward, x: forward(x))
+    return linear
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(6, 9),
+    "without bias": lambda: nn.Linear(6, 9, bias=False),
+    "transposed": lambda: Conv1D(9, 6),
+    "of another class": lambda: Doubled(6, 9),
+    "overridden": lambda: overridden(nn.Linear(6, 9)),
+}
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_are_those_of_its_formula(layer: str, parts: int, is_frozen: bool) -> None:
+    """Also of a layer that runs twice, and with a pair for each part of a fused layer."""
+    torch.manual_seed(0)
+    linear = LAYERS[layer]().double().requires_grad_(not is_frozen)
+    plain = copy.deepcopy(linear)
+    pairs = [trained(TargetLinear("linear", linear, "key", part, parts)).attach() for part in range(parts)]
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+
+    def formula(x: Tensor) -> Tensor:
+        out: Tensor = plain(x) + torch.cat([0.7 * x @ pair.a.T @ pair.b.T for pair in pairs], -1)
         return out
 
-    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(run, (x, pair.a, pair.b))
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        out: Tensor = linear(x) * linear(x[:1])
+        return out
+
+    trained_tensors = [x, *(p for pair in pairs for p in (pair.a, pair.b))]
+    weights = [p for p in linear.parameters() if p.requires_grad]
+    found = run(x)
+    wanted = formula(x) * formula(x[:1])
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    gradients = torch.autograd.grad(found.sin().sum(), [*trained_tensors, *weights])
+    expected = torch.autograd.grad(
+        wanted.sin().sum(), [*trained_tensors, *(p for p in plain.parameters() if p.requires_grad)]
+    )
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+    # or autograd copies the gradients of A and B
+    assert all(gradient.is_contiguous() for gradient in gradients[: len(trained_tensors)])
+    assert torch.autograd.gradcheck(run, (*trained_tensors, *weights))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,15 +136,29 @@ def test_the_top_singular_vectors_move_into_the_pair(outputs: int, inputs: int) 
     torch.testing.assert_close(linear.weight + pair.product, whole, atol=1e-12, rtol=0)
 
 
-def test_nothing_of_the_linear_output_is_copied_or_kept() -> None:
-    out = torch.randn(4, 5, 6, requires_grad=True) * 1
-    place, low, b = out.data_ptr(), torch.randn(4, 5, 2, requires_grad=True), torch.randn(6, 2, requires_grad=True)
-    with SavedForBackward([]) as kept:
-        added = AddLowRank.apply(out, low, b, 1.0)  # type: ignore[no-untyped-call]
-    assert added.data_ptr() == place
-    assert kept.nbytes == low.nbytes + b.nbytes
-    assert low in kept
-    assert b in kept
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_one_node_that_saves_its_input_and_the_low_rank_state(kind: str) -> None:
+    where = target(kind)
+    where.linear.requires_grad_(False)
+    pair = trained(where).attach()
+    x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
+
+    def run() -> SavedForBackward:
+        with SavedForBackward([*where.linear.parameters(), *pair.parameters()]) as saved:
+            out = where.linear(x)
+        assert not out._is_view()  # what follows may change it in place without a copy of its gradient
+        out.backward(torch.ones_like(out))
+        return saved
+
+    run()
+    pair.zero_grad()
+    with Launches() as counted:
+        saved = run()
+    assert saved.nbytes == x.nbytes + 4 * 5 * 2 * 8  # x and A x
+    # Wx + b, A x and its product with B; the gradients of A x, A and B, and two for x
+    assert counted.by_phase["forward"] - counted.by_operator["forward", "ones_like"] == 3
+    # x has a gradient already, to which autograd adds
+    assert counted.by_phase["backward"] - counted.by_operator["backward", "add_"] == 5
 
 
 def test_dropout_is_of_the_inputs_of_a_alone() -> None:
@@ -116,6 +176,41 @@ def expected_without_hooks(where: TargetLinear, pair: LowRank, x: Tensor) -> Ten
     return out + 0.7 * x @ pair.a.T @ pair.b.T
 
 
+def test_gradients_with_dropout_are_those_of_its_formula() -> None:
+    where = target("linear")
+    pair = trained(where, dropout=0.5).attach()
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    plain = copy.deepcopy(where.linear)
+    vars(plain).pop("forward")
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        out: Tensor = where.linear(x)
+        return out
+
+    def formula(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        out: Tensor = plain(x) + 0.7 * pair.dropout(x) @ pair.a.T @ pair.b.T
+        return out
+
+    torch.testing.assert_close(run(x), formula(x), atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(run, (x, pair.a, pair.b, *where.linear.parameters()))
+
+
+def test_a_layer_in_bf16_has_pairs_in_fp32() -> None:
+    linear = nn.Linear(6, 9).bfloat16().requires_grad_(False)
+    pair = LowRank(TargetLinear("linear", linear, "up"), 2, 2.0).attach()
+    x = torch.randn(4, 6).bfloat16().requires_grad_()
+    out = linear(x)
+    out.sum().backward()
+    assert out.dtype is torch.bfloat16
+    assert torch.equal(out, nn.functional.linear(x, linear.weight, linear.bias))  # B is zero
+    assert pair.b.grad is not None
+    assert pair.b.grad.dtype is torch.float32
+    wanted = (x @ pair.a.bfloat16().T).float().sum(0).expand(9, -1)
+    torch.testing.assert_close(pair.b.grad, wanted, atol=0.1, rtol=0.02)
+
+
 def test_under_autocast_it_joins_what_the_linear_puts_out() -> None:
     linear = nn.Linear(6, 9)
     pair = LowRank(TargetLinear("linear", linear, "up"), 2, 2.0)
@@ -127,3 +222,6 @@ def test_under_autocast_it_joins_what_the_linear_puts_out() -> None:
         out = linear(x)
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.float(), plain + x @ pair.a.T @ pair.b.T, atol=0.1, rtol=0.05)
+    out.float().sum().backward()
+    assert pair.a.grad is not None
+    torch.testing.assert_close(pair.a.grad, pair.b.sum(0).outer(x.sum(0)), atol=0.1, rtol=0.05)
