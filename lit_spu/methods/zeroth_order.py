@@ -60,8 +60,8 @@ class ZerothOrder(Method):
         normalize: Divide the slopes by the standard deviation of the step's losses (FZOO). The learning rate then has
             another scale.
         rounding: Rounding of updated weights in half precision (`trainer.precision` of bf16-true or 16-true):
-            `stochastic`, so that small updates add up in the mean; `residual`, which stores the rounding errors in as
-            much memory as the weights take; or to the `nearest` number, which loses small updates.
+            `residual` stores the rounding errors in as much memory as the weights take, so that small updates add up;
+            `stochastic` rounds up or down at random, so that they add up in the mean; `nearest` loses them.
         weights: Initial weights: a run directory, a checkpoint or an export of the same trained weights. For example, a
             LoRA that was trained by backpropagation can be trained further with a metric as the objective.
         trajectory: A trajectory to continue, or a run directory that has one. Its steps are replayed, and training
@@ -89,7 +89,7 @@ class ZerothOrder(Method):
         share: PositiveShare = 1.0,
         rows: Rows = "all",
         normalize: bool = False,
-        rounding: Rounding = "stochastic",
+        rounding: Rounding = "residual",
         weights: Text | None = None,
         trajectory: Text | None = None,
         **kwargs: Any,

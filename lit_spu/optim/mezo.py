@@ -7,12 +7,12 @@ key.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,9 +54,9 @@ class MeZOOptimizer(Optimizer):
             would be a random walk, because their gradient is zero.
         normalize: Divide the slopes by the standard deviation of the step's losses, so that all steps have a similar
             length (FZOO, https://arxiv.org/abs/2506.09034).
-        rounding: Rounding of updated weights in half precision: `stochastic` rounds up or down at random, so that small
-            updates add up in the mean. `residual` stores the rounding error of all updates so far, which takes as much
-            memory as the weights. `nearest` loses updates below half the distance of two numbers.
+        rounding: Rounding of updated weights in half precision: `residual` stores the rounding error of all updates so
+            far, which takes as much memory as the weights, so that small updates add up. `stochastic` rounds up or down
+            at random, so that they add up in the mean. `nearest` loses updates below half the distance of two numbers.
         seed: Random seed of all directions, the same on all ranks.
         reduce: Function that returns the sum of a tensor over all ranks; None for one rank.
         shard: This rank and the number of ranks, if every rank evaluates n directions of its own.
@@ -83,7 +83,7 @@ class MeZOOptimizer(Optimizer):
         share: float = 1.0,
         rows: Rows = "all",
         normalize: bool = False,
-        rounding: Rounding = "stochastic",
+        rounding: Rounding = "residual",
         seed: int = 0,
         reduce: Callable[[Tensor], Tensor] | None = None,
         shard: tuple[int, int] = (0, 1),
@@ -127,7 +127,7 @@ class MeZOOptimizer(Optimizer):
     @property
     def num_skipped_directions(self) -> int:
         """Number of directions skipped so far because their slope was not finite. Reading it waits for the device."""
-        return sum(not math.isfinite(value) for value in self.history)
+        return int((~np.isfinite(np.asarray(self.history))).sum())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], num_examples: int = 1) -> Tensor | None:  # type: ignore[override]
@@ -184,7 +184,7 @@ class MeZOOptimizer(Optimizer):
         extra = {
             "seed": self.seed,
             "initial_fingerprint": self.initial_fingerprint,
-            "history": torch.tensor(self.history),
+            "history": torch.tensor(self.history, dtype=torch.float32),
         }
         return super().state_dict() | extra
 
@@ -202,7 +202,7 @@ class MeZOOptimizer(Optimizer):
         active = set(self._active_units())
         if self.rows == "seen":
             for table in self.layout.tables:
-                table.marks = torch.zeros(len(table.weights[0]), device=table.device)
+                table.marks = torch.zeros(len(table.weights[0]), dtype=torch.float32, device=table.device)
         found = []
         for direction in self.rank_directions:
             for sign in (1, -1):

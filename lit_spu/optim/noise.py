@@ -7,6 +7,7 @@ dtype. Torch's global generators are not used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -38,7 +39,8 @@ class Part(NamedTuple):
 class Noise(ABC):
     """Base class of distributions of z. Each element has mean 0 and variance 1.
 
-    The methods `add` and `add_rows` add scaled z to weights, for the directions chosen by `begin`.
+    The methods `add` and `add_rows` add scaled z to weights, for the directions chosen by `begin`. A CUDA graph can
+    capture them, unless draws are small: from step to step only tensors change, and the generators that `begin` seeds.
 
     Args:
         units: All units that have noise.
@@ -101,6 +103,8 @@ class DenseNoise(Noise):
         super().__init__(units)
         self._keys: Sequence[int] = ()
         self._scales: list[list[Tensor]] = []
+        self._passes: Counter[tuple[str, int]] = Counter()  # over each unit and direction, since `begin`
+        self._seeded: dict[tuple[str, int, int], torch.Generator] = {}  # by unit, direction and pass
         self._begins: dict[Unit, Tensor] = {}  # of each table: the rows before its parts, [parts, 1]
 
     @abstractmethod
@@ -113,6 +117,10 @@ class DenseNoise(Noise):
 
     def begin(self, keys: Sequence[int], scales: Tensor) -> None:
         self._keys, self._scales = keys, [list(row) for row in scales]
+        self._passes.clear()
+        for (name, number, _), generator in self._seeded.items():
+            if number < len(keys):
+                generator.manual_seed(key_of(keys[number], name))
 
     def parts(self, unit: Unit) -> Sequence[Part]:
         numel = self._part_numel(unit)
@@ -124,8 +132,8 @@ class DenseNoise(Noise):
 
     def add(self, unit: Unit, part: Part, source: Tensor, out: Tensor) -> None:
         is_free = out.dtype is torch.float32 and not is_same_memory(source, out)
-        for key, scale in self._directions(unit):
-            z = self._draw_part(unit, part, key, out if is_free else self.buffer(len(out), out.device))
+        for number, scale in self._directions(unit):
+            z = self._draw_part(unit, part, number, out if is_free else self.buffer(len(out), out.device))
             if unit.marks is not None:
                 width = _width(unit)
                 z.view(-1, width).mul_(unit.marks[part.begin // width : part.end // width, None])
@@ -134,19 +142,28 @@ class DenseNoise(Noise):
 
     def add_rows(self, table: Unit, row_indices: Tensor, rows: Tensor) -> None:
         find = self._rows_of_few_parts if _draws_small(table) else self._rows_of_all_parts
-        for key, scale in self._directions(table):
-            for z in find(table, key, row_indices):
+        for number, scale in self._directions(table):
+            for z in find(table, number, row_indices):
                 rows.addcmul_(z, scale)
 
     def _directions(self, unit: Unit) -> Iterator[tuple[int, Tensor]]:
-        scales = self._scales[unit.group] if len(self._scales) > 1 else self._scales[0]
-        return zip((key_of(key, unit.name) for key in self._keys), scales, strict=True)
+        """Yield the number and the scale of each direction."""
+        yield from enumerate(self._scales[unit.group] if len(self._scales) > 1 else self._scales[0])
 
-    def _draw_part(self, unit: Unit, part: Part, key: int, out: Tensor) -> Tensor:
-        self.draw(out, self._generators.seed(out.device, key + part.begin))
+    def _draw_part(self, unit: Unit, part: Part, number: int, out: Tensor) -> Tensor:
+        """Fill `out` with z of a part. If draws are not small, all parts are drawn one after the other."""
+        if _draws_small(unit):
+            key = key_of(self._keys[number], unit.name) + part.begin
+            self.draw(out, self._generators.seed(out.device, key))
+            return out
+        self._passes[unit.name, number] += part.begin == 0
+        place = unit.name, number, self._passes[unit.name, number]
+        if place not in self._seeded or self._seeded[place].device != out.device:
+            self._seeded[place] = torch.Generator(out.device).manual_seed(key_of(self._keys[number], unit.name))
+        self.draw(out, self._seeded[place])
         return out
 
-    def _rows_of_few_parts(self, table: Unit, key: int, row_indices: Tensor) -> Iterator[Tensor]:
+    def _rows_of_few_parts(self, table: Unit, number: int, row_indices: Tensor) -> Iterator[Tensor]:
         """Yield z [count, width] of rows. Only the parts that hold one of them are drawn."""
         width, numel = _width(table), self._part_numel(table)
         z = torch.empty(len(row_indices), width, dtype=torch.float32, device=row_indices.device)
@@ -155,17 +172,17 @@ class DenseNoise(Noise):
         first = 0
         for place, count in zip(places.tolist(), counts.tolist(), strict=True):
             part = Part(place * numel, min((place + 1) * numel, table.numel))
-            drawn = self._draw_part(table, part, key, self.buffer(part.end - part.begin, z.device))
+            drawn = self._draw_part(table, part, number, self.buffer(part.end - part.begin, z.device))
             found = slice(first, first + count)
             z[order[found]] = drawn.view(-1, width)[ordered[found] - part.begin // width]
             first += count
         yield z
 
-    def _rows_of_all_parts(self, table: Unit, key: int, row_indices: Tensor) -> Iterator[Tensor]:
+    def _rows_of_all_parts(self, table: Unit, number: int, row_indices: Tensor) -> Iterator[Tensor]:
         """Yield for each part z [count, width] of those rows that lie in it, and zeros for the others."""
         width, parts = _width(table), self.parts(table)
         if len(parts) == 1:
-            z = self._draw_part(table, parts[0], key, self.buffer(table.numel, row_indices.device))
+            z = self._draw_part(table, parts[0], number, self.buffer(table.numel, row_indices.device))
             yield z.view(-1, width)[row_indices]
             return
         num_rows = self._part_numel(table) // width
@@ -173,10 +190,10 @@ class DenseNoise(Noise):
         buffer.view(-1, width)[:: num_rows + 1].zero_()  # a row before the part, and one after it
         begins = self._begins.get(table)
         if begins is None or begins.device != row_indices.device:
-            numbers = [[part.begin // width - 1] for part in parts]
-            begins = self._begins[table] = torch.tensor(numbers, device=row_indices.device)
+            places = [[part.begin // width - 1] for part in parts]
+            begins = self._begins[table] = torch.tensor(places, device=row_indices.device)
         for part, places in zip(parts, (row_indices - begins).clamp_(0, num_rows + 1), strict=True):
-            self._draw_part(table, part, key, buffer[width:][: part.end - part.begin])
+            self._draw_part(table, part, number, buffer[width:][: part.end - part.begin])
             yield buffer.view(-1, width)[places]
 
     def _part_numel(self, unit: Unit) -> int:
@@ -212,12 +229,13 @@ class LowRankNoise(Noise):
     """Matrices of rank one (https://arxiv.org/abs/2410.07698).
 
     z = uvᵀ for a weight [outputs, inputs], with normal u and v. Weights that are not matrices have normal noise.
-    The factors of all units are drawn together, and are kept until other directions are chosen.
+    The factors of all units are drawn together, by `begin`.
     """
 
     def __init__(self, units: Sequence[Unit]) -> None:
         super().__init__(sorted(units, key=lambda unit: unit.group))
-        self._factors: dict[int, Tensor] = {}
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of directions
+        self._drawn_keys: dict[int, Sequence[int]] = {}  # of the factors in this memory
         self._left = self._right = torch.empty(0)  # of the chosen directions: scaled u and normal noise; v
         self._places: dict[tuple[str, int], tuple[int, int]] = {}  # in `_left` and `_right`, by unit and part
         self._group_ends: list[int] = []
@@ -235,18 +253,25 @@ class LowRankNoise(Noise):
         self._num_left, self._num_factors = left, left + right
 
     def begin(self, keys: Sequence[int], scales: Tensor) -> None:
-        known, device = self._factors, scales.device
-        self._factors = {key: known[key] if key in known else self._draw(key, device) for key in keys}
-        drawn = [self._factors[key] for key in keys]
-        factors = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]
-        left, self._right = factors[:, : self._num_left], factors[:, self._num_left :]
-        if len(scales) == 1:
-            self._left = left * scales[0, :, None]
-            return
-        self._left, begin = torch.empty_like(left), 0
-        for scale, end in zip(scales, self._group_ends, strict=False):
-            torch.mul(left[:, begin:end], scale[:, None], out=self._left[:, begin:end])
+        factors, scaled = self._get_memory(len(keys), scales.device)
+        if self._drawn_keys.get(len(keys)) != keys:
+            for row, key in zip(factors, keys, strict=True):
+                row.normal_(generator=self._generators.seed(scales.device, key))
+            self._drawn_keys[len(keys)] = keys
+        begin = 0
+        for scale, end in zip(scales, self._group_ends if len(scales) > 1 else [self._num_left], strict=False):
+            torch.mul(factors[:, begin:end], scale[:, None], out=scaled[:, begin:end])
             begin = end
+        self._left, self._right = scaled, factors[:, self._num_left :]
+
+    def _get_memory(self, directions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return memory for the factors, and for those that are scaled, of a number of directions."""
+        known = self._memory.get(directions)
+        if known is None or known[0].device != device:
+            factors = torch.empty(directions, self._num_factors, dtype=torch.float32, device=device)
+            known = self._memory[directions] = factors, torch.empty_like(factors[:, : self._num_left])
+            self._drawn_keys.pop(directions, None)
+        return known
 
     def parts(self, unit: Unit) -> Sequence[Part]:
         parts = [Part(stack.begin, stack.end, stack) for stack in unit.stacks]
@@ -273,10 +298,6 @@ class LowRankNoise(Noise):
         u, v = self._stack_factors(stack, *self._places[table.name, stack.begin])
         for left, right in zip(u[:, 0], v[:, 0], strict=True):
             rows.addcmul_(left[row_indices, None], right)
-
-    def _draw(self, key: int, device: torch.device) -> Tensor:
-        factors = torch.empty(self._num_factors, dtype=torch.float32, device=device)
-        return factors.normal_(generator=self._generators.seed(device, key))
 
     def _stack_factors(self, stack: Stack, left: int, right: int) -> tuple[Tensor, Tensor]:
         """Return scaled u [directions, matrices, rows] and v [directions, matrices, columns]."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from lit_spu.backbones import load_backbone
 from lit_spu.methods.base import Method
@@ -19,6 +20,7 @@ from lit_spu.methods.lora import LoRA
 from lit_spu.optim.mezo import MeZOOptimizer
 from lit_spu.tasks import TASKS
 from tests.conftest import FAMILIES, encode
+from tests.tape import record
 
 SCALE = 2.0**-7  # exact in every precision
 
@@ -140,6 +142,49 @@ def test_weights_are_their_own_after_an_error_in_a_block(tiny: Callable[[str], s
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
     assert [p.data_ptr() for p in backbone.parameters()] == places
     assert not any("forward" in vars(module) for module in [*backbone.blocks, *backbone.base_model.embeddings])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "low_rank"])
+def test_evaluations_and_updates_can_be_captured(
+    tiny: Callable[[str], str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded by the rules of CUDA graphs, and replayed with other keys, scales and slopes: equal to the bit."""
+    monkeypatch.setattr("lit_spu.optim.noise.SMALL_DRAWS", ())
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # otherwise it reads the mask's values
+    backbones = [load_backbone(tiny("bert"), TASKS["sst2"], "prompt").eval() for _ in range(2)]
+    backbones[1].load_state_dict(backbones[0].state_dict())
+    batch, lr = encode(backbones[0]), 1e-2
+    eager, replayed = (make_optimizer(backbone, backbone, lr=lr, noise=kind) for backbone in backbones)
+    for optimizer, backbone in zip((eager, replayed), backbones, strict=True):
+        for _ in range(3 if optimizer is eager else 1):
+            optimizer.step(lambda: backbone.loss(backbone(batch), batch))  # noqa: B023
+    noise, units, scale, steps = replayed.noise, replayed.layout.units, torch.zeros(1, 1), torch.zeros(1, 1)
+    with torch.no_grad():
+        noise.begin([0], scale)
+        losses: list[Tensor] = []
+
+        def evaluate() -> None:
+            with replayed.perturbed.apply(set(units)):
+                losses.append(backbones[1].loss(backbones[1](batch), batch))
+
+        def move() -> None:
+            for unit in units:
+                replayed._update(unit, None)
+
+        evaluation = record(evaluate)
+        noise.begin([0], steps)
+        update = record(move)  # by steps of zero
+        for step in (1, 2):
+            replayed.param_groups[0]["step"] = step
+            found = []
+            for sign in (1, -1):
+                noise.begin([replayed._key(0)], scale.fill_(sign * SCALE))
+                evaluation.replay()
+                found.append(losses[0].double())
+            slope = ((found[0] - found[1]) / (2 * SCALE)).float()
+            noise.begin([replayed._key(0)], steps.copy_(torch.tensor(lr) * slope / -1))
+            update.replay()
+    assert all(map(torch.equal, backbones[0].parameters(), backbones[1].parameters()))
 
 
 def stop(*_: Any) -> None:
