@@ -111,10 +111,10 @@ def test_a_last_block_with_perturbed_weights_runs_at_the_answer_alone(
     )
     assert len(optimizer.layout.blocks[0][1]) == (2 if dtype is torch.float32 else 3)
     with torch.autocast("cpu", torch.bfloat16):  # whose cache knows weights by their identity
-        expected = with_perturbed_weights(backbone, optimizer)(batch)
+        expected = [with_perturbed_weights(backbone, optimizer, scale)(batch) for scale in (SCALE, -SCALE)]
         backbone.blocks[-1].get_submodule("output.dense").register_forward_hook(hook)
         found = perturbed_values(optimizer, lambda: backbone(batch))
-    assert torch.equal(found[0], expected)
+    assert all(map(torch.equal, found, expected))
     assert not torch.equal(*found)
     assert hook.widths == [1, 1]
 
@@ -129,6 +129,14 @@ class Widths:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.widths.append(output.shape[1])
+
+
+def test_a_weight_of_two_blocks_is_perturbed_in_both() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    model[1].weight = model[0].weight
+    optimizer, x = MeZOOptimizer(model.named_parameters(), epsilon=SCALE, blocks=list(model)), torch.ones(2, 4).double()
+    expected = with_perturbed_weights(model, optimizer)(x)
+    torch.testing.assert_close(perturbed_values(optimizer, lambda: model(x))[0], expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
