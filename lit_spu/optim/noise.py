@@ -241,6 +241,7 @@ class LowRankNoise(Noise):
         self._group_ends: list[int] = []
         left = right = 0
         for unit in self.units:
+            self._group_ends += [left] * (unit.group - len(self._group_ends))  # of the groups before
             for part in self.parts(unit):
                 self._places[unit.name, part.begin] = left, right
                 if part.stack:
@@ -248,8 +249,7 @@ class LowRankNoise(Noise):
                     right += part.stack.num_matrices * part.stack.columns
                 else:
                     left += part.end - part.begin
-            self._group_ends += [left] * (unit.group + 1 - len(self._group_ends))
-            self._group_ends[unit.group] = left
+        self._group_ends.append(left)
         self._num_left, self._num_factors = left, left + right
 
     def begin(self, keys: Sequence[int], scales: Tensor) -> None:
@@ -280,18 +280,16 @@ class LowRankNoise(Noise):
     def add(self, unit: Unit, part: Part, source: Tensor, out: Tensor) -> None:
         left, right = self._places[unit.name, part.begin]
         if part.stack is None:
-            z = self._left[:, left : left + len(out)]
-            torch.add(source, z[0] if len(z) == 1 else z.sum(0), out=out)
+            for z in self._left[:, left : left + len(out)]:
+                torch.add(source, z, out=out)
+                source = out
             return
-        u, v = self._stack_factors(part.stack, left, right)
-        if unit.marks is not None:
-            u = u * unit.marks
+        factors = self._stack_factors(part.stack, left, right)
         source, out = part.stack.view(source), part.stack.view(out)
-        if len(u) == 1:
-            torch.addcmul(source, u[0, :, :, None], v[0, :, None], out=out)
-            return
-        with torch.autocast(out.device.type, enabled=False):  # a replay computes the same without it
-            torch.baddbmm(source, u.permute(1, 2, 0).to(out.dtype), v.transpose(0, 1).to(out.dtype), out=out)
+        for u, v in zip(*factors, strict=True):
+            # no matrix product, which a replay might compute in another precision
+            torch.addcmul(source, (u if unit.marks is None else u * unit.marks)[:, :, None], v[:, None], out=out)
+            source = out
 
     def add_rows(self, table: Unit, row_indices: Tensor, rows: Tensor) -> None:
         (stack,) = table.stacks
