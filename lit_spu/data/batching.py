@@ -67,7 +67,7 @@ class Examples(Dataset[Batch]):
         batch = {
             "input_ids": torch.from_numpy(np.where(real, self.tokens.ids[offsets], self.pad_id).astype(np.int64)),
             "attention_mask": torch.from_numpy(real.astype(np.int64)),
-            "labels": self.labels[index],
+            "labels": torch.from_numpy(self.labels.numpy()[index]),  # torch would take as long as all of the rest
             "index": torch.from_numpy(index),
         }
         if self.tokens.types is not None:
