@@ -11,8 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lit_spu.measure.launches import HOST_READS, needs_value
+
+
+class RefuseHostReads(TorchFunctionMode):
+    """Refuses to copy a tensor to the host, which no dispatch mode sees on a CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOST_READS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class Tape(TorchDispatchMode):
@@ -25,15 +37,14 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        if not name.startswith("aten::index") and {
-            torch.Tag.data_dependent_output,
-            torch.Tag.dynamic_output_shape,
-        }.intersection(func.tags):
+        if needs_value(
+            func, name.removeprefix("aten::"), [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        ):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         if name == "aten::lift_fresh":
             raise RuntimeError("a copy from the host's memory, which changes until the replay")
         outputs = func(*args, **kwargs)
-        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {tensor.untyped_storage()._cdata for tensor in tensors}
         fresh = [
             (leaf.detach(), number)
             for number, leaf in enumerate(tree_leaves(outputs))
@@ -59,7 +70,7 @@ def record(function: Callable[[], object], generators: Iterable[torch.Generator]
     states = [generator.get_state() for generator in every]
     tape = Tape()
     try:
-        with tape:
+        with RefuseHostReads(), tape:
             function()
     finally:
         for generator, state in zip(every, states, strict=True):

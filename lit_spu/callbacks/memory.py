@@ -30,7 +30,7 @@ class Memory(Checked, Callback):
     - `memory/peak_mib`: on an accelerator, the memory of all tensors; on a CPU, the resident memory of the process. The
       latter includes the interpreter, imports and freed memory that malloc retains, so compare differences.
     - `memory/reserved_mib`: on an accelerator, the memory that the allocator took from the device.
-    - `memory/mean_mib`: the mean of the steps' peaks so far.
+    - `memory/mean_mib`: the mean of the steps' peaks so far. Steps that are replayed as a CUDA graph have no peak.
     - `memory/inference_peak_mib`: the peak of a validation, test or predict epoch.
 
     Live bytes are the bytes of tensors alone, counted at every operator, so they are exact and repeatable on every
@@ -67,7 +67,7 @@ class Memory(Checked, Callback):
         self._peak: ResidentPeak | AcceleratorPeak | None = None
         self._live_bytes: LiveBytes | None = None  # while a step is counted
         self._timeline_source: LiveBytes | None = None  # the counted step with the highest peak
-        self._first_step = self._num_batches = 0
+        self._first_step = self._num_batches = self._num_peaks = 0
         self._batch_numel = self._max_batch_numel = self._grad_numel = self._max_grad_numel = 0
         self._parameters: list[nn.Parameter] = []  # listed once: a module has to look for them
         self._num_trainable = self._num_optimizer_states = 0
@@ -82,7 +82,7 @@ class Memory(Checked, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
-        self._num_batches = self._max_batch_numel = self._max_grad_numel = 0
+        self._num_batches = self._num_peaks = self._max_batch_numel = self._max_grad_numel = 0
         self._parameters = [*pl_module.parameters()]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -106,10 +106,15 @@ class Memory(Checked, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if figures := self._read_peak():
-            self._update_summary(figures)
+        figures = self._read_peak()
+        graphs = getattr(pl_module, "graphs", None)
+        if graphs and graphs.has_replayed:  # a replay allocates nothing: its activations lie in the graph's memory
+            figures.pop("memory/peak_mib", None)
+        self._update_summary(figures)
+        if (peak := figures.get("memory/peak_mib")) is not None:
             mean = self.summary.get("memory/mean_mib", 0.0)
-            mean += (figures["memory/peak_mib"] - mean) / (self._num_batches + 1)
+            self._num_peaks += 1
+            mean += (peak - mean) / self._num_peaks
             self.summary["memory/mean_mib"] = figures["memory/mean_mib"] = mean
         self._num_batches += 1
         if counted := self._stop_counting():

@@ -32,6 +32,9 @@ FUSED_ON_CUDA: dict[Callable[..., Any], tuple[int, int]] = {
 }
 """Functions that CUDA computes in one kernel and a CPU in many: the operators of a forward and of a backward pass."""
 
+HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.cpu)
+"""Functions that copy a tensor to the host. On a CPU they run no operator, but on a device they wait."""
+
 PROJECT = str(Path(__file__).parents[1])
 
 
@@ -80,7 +83,7 @@ class Launches(TorchDispatchMode):
             )
             for hook in hooks:
                 self._exits.callback(hook.remove)
-        self._exits.enter_context(_Fused(self))
+        self._exits.enter_context(_Functions(self))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -119,7 +122,7 @@ class Launches(TorchDispatchMode):
         inputs = _tensors((args, kwargs))
         if name == "lift_fresh":
             self.host_copies[_find_place()] += 1
-        elif _needs_value(func, name, inputs):
+        elif needs_value(func, name, inputs):
             self.waits[_find_place()] += 1
             self.count(name, len(_tensors(result)))
         elif _launches(func, name, inputs, _tensors(result)):
@@ -127,8 +130,8 @@ class Launches(TorchDispatchMode):
         return result
 
 
-class _Fused(TorchFunctionMode):
-    """Function mode that counts the functions of `FUSED_ON_CUDA` as a whole."""
+class _Functions(TorchFunctionMode):
+    """Function mode that counts the functions of `FUSED_ON_CUDA` as a whole, and those of `HOST_READS` as waits."""
 
     def __init__(self, launches: Launches) -> None:
         super().__init__()
@@ -136,6 +139,8 @@ class _Fused(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in HOST_READS:
+            self.launches.waits[_find_place()] += 1
         if func not in FUSED_ON_CUDA or self.launches._is_paused:
             return func(*args, **kwargs)
         names = list(kwargs)
@@ -176,7 +181,7 @@ def _tensors(values: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _needs_value(func: Any, name: str, inputs: list[Tensor]) -> bool:
+def needs_value(func: Any, name: str, inputs: list[Tensor]) -> bool:
     """Return whether the host needs a value or a shape that an operator computes."""
     if name.startswith("index"):  # tagged, but only the places of a mask have to be counted
         return any(tensor.dtype is torch.bool for tensor in inputs[1:])

@@ -147,9 +147,6 @@ class Method(Checked, CapturedSteps, ABC):
         super().optimizer_step(*args, **kwargs)
         self.trainer.optimizers[0].zero_grad()
 
-    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing before the backward pass: the gradients were freed after the last step."""
-
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained weights, and its learning rate by step."""
         groups = self.parameter_groups()
@@ -208,21 +205,15 @@ class Method(Checked, CapturedSteps, ABC):
         self.zero_grad()
         self.seed = torch.initial_seed()
 
-    def graph_obstacle(self) -> str | None:
-        if type(self).step_loss is not Method.step_loss:
-            return f"{type(self).__name__} has its own kind of step"
-        return super().graph_obstacle()
+    @property
+    def takes_plain_steps(self) -> bool:  # type: ignore[override]
+        """True if a step is a loss, its backward pass and an update of the weights."""
+        return self.automatic_optimization and type(self).step_loss is Method.step_loss
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the run's seed, the rank and the batch, so that a resumed run draws the same masks."""
         self.is_trained = True
         self.seed_generators(self.batch_seed(self.seed))
-
-    def seed_generators(self, seed: int) -> None:
-        """Seed torch's generators of this device and the host. `torch.manual_seed` seeds those of all backends."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).manual_seed(seed)
 
     def batch_seed(self, seed: int) -> int:
         """Return a seed for this training batch on this rank, derived from a seed of the run."""

@@ -34,7 +34,10 @@ class Graph(Protocol):
 
 
 class Recorder(Protocol):
-    """Function that records the work of another function, which draws random numbers from these generators."""
+    """Function that records the work of another function.
+
+    It is given the random generators that this function draws from, besides torch's global ones.
+    """
 
     def __call__(self, function: Callable[[], object], generators: Iterable[torch.Generator], /) -> Graph: ...
 
@@ -63,9 +66,10 @@ class _Captured(NamedTuple):
 class Graphs:
     """Graphs of functions of a batch, one for each function and shape of a batch.
 
-    The first call of each runs eagerly, the second is captured and replayed, as are all others. Functions are captured
-    anew if other weights are trained than before, or if a weight has moved. A batch of fewer examples than usual, such
-    as the last one of an epoch, is not captured.
+    The first call of each runs eagerly, the second is captured, and it and all others are replayed. All graphs are
+    captured again after a weight has moved, other weights are trained, or a module has changed between training and
+    evaluation mode. Anything else that Python decides, such as a factor that changes from step to step, stays as it was
+    captured. A batch of fewer examples than the one before, such as the last one of an epoch, is not captured.
 
     Args:
         module: The module that is trained.
@@ -77,10 +81,12 @@ class Graphs:
         self.obstacle: str | None = None
         self.has_replayed = False
         """Whether the last step replayed a graph."""
+        self.is_capturing = False
         self._has_failed = False
         self._module, self._record = module, record
         self._parameters = [parameter for parameter in module.parameters() if not is_quantized(parameter)]
-        self._weights: list[tuple[bool, int]] = []  # whether each is trained, and its address
+        self._modules = list(module.modules())
+        self._state: tuple[list[bool], list[int], list[bool]] | None = None  # that the graphs belong to
         self._batches: dict[object, dict[str, Tensor]] = {}  # by shape, in fixed memory
         self._shape: object = None  # of the present batch
         self._captured: dict[tuple[object, str], _Captured | None] = {}  # None after a first, eager call
@@ -96,19 +102,24 @@ class Graphs:
             self._forget()
         self.obstacle = reason
 
-    def fix(self, batch: Batch) -> Batch | None:
+    def copy_batch(self, batch: Batch) -> Batch | None:
         """Copy a batch to fixed memory, and return it there. Return None if its step must run eagerly."""
-        self.has_replayed = False
         # a dispatch mode, such as a count of live bytes, sees no operator of a replay
         if self.obstacle or is_in_torch_dispatch_mode() or torch.is_anomaly_enabled():
             return None
-        weights = [(parameter.requires_grad, parameter.data_ptr()) for parameter in self._parameters]
-        if weights != self._weights:
+        if not all(isinstance(value, Tensor) for value in batch.values()):
+            self._fail("a batch holds more than tensors")
+            return None
+        state = (
+            [parameter.requires_grad for parameter in self._parameters],
+            [parameter.data_ptr() for parameter in self._parameters],
+            [module.training for module in self._modules],
+        )
+        if state != self._state:
             self._forget()
-            self._weights = weights
-        num_examples = len(batch["labels"])
-        self._num_examples = max(self._num_examples, num_examples)
-        if num_examples < self._num_examples:
+            self._state = state
+        num_before, self._num_examples = self._num_examples, len(batch["labels"])
+        if self._num_examples < num_before:
             return None
         self._shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         if self._shape not in self._batches:
@@ -119,7 +130,7 @@ class Graphs:
         return fixed
 
     def run(self, name: str, function: Callable[[], T], generators: Iterable[torch.Generator] = ()) -> T:
-        """Return the output of a function of the batch that `fix` has returned. The next replay overwrites it.
+        """Return the output of a function of the batch from `copy_batch`. The next replay overwrites it.
 
         Args:
             name: Name of the function. Calls of one name must do the same for batches of one shape.
@@ -141,29 +152,31 @@ class Graphs:
         return output
 
     def keep_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return the weights with a gradient, and their gradients in memory that is common to all graphs."""
+        """Return the weights that have a gradient, with it. All graphs write to the gradients of the first one."""
         present = {p: p.grad for p in self._parameters if p.grad is not None}
+        if not self.is_capturing:
+            return list(present.items())
         known = [p for p in present if p in self._grads]
         if known:
             torch._foreach_copy_([self._grads[p] for p in known], [present[p] for p in known])
-        self._grads = present | self._grads  # the first function's own gradients serve all
+        self._grads = present | self._grads
         return [(p, self._grads[p]) for p in present]
 
     def _capture(self, function: Callable[[], object], generators: Iterable[torch.Generator]) -> _Captured | None:
         """Return the graph of a function, or None if it cannot be captured."""
-        if hook := next(find_foreign_hooks(self._module), None):
-            self._fail(f"{hook} has a hook, which a replay would not call")
-            return None
         outputs: list[object] = []
-        seed = torch.initial_seed()
+        self.is_capturing = True
         try:
             with _without_cached_casts():
                 graph = self._record(lambda: outputs.append(function()), generators)
-            if torch.initial_seed() != seed:
-                raise RuntimeError("it sets the random seed")
         except RuntimeError as error:
-            self._fail(f"a step of {type(self._module).__name__} cannot be captured ({str(error).splitlines()[0]})")
+            cause: BaseException = error
+            while cause.__context__:  # the end of a capture that has failed raises an error as well
+                cause = cause.__context__
+            self._fail(f"a step of {type(self._module).__name__} cannot be captured ({str(cause).splitlines()[0]})")
             return None
+        finally:
+            self.is_capturing = False
         return _Captured(graph, outputs[0])
 
     def _fail(self, reason: str) -> None:
@@ -179,8 +192,9 @@ class Graphs:
 class CapturedSteps(FiniteLosses):
     """Base class of modules whose training steps can be captured as CUDA graphs."""
 
-    cuda_graphs = False
-    step_wrapper: Any = None
+    cuda_graphs: bool
+    step_wrapper: Any
+    takes_plain_steps: bool
     loss: Callable[[Batch], Tensor]
 
     def __init__(self) -> None:
@@ -191,16 +205,20 @@ class CapturedSteps(FiniteLosses):
     @property
     def length_multiple(self) -> int:
         """A number of tokens. The data module pads training batches to a multiple of it."""
-        return LENGTH_MULTIPLE if self.cuda_graphs and torch.cuda.is_available() else 1
+        trainer: Any = self._trainer
+        return LENGTH_MULTIPLE if self.cuda_graphs and trainer and trainer.strategy.root_device.type == "cuda" else 1
 
-    def fix_batch(self, batch: Batch) -> Batch | None:
+    def copy_batch(self, batch: Batch) -> Batch | None:
         """Return a training batch in fixed memory for graphs, or None if its step must run eagerly."""
-        return self.graphs.fix(batch) if self.graphs and self.is_capturable(batch) else None
+        if self.graphs is None:
+            return None
+        self.graphs.has_replayed = False
+        return self.graphs.copy_batch(batch) if self.is_capturable(batch) else None
 
     def captured_loss(self, batch: Batch) -> Tensor:
         """Return the loss of a training step, from a graph if there is one."""
         self._gradients = None
-        fixed = self.fix_batch(batch)
+        fixed = self.copy_batch(batch)
         if fixed is None or self.graphs is None:
             return self.loss(batch)
         loss, self._gradients = self.graphs.run("step", partial(self._run_both_passes, self.graphs, fixed))
@@ -214,7 +232,7 @@ class CapturedSteps(FiniteLosses):
         return loss.detach(), graphs.keep_gradients()
 
     def is_capturable(self, batch: Batch) -> bool:
-        """Return whether a step on this batch neither waits for the device nor does anything that is done once."""
+        """Return whether a step on this batch is like those that follow: no cache has to be filled, for example."""
         return True
 
     def set_captured_gradients(self) -> bool:
@@ -225,18 +243,31 @@ class CapturedSteps(FiniteLosses):
             parameter.grad = grad
         return True
 
+    def seed_generators(self, seed: int) -> None:
+        """Seed torch's generators of this device and the host. `torch.manual_seed` seeds those of all backends.
+
+        Raises:
+            RuntimeError: While a graph is captured, which would always draw the same numbers.
+        """
+        if self.graphs and self.graphs.is_capturing:
+            raise RuntimeError("it sets the random seed")
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
     def graph_obstacle(self) -> str | None:
-        """Return why the steps of this epoch cannot be captured, or None."""
+        """Return why steps cannot be captured, or None."""
         trainer: Any = self.trainer
         obstacles = {
-            f"{type(self).__name__} takes its steps itself": not self.automatic_optimization,
+            f"{type(self).__name__} has its own kind of step": not self.takes_plain_steps,
             "a callback wraps the training step": self.step_wrapper is not None,
             "blocks are recomputed (model.gradient_checkpointing)": bool(self.hparams.get("gradient_checkpointing")),
             "gradients are accumulated (trainer.accumulate_grad_batches)": trainer.accumulate_grad_batches != 1,
             "the loss is scaled (trainer.precision=16-mixed)": trainer.precision == "16-mixed",
             "there are several devices": trainer.world_size > 1,
         }
-        return next((reason for reason, holds in obstacles.items() if holds), None)
+        hooks = (f"{path} has a hook, which a replay would not call" for path in find_foreign_hooks(self))
+        return next((reason for reason, holds in obstacles.items() if holds), next(hooks, None))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -245,14 +276,21 @@ class CapturedSteps(FiniteLosses):
         elif self.cuda_graphs:
             rank_zero_info(f"CUDA graphs are off: the device is {self.device.type}.")
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._check_obstacles()  # a run that is resumed within an epoch does not start this epoch
+
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
+        self._check_obstacles()
+
+    def _check_obstacles(self) -> None:
         if self.graphs:
             self.graphs.set_obstacle(self.graph_obstacle())
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
-        self.graphs = None
+        self.graphs = self._gradients = None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lit_spu.backbones.backbone import Backbone
-from lit_spu.backbones.hooks import position_wise
+from lit_spu.backbones.hooks import has_no_hooks, position_wise
 from lit_spu.backbones.side_model import blank_inputs, make_side_model
 from lit_spu.backbones.stacks import Batch, HiddenStates, Stack
 from lit_spu.errors import UserError
@@ -219,7 +219,7 @@ def project(projections: Sequence[Any], states: Sequence[Tensor]) -> Sequence[Te
     States that lie next to each other, as cached ones do, are projected in one product.
     """
     stacked = as_stack(states)
-    if stacked is None:
+    if stacked is None or not all(has_no_hooks(projection) for projection in projections):
         return [projection(state) for projection, state in zip(projections, states, strict=True)]
     weights, biases = (torch.stack([getattr(p, name) for p in projections]) for name in ("weight", "bias"))
     flat = stacked.flatten(1, 2)

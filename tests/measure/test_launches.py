@@ -62,8 +62,10 @@ def test_waits_and_copies_are_found() -> None:
         x[x > 1]
         x.unique()
         torch.tensor([1, 2])
+        x.tolist()
+        x.cpu()
         x[torch.arange(2)]  # an index of numbers: its shape is known
-    assert counted.waits.total() == 3
+    assert counted.waits.total() == 5
     assert counted.host_copies.total() == 1
     assert counted.own_waits == 0
 

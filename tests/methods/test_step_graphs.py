@@ -21,6 +21,7 @@ from lit_spu.data.text import Tokens
 from lit_spu.measure import Launches
 from lit_spu.methods import step_graphs
 from lit_spu.methods.base import Method
+from lit_spu.methods.shared_trunk import SharedTrunk
 from lit_spu.methods.step_graphs import CapturedSteps, Graphs
 from tests.runs import METHODS, fit, made
 from tests.tape import Tape, record
@@ -225,3 +226,69 @@ def test_batches_are_padded_to_a_multiple() -> None:
     first = examples[[0]]
     assert first["input_ids"].tolist() == [[0, 1, 2, 99, 99, 99, 99, 99]]
     assert first["attention_mask"].sum() == 3
+
+
+@pytest.mark.slow
+def test_a_run_resumed_within_an_epoch_has_the_same_obstacles(tmp_path: Path) -> None:
+    accumulating: dict[str, Any] = {"accumulate_grad_batches": 2, "limit_val_batches": 0}
+    first = fit(made("full", "mini-bert"), tmp_path, max_steps=3, max_epochs=-1, **accumulating)
+    first.save_checkpoint(middle := tmp_path / "middle.ckpt")
+    capture = Capture()
+    fit(made("full", "mini-bert"), tmp_path, capture, ckpt_path=middle, max_epochs=4, **accumulating)
+    assert capture.graphs.num_replays == 0
+    assert "accumulated" in str(capture.graphs.obstacle)
+
+
+@pytest.mark.slow
+def test_siblings_that_draw_their_own_dropout_are_not_captured(tmp_path: Path) -> None:
+    siblings = {"a": {"lr": 1e-3}, "b": {"lr": 3e-3}}
+    found = []
+    for capture in (Losses(), Capture()):
+        torch.manual_seed(0)
+        method = SharedTrunk(siblings, settings={"hidden_state_dropout": 0.3}, backbone="mini-bert")
+        fit(method, tmp_path, capture, max_epochs=3)
+        found.append(capture.losses)
+        if isinstance(capture, Capture):
+            assert "sets the random seed" in str(capture.graphs.obstacle)
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_evaluation_mode_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    class EvaluateLater(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pl_module.train(trainer.current_epoch < 2)
+
+    compare("lora", "mini-bert", tmp_path, EvaluateLater, dropout=0.3)
+
+
+@pytest.mark.slow
+def test_a_hook_added_later_is_called(tmp_path: Path) -> None:
+    class HookLater(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert isinstance(pl_module, Method)
+            if trainer.current_epoch == 2:
+                pl_module.backbone.blocks[1].register_forward_hook(lambda module, args, output: output * 0.5)
+
+    compare("head", "mini-bert", tmp_path, HookLater)
+
+
+def test_a_batch_of_more_than_tensors_is_not_captured() -> None:
+    method = made("head", "mini-bert")
+    graphs = Graphs(method, record)
+    assert graphs.copy_batch({"labels": torch.zeros(2), "id": ["a", "b"]}) is None  # type: ignore[dict-item]
+    assert graphs.obstacle
+
+
+def test_gradients_are_those_of_the_first_graph(tmp_path: Path) -> None:
+    """One set of gradients serves all lengths, and an eager step's is not kept."""
+    capture = Capture()
+    method = made("full", "mini-bert", gradient_checkpointing=False)
+    fit(method, tmp_path, capture, max_epochs=4)
+    assert method._gradients is None
+    copies = [
+        sum(func is torch.ops.aten._foreach_copy_.default for func, *_ in captured.graph.operators)  # type: ignore[attr-defined]
+        for captured in capture.graphs._captured.values()
+        if captured
+    ]
+    assert sorted(copies) == [0, 1, 1]
