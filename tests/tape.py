@@ -37,9 +37,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        if needs_value(
-            func, name.removeprefix("aten::"), [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        ):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if needs_value(func, name.removeprefix("aten::"), tensors):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         if name == "aten::lift_fresh":
             raise RuntimeError("a copy from the host's memory, which changes until the replay")

@@ -229,6 +229,7 @@ def test_batches_are_padded_to_a_multiple() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This run is resumed with")
 def test_a_run_resumed_within_an_epoch_has_the_same_obstacles(tmp_path: Path) -> None:
     accumulating: dict[str, Any] = {"accumulate_grad_batches": 2, "limit_val_batches": 0}
     first = fit(made("full", "mini-bert"), tmp_path, max_steps=3, max_epochs=-1, **accumulating)
