@@ -53,14 +53,14 @@ def absorbed_cross_attention(
     (batch, num_queries, _), num_heads = hidden.shape, module.n_heads
     key, value = (linear.weight.unflatten(0, (num_heads, -1)) for linear in (module.k, module.v))
 
-    query = split_heads(module.q(hidden).flatten(0, 1), num_heads) * module.scaling
-    scores = swap_batch_heads(query @ key, batch) @ states.mT  # [batch, heads * queries, tokens]
-    if mask is not None:
-        is_masked = ~mask.expand(-1, num_heads, num_queries, -1).flatten(1, 2)
-        scores = scores.masked_fill(is_masked, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
-    weights = F.dropout(weights, module.dropout, module.training)
-    heads = swap_batch_heads(weights @ states, num_heads) @ value.mT
+    query = split_heads(module.q(hidden).flatten(0, 1), num_heads)
+    query = swap_batch_heads(query @ key, batch).unsqueeze(1)  # one head as wide as the states
+    if mask is not None and num_queries > 1:
+        mask = mask.expand(-1, num_heads, num_queries, -1).flatten(1, 2).unsqueeze(1)
+    dropout = module.dropout if module.training else 0.0
+    states = states.unsqueeze(1)
+    summed = F.scaled_dot_product_attention(query, states, states, mask, dropout, scale=module.scaling).squeeze(1)
+    heads = swap_batch_heads(summed, num_heads) @ value.mT
     context = merge_heads(heads).view(batch, num_queries, -1)
     return module.o(context), kwargs.get("position_bias"), None
 
