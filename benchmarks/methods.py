@@ -24,7 +24,6 @@ from lit_spu.measure import MIB, AcceleratorPeak, LiveBytes, interleave
 from lit_spu.methods.base import Method
 from lit_spu.methods.frozen import CachedBackbone
 from lit_spu.methods.step_graphs import CudaRecorder
-from lit_spu.methods.zeroth_order import ZerothOrder
 from lit_spu.nn.ia3 import Scale
 from lit_spu.nn.lora import LowRank
 from lit_spu.study.grid import build, method_configs
@@ -252,7 +251,7 @@ def measure_costs(methods: Mapping[str, Method], batch: Batch, rounds: int) -> l
         above[name] = (live.peak_bytes - loaded) / MIB
         if device.type != "cpu":
             allocated[name] = (live.entry_bytes - loaded + growth(calls[name], device)) / MIB
-        if device.type == "cuda" and optimizers and not isinstance(method, ZerothOrder):
+        if device.type == "cuda" and optimizers:
             replay, _ = training_step(method, own_batch, CudaRecorder())
             grown = max(growth(replay, device) for _ in range(2))  # the second step is captured
             if method.graphs and method.graphs.num_replays:

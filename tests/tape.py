@@ -33,6 +33,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[tuple[Any, Any, Any, list[tuple[Tensor, int]]]] = []
+        self._written: list[tuple[Tensor, Tensor]] = []  # tensors, and their values before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,6 +43,7 @@ class Tape(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         if name == "aten::lift_fresh":
             raise RuntimeError("a copy from the host's memory, which changes until the replay")
+        self._written += [(tensor, tensor.clone()) for tensor in _written(func, args, kwargs)]
         outputs = func(*args, **kwargs)
         inputs = {tensor.untyped_storage()._cdata for tensor in tensors}
         fresh = [
@@ -56,6 +58,13 @@ class Tape(TorchDispatchMode):
         return outputs
 
     @torch.no_grad()
+    def undo(self) -> None:
+        """Restore what the recorded operators have written."""
+        while self._written:
+            tensor, before = self._written.pop()
+            tensor.copy_(before)
+
+    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, fresh in self.operators:
             results = tree_leaves(func(*args, **kwargs))
@@ -64,7 +73,7 @@ class Tape(TorchDispatchMode):
 
 
 def record(function: Callable[[], object], generators: Iterable[torch.Generator] = ()) -> Tape:
-    """Record a function. As under capture, its random numbers are drawn in the replays only."""
+    """Record a function. As under capture, it draws random numbers and changes tensors in the replays only."""
     every = [torch.default_generator, *generators]
     states = [generator.get_state() for generator in every]
     tape = Tape()
@@ -72,6 +81,15 @@ def record(function: Callable[[], object], generators: Iterable[torch.Generator]
         with RefuseHostReads(), tape:
             function()
     finally:
+        tape.undo()
         for generator, state in zip(every, states, strict=True):
             generator.set_state(state)
     return tape
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors that an operator writes to."""
+    arguments = func._schema.arguments
+    values = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    names = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
+    return [leaf.detach() for name in names for leaf in tree_leaves(values.get(name)) if isinstance(leaf, Tensor)]

@@ -54,9 +54,9 @@ class Method(Checked, CapturedSteps, ABC):
         weight_decay: Decoupled weight decay of matrices; biases and norms have none.
         warmup: Share of all steps over which the learning rate rises, before it falls to zero linearly.
         gradient_checkpointing: Recompute the blocks in the backward pass instead of saving their activations.
-        cuda_graphs: On a CUDA device, capture the forward and backward pass of a step once for each shape of a batch,
-            and replay it. Batches are padded to multiples of eight tokens. Steps that cannot be captured run as usual,
-            and the log says why.
+        cuda_graphs: On a CUDA device, capture the forward and backward pass of a step (in MeZO, an evaluation and the
+            update) once for each shape of a batch, and replay it. Batches are padded to multiples of eight tokens.
+            Steps that cannot be captured run as usual, and the log says why.
 
     Raises:
         UserError: If the backbone or the task does not exist, or they do not fit each other.

@@ -35,6 +35,8 @@ class MeZOLST(ZerothOrder, LadderSideTuning):
         UserError: If the share is out of range, or the backbone cannot be trained.
     """
 
+    captures_own_steps = False
+
     def __init__(
         self,
         order: Literal["sequential", "joint"] = "sequential",

@@ -19,6 +19,8 @@ from lit_spu.methods.zeroth_order import ZerothOrder
 class MeZOSide(ZerothOrder, LadderSideTuning):
     """Train a ladder by MeZO, for example to maximise a metric. It is best to start from a trained ladder."""
 
+    captures_own_steps = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 

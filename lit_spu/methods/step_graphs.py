@@ -195,6 +195,7 @@ class CapturedSteps(FiniteLosses):
     cuda_graphs: bool
     step_wrapper: Any
     takes_plain_steps: bool
+    captures_own_steps = False  # whether its own kind of step runs functions by `graphs`
     loss: Callable[[Batch], Tensor]
 
     def __init__(self) -> None:
@@ -259,7 +260,7 @@ class CapturedSteps(FiniteLosses):
         """Return why steps cannot be captured, or None."""
         trainer: Any = self.trainer
         obstacles = {
-            f"{type(self).__name__} has its own kind of step": not self.takes_plain_steps,
+            f"{type(self).__name__} has its own kind of step": not (self.takes_plain_steps or self.captures_own_steps),
             "a callback wraps the training step": self.step_wrapper is not None,
             "blocks are recomputed (model.gradient_checkpointing)": bool(self.hparams.get("gradient_checkpointing")),
             "gradients are accumulated (trainer.accumulate_grad_batches)": trainer.accumulate_grad_batches != 1,

@@ -72,6 +72,8 @@ class ZerothOrder(Method):
             training, if the weights or the trajectory do not exist or do not fit.
     """
 
+    captures_own_steps = True
+
     check_every = 100
     """Steps between two checks that the weights are equal on all ranks."""
 
@@ -181,11 +183,30 @@ class ZerothOrder(Method):
         Returns:
             The mean objective value, or None if the step was replayed or its metric was undefined.
         """
-        closure = self.make_closure(batch)
-        value: Tensor | None = optimizers[0].step(closure=closure, num_examples=len(batch["labels"]))
+        settings: dict[str, Any] = {"num_examples": len(batch["labels"])}
+        fixed = self.copy_batch(batch)
+        if fixed is not None and self.graphs:
+            batch, settings["run"] = fixed, self.graphs.run
+        value: Tensor | None = optimizers[0].step(closure=self.make_closure(batch), **settings)
         # waits for the device, as metrics do; the loss is never undefined
         is_undefined = self.objective != "loss" and value is not None and bool(value.isnan())
         return None if is_undefined else value
+
+    def graph_obstacle(self) -> str | None:
+        return super().graph_obstacle() or self._find_obstacle()
+
+    def is_capturable(self, batch: Batch) -> bool:
+        return self.captures_own_steps and self._find_obstacle() is None and super().is_capturable(batch)
+
+    def _find_obstacle(self) -> str | None:
+        """Return why evaluations and updates cannot be captured as graphs, or None."""
+        obstacles = {
+            "each step draws other weights (model.share)": self.share < 1,
+            "updates depend on the rows that are read (model.rows=seen)": self.rows == "seen",
+            f"a metric's values are read (model.objective={self.objective})": self.objective != "loss",
+            "updates seed generators (model.rounding=stochastic)": self.rounding == "stochastic",
+        }
+        return next((reason for reason, holds in obstacles.items() if holds), None)
 
     def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
         """Return a function that computes the objective value of a batch at the present weights."""

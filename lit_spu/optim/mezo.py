@@ -28,6 +28,9 @@ NoiseName = Literal["gaussian", "rademacher", "low_rank"]
 
 Rows = Literal["all", "seen"]
 
+Run = Callable[[str, Callable[[], Any], Iterable[torch.Generator]], Any]
+"""Runs a function by its name, eagerly or as a graph that draws from these generators, and returns its output."""
+
 NOISES: dict[str, type[Noise]] = {"gaussian": GaussianNoise, "rademacher": RademacherNoise, "low_rank": LowRankNoise}
 
 
@@ -104,6 +107,7 @@ class MeZOOptimizer(Optimizer):
         self._history = array("f")
         self._new_rows: list[Tensor] = []
         self._constants: dict[str, tuple[Sequence[float], Tensor]] = {}
+        self._memory: dict[str, Tensor] = {}  # what evaluations and updates read, at fixed places
         self._residuals: dict[Unit, Tensor] = {}
         self._generators = KeyedGenerators()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
@@ -130,7 +134,12 @@ class MeZOOptimizer(Optimizer):
         return int((~np.isfinite(np.asarray(self.history))).sum())
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor], num_examples: int = 1) -> Tensor | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor],
+        num_examples: int = 1,
+        run: Run = lambda name, function, generators: function(),
+    ) -> Tensor | None:
         """Evaluate the loss twice per direction, and update the weights.
 
         Ranks exchange only the sums of their examples' losses and the numbers of examples (with rows="seen", the rows
@@ -139,6 +148,9 @@ class MeZOOptimizer(Optimizer):
         Args:
             closure: Function that returns the mean loss of the step's batch, a scalar, at the weights that it reads.
             num_examples: Number of examples in the batch.
+            run: Function that runs each evaluation and the update. By default they run eagerly. Between two steps of
+                equal batches, they differ by the values of tensors and the seeds of generators alone, unless `share` is
+                below 1, `rows` is "seen", or rounding is stochastic.
 
         Returns:
             The mean of all losses, or None for a step taken from `replay_rows`.
@@ -148,12 +160,12 @@ class MeZOOptimizer(Optimizer):
             return None
         self._prepare()
         try:
-            losses = self._evaluate(closure, num_examples)
+            losses = self._evaluate(closure, num_examples, run)
             slopes = (losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)
             if self.normalize:
                 slopes /= losses.std()
             learning_rates = self._constant("lr", [group["lr"] for group in self.param_groups])
-            self._apply_row(torch.cat([learning_rates, slopes.float()]))
+            self._apply_row(torch.cat([learning_rates, slopes.float()]), run)
         finally:
             for table in self.layout.tables:
                 table.marks = None
@@ -197,18 +209,23 @@ class MeZOOptimizer(Optimizer):
     def _prepare(self) -> None:
         self.perturbed.flatten()
 
-    def _evaluate(self, closure: Callable[[], Tensor], num_examples: int) -> Tensor:
+    def _evaluate(self, closure: Callable[[], Tensor], num_examples: int, run: Run) -> Tensor:
         """Return the losses at θ + εz and at θ − εz for all directions of all ranks, [directions, 2], in fp64."""
         active = set(self._active_units())
         if self.rows == "seen":
             for table in self.layout.tables:
                 table.marks = torch.zeros(len(table.weights[0]), dtype=torch.float32, device=table.device)
+
+        def evaluate() -> Tensor:
+            with self.perturbed.apply(active):
+                return closure()
+
         found = []
         for direction in self.rank_directions:
             for sign in (1, -1):
-                self.noise.begin([self._key(direction)], self._constant(f"{sign}ε", [sign * self.epsilon])[None])
-                with self.perturbed.apply(active):
-                    found.append(closure().double())
+                self.noise.begin([self._key(direction)], self._fixed("scale", 1, 1).fill_(sign * self.epsilon))
+                # a copy, because the next replay of a graph overwrites its output
+                found.append(run("evaluation", evaluate, self.noise.generators).to(torch.float64, copy=True))
         losses = torch.stack(found).view(-1, 2)
         if self.reduce is None:
             return losses
@@ -222,17 +239,25 @@ class MeZOOptimizer(Optimizer):
                 table.marks = self.reduce(table.marks).clamp_(max=1)
         return sums[:, :2] / sums[:, 2:]
 
-    def _apply_row(self, row: Tensor) -> None:
+    def _apply_row(self, row: Tensor, run: Run = lambda name, function, generators: function()) -> None:
         """Update the weights by a row of a history, and append it."""
         if len(self._new_rows) == 256:  # bounds the memory of what has not been read
             _ = self.history
         self._new_rows.append(row)
         learning_rates, slopes = row[: len(self.param_groups)], row[len(self.param_groups) :]
-        steps = learning_rates[:, None] * slopes.nan_to_num(0.0, 0.0, 0.0) / -len(slopes)
+        steps = self._fixed("steps", len(learning_rates), len(slopes))
+        torch.mul(learning_rates[:, None], slopes.nan_to_num(0.0, 0.0, 0.0) / -len(slopes), out=steps)
+        weight_decays = [group["weight_decay"] for group in self.param_groups]
+        decays = self._fixed("decays", len(weight_decays))
+        if any(weight_decays):
+            torch.mul(learning_rates, self._constant("weight_decay", weight_decays), out=decays)
         self.noise.begin([self._key(direction) for direction in range(self.directions)], steps)
-        for unit in self._active_units():
-            weight_decay = self.param_groups[unit.group]["weight_decay"]
-            self._update(unit, learning_rates[unit.group] * weight_decay if weight_decay else None)
+
+        def update() -> None:
+            for unit in self._active_units():
+                self._update(unit, decays[unit.group] if weight_decays[unit.group] else None)
+
+        run("update", update, self.noise.generators)
         for group in self.param_groups:
             group["step"] += 1
 
@@ -284,6 +309,13 @@ class MeZOOptimizer(Optimizer):
         if known is None or known[0] != values or known[1].device != device:
             known = self._constants[name] = values, torch.tensor(values, dtype=torch.float32, device=device)
         return known[1]
+
+    def _fixed(self, name: str, *shape: int) -> Tensor:
+        """Return an fp32 tensor on the weights' device, in the same memory each time."""
+        known, device = self._memory.get(name), self.layout.units[0].device
+        if known is None or known.device != device:
+            known = self._memory[name] = torch.empty(shape, dtype=torch.float32, device=device)
+        return known
 
     def _rounding_residual(self, unit: Unit) -> Tensor | None:
         """Return the rounding residual [numel] of a unit in half precision, initially zeros, or None without one."""

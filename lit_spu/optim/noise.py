@@ -82,6 +82,11 @@ class Noise(ABC):
         return unit.views(z)
 
     @property
+    def generators(self) -> Sequence[torch.Generator]:
+        """The generators that `add` and `add_rows` have drawn from so far. `begin` seeds them again."""
+        return ()
+
+    @property
     def buffer_numel(self) -> int:
         """Number of elements of `buffer` that draws use."""
         return 0
@@ -110,6 +115,10 @@ class DenseNoise(Noise):
     @abstractmethod
     def draw(self, out: Tensor, generator: torch.Generator) -> None:
         """Fill a tensor [count] in fp32 with noise."""
+
+    @property
+    def generators(self) -> Sequence[torch.Generator]:
+        return list(self._seeded.values())
 
     @property
     def buffer_numel(self) -> int:

@@ -36,7 +36,7 @@ def training_step(
     Args:
         method: The method.
         batch: The batch of a step.
-        record: Function that records the forward and backward pass as a graph. By default steps are eager.
+        record: Function that records parts of a step as graphs. By default steps are eager.
 
     Returns:
         A function that runs one step, on `batch` or on the batch that it is given; and the method's optimizers.
@@ -55,10 +55,10 @@ def training_step(
     graphs = Graphs(method, record) if record else None
 
     def step(batch: dict[str, Tensor] = batch) -> None:
+        method.graphs = graphs
         if isinstance(method, ZerothOrder):
             method.take_step(batch, *optimizers)
             return
-        method.graphs = graphs
         loss = method.captured_loss(batch)
         if not method.set_captured_gradients():
             loss.backward()

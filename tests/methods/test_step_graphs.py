@@ -95,6 +95,32 @@ def test_every_method_is_captured(config: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"noise": "gaussian"}, {"noise": "low_rank", "directions": 2, "weight_decay": 0.1}]
+)
+def test_evaluations_and_updates_of_mezo_are_captured(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluation and the update is a replay, with the noise of its own step."""
+    monkeypatch.setattr("lit_spu.optim.noise.SMALL_DRAWS", ())  # as on CUDA
+    graphs = compare("mezo", "mini-bert", tmp_path, **{"lr": 1e-3, "directions": 1, **settings})
+    assert graphs.obstacle is None
+    directions = settings.get("directions", 1)
+    assert graphs.num_replays == 16 * (2 * directions + 1) - 2 * 2  # the first of each of two lengths are eager
+
+
+@pytest.mark.slow
+def test_steps_of_mezo_that_differ_are_eager(tmp_path: Path) -> None:
+    for config, settings, reason in (
+        ("mezo_side", {}, "MeZOSide has its own kind of step"),
+        ("mezo_bitfit", {"share": 0.5}, "each step draws other weights (model.share)"),
+    ):
+        graphs = compare(config, "mini-bert", tmp_path / config, trainer={"max_epochs": 1}, **settings)
+        assert graphs.obstacle == reason
+        assert graphs.num_replays == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
 @pytest.mark.parametrize("config", ["full", "lora", "kladder", "side_lora"])
 def test_families_are_captured(config: str, family: str, tiny: Tiny, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_normalize_divides_slopes_by_the_deviation_of_the_losses() -> None:
     torch.testing.assert_close(other, scaled, rtol=1e-5, atol=1e-9)
     optimizer = MeZOOptimizer([weight], lr=0.0, directions=4)
     with torch.no_grad():
-        losses = optimizer._evaluate(loss, 1)
+        losses = optimizer._evaluate(loss, 1, lambda name, function, generators: function())
     torch.testing.assert_close(scaled * losses.std(), plain, rtol=1e-5, atol=1e-9)
 
 
