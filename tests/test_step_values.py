@@ -104,6 +104,21 @@ def test_a_callback_that_monitors_the_loss_reads_that_of_each_step(tiny: Tiny, t
     assert len(set(losses)) == 4
 
 
+def test_checkpoints_are_named_by_the_values_of_their_steps(tiny: Tiny, tmp_path: Path) -> None:
+    losses = list[float]()
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+            losses.append(float(outputs["loss"]))
+
+    named = ModelCheckpoint(
+        tmp_path, "{step}-{train/loss:.4f}", every_n_train_steps=3, save_top_k=-1, auto_insert_metric_name=False
+    )
+    settings: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True, "log_every_n_steps": 5}
+    fit(made("head", tiny("bert")), tmp_path, Record(), named, **settings)
+    assert {path.stem for path in tmp_path.glob("*.ckpt")} == {f"{step}-{losses[step - 1]:.4f}" for step in (3, 6)}
+
+
 class Bare(LightningModule):
     """A method as a plain module, without its hooks and without values to log."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,10 +34,12 @@ def is_step_logged(trainer: Trainer) -> bool:
 
 
 def monitored_names(trainer: Trainer) -> set[str]:
-    """Return the names of the values that callbacks and learning-rate schedules monitor."""
-    monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    monitors += [config.monitor for config in trainer.lr_scheduler_configs]
-    return {monitor for monitor in monitors if monitor}
+    """Return the names of the values that callbacks and learning-rate schedules monitor, or put into file names."""
+    names = {config.monitor for config in trainer.lr_scheduler_configs}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        names.add(getattr(callback, "monitor", None))
+        names.update(re.findall(r"{(.*?)[:}]", str(getattr(callback, "filename", ""))))
+    return {name for name in names if name}
 
 
 def log_figures(pl_module: LightningModule, figures: Mapping[str, float]) -> None:

@@ -44,6 +44,9 @@ class RunSummary(FirstStep):
     `best_checkpoint`, `steps`, `epochs`, `wall_seconds`, `device`, `devices` and `versions`. TensorBoard gets the
     method's settings together with the score and the measurements of the closing table, as `final/…`. Validate and test
     add their results to the file of a fit in the same directory, and do not change the rest of it.
+
+    After an interruption or an error, the loss and the learning rate in `metrics` are those of the last logged step: a
+    device that failed is not waited for.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,16 +39,10 @@ class LossWatch:
     def read(self) -> float:
         """Read the losses since the last call, which waits for the device once; return the last loss."""
         unread, self._unread = self._unread, []
-        by_device: dict[torch.device, list[int]] = {}
-        for number, (_, loss) in enumerate(unread):
-            by_device.setdefault(loss.device, []).append(number)
-        values: dict[int, float] = {}
-        for numbers in by_device.values():
-            values.update(zip(numbers, torch.stack([unread[n][1] for n in numbers]).tolist(), strict=True))
-        for number, (step, _) in enumerate(unread):
-            self.last = values[number]
+        values = torch.stack([loss for _, loss in unread]).tolist() if unread else []
+        for (step, _), self.last in zip(unread, values, strict=True):
             if not math.isfinite(self.last):
-                self._first_bad = min(step, self._first_bad or step)
+                self._first_bad = self._first_bad or step
         return self.last
 
     def check(self, advise: Callable[[int], str], reduce: Callable[[float], float] = lambda first: first) -> None:
@@ -80,11 +74,13 @@ class FiniteLosses(LightningModule):
         super().__init__()
         self._loss_watch = LossWatch()
         self._step_values: dict[str, tuple[float | Tensor | None, bool]] = {}
-        self._monitored: set[str] | None = None  # names of values that are read in every batch
+        self._monitored = set[str]()
 
     def on_fit_start(self) -> None:
-        self._loss_watch = LossWatch()
-        self._step_values, self._monitored = {}, None
+        self._loss_watch, self._step_values = LossWatch(), {}
+
+    def on_train_start(self) -> None:
+        self._monitored = monitored_names(self.trainer)
 
     # -- values of training steps -------------------------------------------------------------------------------------
 
@@ -100,11 +96,9 @@ class FiniteLosses(LightningModule):
     def flush_step(self) -> None:
         """Hand the last values of `log_step` and `log_loss` to Lightning if they are read.
 
-        Called at the end of a step, before callbacks read them. If a callback stops the run, `on_train_batch_end` hands
-        them over. So only one hook does, because Lightning would keep the values of both.
+        Called at the end of a step, before callbacks read them. If a callback has stopped the run, `on_train_batch_end`
+        hands them over instead: Lightning would keep the values of both hooks.
         """
-        if self._monitored is None:
-            self._monitored = monitored_names(self.trainer)
         is_monitored = not self._monitored.isdisjoint(self._step_values)
         if (is_monitored or is_step_logged(self.trainer)) and not self.trainer.should_stop:
             self._hand_over()
@@ -210,20 +204,11 @@ class FiniteLosses(LightningModule):
 
 
 def check_weights(weights: Mapping[str, Tensor], problem: str) -> None:
-    """Check that all weights are finite.
+    """Check that all weights are finite, which waits for their device once.
 
     Raises:
         NonFiniteError: If one is not. The message begins with `problem`.
     """
-    if bad := list(_find_bad(weights)):
+    are_finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist() if weights else []
+    if bad := [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]:
         raise NonFiniteError(f"{problem}: {len(bad)} of {len(weights)} weights hold NaN or infinity ({bad[0]}, …).")
-
-
-def _find_bad(weights: Mapping[str, Tensor]) -> Iterable[str]:
-    """Yield the names of weights that are not finite. Waits for each device once."""
-    flags: dict[torch.device, dict[str, Tensor]] = {}
-    for name, weight in weights.items():
-        flags.setdefault(weight.device, {})[name] = weight.isfinite().all()
-    for on_device in flags.values():
-        are_finite = torch.stack([*on_device.values()]).tolist()
-        yield from (name for name, is_finite in zip(on_device, are_finite, strict=True) if not is_finite)

@@ -89,8 +89,7 @@ def test_a_skipped_batch_does_not_count_as_the_largest(make_trainer: MakeTrainer
             self.layer.weight.requires_grad_(True)
 
     plain, memory = Memory(), Memory()
-    with pytest.warns(UserWarning, match="returned `None`"):
-        make_trainer(memory, limit_val_batches=0).fit(SkipsBatches())
+    make_trainer(memory, limit_val_batches=0).fit(SkipsBatches())
     make_trainer(plain, limit_val_batches=0, logger=False).fit(
         type("All", (SkipsBatches,), {"training_step": Tiny.training_step})()
     )

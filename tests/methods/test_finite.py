@@ -105,7 +105,7 @@ def test_ranks_compare_their_losses_on_the_device_of_the_module() -> None:
 
     module: Any = FiniteLosses().to("meta")
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce), world_size=2)
-    module._loss_watch.add(torch.tensor(0.5), 1, [0.1])  # as MeZO's losses, which are on the CPU
+    module._loss_watch.add(torch.tensor(0.5), 1, [0.1])  # on the CPU
     module.check_losses()
     assert devices == ["meta"]
 
