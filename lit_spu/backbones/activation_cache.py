@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -100,74 +101,74 @@ class ActivationCache:
     # -- batches of planned texts -------------------------------------------------------------------------------------
 
     def prepare(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches with what `__call__` needs to read their states without a wait, if all of them are cached.
+        """Yield batches with what `__call__` needs to read their states without a wait.
 
-        These are the positions of the states in the tables on the device, or else the states themselves. They are
-        copied to the device one batch ahead.
+        If all texts of a batch are cached, it is given the positions of their states in the tables on the device, or
+        else a copy of the states, which reaches the device one batch ahead. If all are planned, it is given their ids.
+        All other batches are yielded unchanged.
 
         Args:
-            batches: Batches in the memory of the host. Any other is yielded as it is.
+            batches: Batches in the memory of the host.
         """
-        own, copied = tee(batches)
-        parts = map(self._find_parts, copied)
-        is_copied = self._can_overlap and not self._is_resident
-        for batch, part in zip(own, copy_ahead(parts, self.device) if is_copied else parts, strict=True):
-            yield {**batch, **part}
+        originals, copies = tee((batch, self._find_texts(batch)) for batch in batches)
+        found = (self._find_states(batch, text_ids) for batch, text_ids in copies)
+        ahead = copy_ahead(found, self.device) if self._copies_pinned else found
+        for (batch, text_ids), states in zip(originals, ahead, strict=True):
+            # an array, which the Trainer leaves on the host
+            ids: dict[str, Any] = {} if text_ids is None or states else {self._name("text_ids"): text_ids}
+            yield {**batch, **states, **ids}
 
     @property
     def _is_resident(self) -> bool:
         return self.tables is not None and self.tables.device == self.device
 
     @property
-    def _can_overlap(self) -> bool:
-        """Whether copies from pinned memory run while the device computes."""
-        return self.device.type == "cuda"
+    def _copies_pinned(self) -> bool:
+        """Whether states are copied from pinned memory, while the device computes."""
+        return self.device.type == "cuda" and not self._is_resident
 
     def is_prepared(self, batch: Batch) -> bool:
         """Return whether `prepare` has found the states of this batch."""
-        return any(self._name(part, stack) in batch for part in ("positions", "numbers") for stack in self._stacks)
+        return any(self._name(name, stack) in batch for name in ("positions", "numbers") for stack in self._stacks)
 
-    def _find_parts(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what is added to a batch: nothing if a text is not planned, and its rows if one is not cached yet."""
-        rows = self.texts.find(batch) if batch["input_ids"].device.type == "cpu" else None
-        if rows is None:
+    def _find_texts(self, batch: Batch) -> Array | None:
+        """Return the ids of a batch's texts. Return None if one is not planned, or if the batch is on a device."""
+        return self.texts.find(batch) if batch["input_ids"].device.type == "cpu" else None
+
+    def _find_states(self, batch: Batch, text_ids: Array | None) -> dict[str, Tensor]:
+        """Return the entries of a prepared batch: the positions of its states, or they themselves; {} if unknown."""
+        if text_ids is None:
             return {}
-        states = None
+        longest = batch["input_ids"].shape[1]
+        states: Stacks | None
         if self.tables is None:
-            states = self._find_records(rows, batch["input_ids"].shape[1])
-        elif self.tables.are_filled(rows):
-            positions = self.tables.positions(rows, batch["input_ids"].shape[1])
+            states = self._read_records(*self._describe(text_ids), longest)
+        elif not self.tables.are_filled(text_ids):
+            states = None
+        else:
+            positions = self.tables.positions(text_ids, longest)
             if self._is_resident:
-                return {self._name("positions", stack): self._pin(part) for stack, part in positions.items()}
-            states = self.tables.read(positions, self._can_overlap)
-        if states is None:
-            return {self._name("rows"): self._pin(torch.from_numpy(rows))}
+                pin = Tensor.pin_memory if self.device.type == "cuda" else Tensor.contiguous
+                return {self._name("positions", stack): pin(tensor) for stack, tensor in positions.items()}
+            states = self.tables.read(positions, self._copies_pinned)
         return {
-            self._name(name, stack): _pack(part)
-            for stack, encoded in states.items()
-            for name, part in encoded._asdict().items()
-            if part is not None
+            self._name(name, stack): _pack(tensor)
+            for stack, encoded in (states or {}).items()
+            for name, tensor in encoded._asdict().items()
+            if tensor is not None
         }
 
-    def _find_records(self, rows: Array, longest: int) -> Stacks | None:
-        """Return the states of planned texts from their records, or None if one has none."""
-        records = self.store.find([self.texts.keys[row] for row in rows])
-        known = [record for record in records if record is not None]
-        if len(known) < len(records):
-            return None
-        return self._decode_records(known, self._planned_counts(rows), longest, self._can_overlap)
-
-    def _planned_counts(self, rows: Array) -> list[Array]:
-        return [counts[rows] for counts in self.texts.counts]
-
-    def _pin(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._can_overlap else tensor
-
-    def _name(self, part: str, stack: int = 0) -> str:
-        return f"{self._key}_{part}_{stack}"
+    def _name(self, entry: str, stack: int = 0) -> str:
+        return f"{self._key}_{entry}_{stack}"
 
     def _read_prepared(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks | None:
-        """Return the states of a batch from what `prepare` has added to it, or None if it has not."""
+        """Return the states of a prepared batch.
+
+        Return None if it is not prepared, or was padded to another length since. On a CPU also if its tokens have
+        changed since; on a device this check would wait.
+        """
+        if inputs["input_ids"].device.type == "cpu" and self.is_prepared(batch) and self.texts.find(batch) is None:
+            return None
         positions, states = {}, {}
         for stack, ids in enumerate(_input_ids(inputs)):
             shape = (len(ids), len(self.wanted[stack]), ids.shape[1])
@@ -177,7 +178,7 @@ class ActivationCache:
                 scales = batch.get(self._name("scales", stack))
                 numbers = _unpack(found, self.cached_dtype)
                 states[stack] = Encoded(numbers, None if scales is None else _unpack(scales, torch.float32))
-            elif self.wanted[stack]:  # not prepared, or padded to another length since
+            elif self.wanted[stack]:
                 return None
         if positions and self.tables is not None:
             with record_function("cache"):
@@ -188,30 +189,29 @@ class ActivationCache:
 
     def _find_or_compute(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks:
         """Return the states of a batch, which are computed and cached where they are not."""
-        rows, keys, counts = self._identify(batch, inputs)
-        longest = inputs["input_ids"].shape[1]
-        if self.tables is None or rows is None:
-            records = self._find_or_add_records(batch, keys, counts)
-            states = self._decode_records(records, counts, longest)
+        text_ids: Any = batch.get(self._name("text_ids"))
+        if text_ids is not None:
+            keys, counts = self._describe(text_ids)
         else:
-            if not self.tables.are_filled(rows):
+            counts = self._count_tokens(inputs)
+            keys = digest_texts(inputs, counts[0])
+            text_ids = self.texts.find_keys(keys)
+        longest = inputs["input_ids"].shape[1]
+        if self.tables is None or text_ids is None:
+            states = self._read_or_add_records(batch, keys, counts, longest)
+        else:
+            if not self.tables.are_filled(text_ids):
                 if self.store.in_memory:  # the tables are the store
                     states = self._compute(batch)
                 else:
-                    records = self._find_or_add_records(batch, keys, counts)
-                    states = self._decode_records(records, counts, longest)
-                self.tables.fill(rows, states)
-            states = self.tables.read(self.tables.positions(rows, longest))
+                    states = self._read_or_add_records(batch, keys, counts, longest)
+                self.tables.fill(text_ids, states)
+            states = self.tables.read(self.tables.positions(text_ids, longest), self._copies_pinned)
         return {stack: encoded.to(inputs["input_ids"].device) for stack, encoded in states.items()}
 
-    def _identify(self, batch: Batch, inputs: Mapping[str, Tensor]) -> tuple[Array | None, list[bytes], list[Array]]:
-        """Return the rows of the texts, or None if one is not planned, their keys, and their tokens for each stack."""
-        if (found := batch.get(self._name("rows"))) is not None:
-            rows = found.cpu().numpy()
-            return rows, [self.texts.keys[row] for row in rows], self._planned_counts(rows)
-        counts = self._count_tokens(inputs)
-        keys = digest_texts(inputs, counts[0])
-        return self.texts.find_keys(keys), keys, counts
+    def _describe(self, text_ids: Array) -> tuple[list[bytes], list[Array]]:
+        """Return the keys of planned texts, and for each stack their numbers of tokens."""
+        return [self.texts.keys[text_id] for text_id in text_ids], [counts[text_ids] for counts in self.texts.counts]
 
     def _compute(self, batch: Batch) -> Stacks:
         """Compute the wanted states of a batch, in the format of the cache."""
@@ -224,22 +224,36 @@ class ActivationCache:
                 if wanted
             }
 
-    def _find_or_add_records(self, batch: Batch, keys: Sequence[bytes], counts: Sequence[Array]) -> list[Record]:
-        """Return the record of each text of a batch. New states are read back, for the same rounding each time."""
-        records = self.store.find(keys)
-        if any(record is None for record in records):
-            new_rows = {key: row for row, (key, record) in enumerate(zip(keys, records, strict=True)) if record is None}
-            states = {stack: encoded.map(Tensor.cpu) for stack, encoded in self._compute(batch).items()}
+    def _read_or_add_records(
+        self, batch: Batch, keys: Sequence[bytes], counts: Sequence[Array], longest: int
+    ) -> Stacks:
+        """Return the states of a batch from records. New ones are read back, for the same rounding each time."""
+        states = self._read_records(keys, counts, longest)
+        if states is None:
+            computed = {stack: encoded.map(Tensor.cpu) for stack, encoded in self._compute(batch).items()}
             with record_function("cache"):
-                self._add_records({key: to_record(states, row, counts) for key, row in new_rows.items()})
-                records = self.store.find(keys)
-        known = [record for record in records if record is not None]
-        if len(known) < len(records):
+                self._add_records({key: to_record(computed, row, counts) for row, key in enumerate(keys)})
+            states = self._read_records(keys, counts, longest)
+        if states is None:
             raise UserError(
                 f"model.activation_cache: records in {self.store} are damaged right after they were written. Use"
                 " another folder, or --model.activation_cache=null."
             )
-        return known
+        return states
+
+    def _read_records(self, keys: Sequence[bytes], counts: Sequence[Array], longest: int) -> Stacks | None:
+        """Return the states of a batch from the records of its texts, padded, or None if one has none."""
+        with record_function("cache"):
+            records = self.store.find(keys)
+            known = [record for record in records if record is not None]
+            if len(known) < len(records):
+                return None
+            reader = RecordReader(known, self.cached_dtype, self._copies_pinned)
+            return {
+                stack: reader.read(len(wanted), counts[stack], int(counts[stack].max()) if stack else longest, width)
+                for stack, (wanted, width) in enumerate(zip(self.wanted, self._widths, strict=True))
+                if wanted
+            }
 
     def _add_records(self, records: Mapping[bytes, Record]) -> None:
         try:
@@ -249,18 +263,6 @@ class ActivationCache:
                 f"model.activation_cache: {self.store} cannot be written ({error}). Use another folder, or"
                 " --model.activation_cache=null."
             ) from error
-
-    def _decode_records(
-        self, records: Sequence[Record], counts: Sequence[Array], longest: int, pinned: bool = False
-    ) -> Stacks:
-        """Return the states of a batch from the records of its texts, padded."""
-        reader = RecordReader(records, self.cached_dtype, pinned)
-        with record_function("cache"):
-            return {
-                stack: reader.read(len(wanted), counts[stack], int(counts[stack].max()) if stack else longest, width)
-                for stack, (wanted, width) in enumerate(zip(self.wanted, self._widths, strict=True))
-                if wanted
-            }
 
     def _count_tokens(self, inputs: Mapping[str, Tensor]) -> list[Array]:
         """Return for each stack the number of tokens of each text, [batch]."""
@@ -276,21 +278,22 @@ class ActivationCache:
 
     # -- before training ----------------------------------------------------------------------------------------------
 
-    def plan(self, batches: Iterable[Batch], num_processes: int = 1, device_bytes: int = 0) -> Plan:
+    def plan(self, *data_sets: Iterable[Batch], num_processes: int = 1, device_bytes: int = 0) -> Plan:
         """Number the texts to cache, check that there is space for them, and reserve it.
 
         States that were cached in memory before are forgotten.
 
         Args:
-            batches: All texts that will be cached, in the memory of the host.
+            data_sets: All texts that will be cached, in batches in the memory of the host. Within a data set, an
+                `index` stands for one text.
             num_processes: Number of training processes on this machine. Each has a separate cache if it is in memory.
             device_bytes: Memory of the device that the cached states may take. If they need more, they stay in files,
                 or in the memory of the host.
 
         Raises:
-            UserError: If the store has less space.
+            UserError: If the store, the memory of the host or the device has less space.
         """
-        self.texts = CachedTexts(self._with_keys(batches))
+        self.texts = CachedTexts(map(self._with_keys, data_sets))
         self.tables = None
         self._key = _new_key()
         sizes = sum(
@@ -303,23 +306,23 @@ class ActivationCache:
         is_new = ~np.array(self.store.contains(self.texts.keys), np.bool_)
         plan = Plan(len(sizes), int(is_new.sum()), int(sizes[is_new].sum()), int(sizes.sum()))
         is_resident = plan.num_bytes_of_all <= device_bytes
-        needed = plan.num_bytes
-        if self.store.in_memory:
-            needed = 0 if is_resident and self.device.type != "cpu" else plan.num_bytes_of_all * num_processes
-        if needed > (free := self.store.free_bytes()):
-            raise self._space_error(plan, needed, free)
-        if is_resident or self.store.in_memory:
-            device = self.device if is_resident else torch.device("cpu")
+        device = self.device if is_resident else torch.device("cpu")
+        has_tables = is_resident or self.store.in_memory
+        if not self.store.in_memory:
+            self._check_space(self.store, plan.num_new, plan.num_bytes)
+        if has_tables and device.type == "cpu":
+            self._check_space(MemoryStore(), plan.num_texts, plan.num_bytes_of_all * num_processes)
+        if has_tables:
             try:
                 self.tables = StateTables(self.texts, self.wanted, self._widths, self.cached_dtype, device)
-            except torch.OutOfMemoryError as error:
+            except torch.OutOfMemoryError as error:  # of an accelerator
                 raise UserError(
                     f"model.cache_device_mib: {device} has no room for all {plan.num_bytes_of_all / _MIB:,.0f} MiB of"
                     " cached states. Give it less than that, such as 0: then they are copied from the host."
                 ) from error
         return plan
 
-    def describe_place(self) -> str:
+    def describe_source(self) -> str:
         """Return a sentence on where a step reads the states of planned texts."""
         if self.tables is None:
             return f"A step reads them from {self.store}."
@@ -336,17 +339,22 @@ class ActivationCache:
     def _widths(self) -> list[int]:
         return [stack.width for stack in self.backbone.stacks]
 
-    def _space_error(self, plan: Plan, needed: int, free: int) -> UserError:
+    def _check_space(self, store: Store, num_texts: int, needed: int) -> None:
+        """Raise a UserError if a store has less space than these bytes."""
+        if needed <= (free := store.free_bytes()):
+            return
         size = self.cached_dtype.itemsize
         smaller = [
             f"--model.cache_precision={name} ({needed * dtype.itemsize / size / _MIB:,.0f} MiB)"
             for name, dtype in _DTYPES.items()
             if dtype.itemsize < size
         ]
-        return UserError(
-            f"model.activation_cache: the hidden states of {plan.num_new:,} texts take {needed / _MIB:,.0f} MiB, and"
-            f" {self.store} has room for {free / _MIB:,.0f} MiB. Use"
-            f" {', '.join([*smaller, 'another folder', 'fewer texts (--data.limit_train)'])} or"
+        # tables in memory are an option of a cache in files
+        elsewhere = "another folder" if type(store) is type(self.store) else "--model.cache_device_mib=0"
+        raise UserError(
+            f"model.activation_cache: the hidden states of {num_texts:,} texts take {needed / _MIB:,.0f} MiB, and"
+            f" {store} has room for {free / _MIB:,.0f} MiB. Use"
+            f" {', '.join([*smaller, elsewhere, 'fewer texts (--data.limit_train)'])} or"
             " --model.activation_cache=null."
         )
 
@@ -356,14 +364,14 @@ def _new_key() -> str:
     return f"cached_{uuid4().hex[:8]}"
 
 
-def _pack(part: Tensor) -> Tensor:
-    """Return a part [states, batch, …] for a batch: its rows first, as integers, which no Trainer converts."""
-    return part.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[part.itemsize]).transpose(0, 1)
+def _pack(tensor: Tensor) -> Tensor:
+    """Return a tensor [states, batch, …] as an entry of a batch: [batch, …], of integers, which no Trainer converts."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]).transpose(0, 1)
 
 
-def _unpack(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a part [states, batch, …] as it was packed."""
-    return part.transpose(0, 1).view(dtype)
+def _unpack(entry: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor [states, batch, …] of a packed entry."""
+    return entry.transpose(0, 1).view(dtype)
 
 
 def _input_ids(inputs: Mapping[str, Tensor]) -> list[Tensor]:

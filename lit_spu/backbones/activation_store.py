@@ -59,7 +59,8 @@ class MemoryStore(Store):
         return [self.records.get(key) for key in keys]
 
     def add(self, records: Mapping[bytes, Record]) -> None:
-        self.records |= records
+        for key, record in records.items():
+            self.records.setdefault(key, record)
 
     def free_bytes(self) -> int:
         return int(psutil.virtual_memory().available)

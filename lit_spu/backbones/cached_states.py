@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
     def to(self, device: torch.device) -> Encoded:
         """Copy to a device, without a wait if this is in pinned memory."""
-        return self.map(lambda part: part.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 Stacks = Mapping[int, Encoded]
@@ -63,13 +63,13 @@ def to_record(states: Stacks, row: int, counts: Sequence[Array]) -> Record:
         row: The text's row in the batch.
         counts: The number of tokens of each text, for each stack.
     """
-    parts = [
-        part[:, row, : counts[stack][row]].contiguous().view(torch.uint8).numpy().reshape(-1)
+    arrays = [
+        tensor[:, row, : counts[stack][row]].contiguous().view(torch.uint8).numpy().reshape(-1)
         for stack, encoded in states.items()
-        for part in encoded
-        if part is not None
+        for tensor in encoded
+        if tensor is not None
     ]
-    record: Record = np.concatenate(parts)
+    record: Record = np.concatenate(arrays)
     return record
 
 
@@ -99,14 +99,14 @@ class RecordReader:
         scales = torch.empty(*shape, 1, pin_memory=self.pinned) if self.dtype is torch.int8 else None
         raw = (numbers.view(torch.int16) if self.dtype is torch.bfloat16 else numbers).numpy()
         for row, count in enumerate(counts.tolist()):
-            for part in (raw, None if scales is None else scales.numpy()):
-                if part is not None:
-                    part[:, row, :count] = self._take(row, part.dtype, num_states, count, part.shape[-1])
-                    part[:, row, count:] = 0
+            for array in (raw, None if scales is None else scales.numpy()):
+                if array is not None:
+                    array[:, row, :count] = self._take(row, array.dtype, num_states, count, array.shape[-1])
+                    array[:, row, count:] = 0
         return Encoded(numbers, scales)
 
     def _take(self, row: int, dtype: Any, *shape: int) -> Any:
         """Remove and return the next numbers of a text's record."""
         end = math.prod(shape) * np.dtype(dtype).itemsize
-        part, self.rest[row] = self.rest[row][:end], self.rest[row][end:]
-        return part.view(dtype).reshape(shape)
+        taken, self.rest[row] = self.rest[row][:end], self.rest[row][end:]
+        return taken.view(dtype).reshape(shape)

@@ -49,44 +49,52 @@ class StateTables:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tables."""
-        return sum(part.nbytes for table in self._tables.values() for part in table if part is not None)
+        return sum(tensor.nbytes for table in self._tables.values() for tensor in table if tensor is not None)
 
-    def are_filled(self, rows: Array) -> bool:
+    def are_filled(self, text_ids: Array) -> bool:
         """Return whether the tables have the states of all of these texts."""
-        return bool(self._is_filled[rows].all())
+        return bool(self._is_filled[text_ids].all())
 
-    def positions(self, rows: Array, longest: int) -> dict[int, Tensor]:
-        """Return the positions [rows, tokens] of texts that are padded to a length, for each stack, on the host."""
+    def positions(self, text_ids: Array, longest: int) -> dict[int, Tensor]:
+        """Return the positions [texts, tokens] of texts that are padded to a length, for each stack, on the host."""
         return {
-            stack: torch.from_numpy(self.texts.positions(stack, rows, longest if stack == 0 else None))
+            stack: torch.from_numpy(self.texts.positions(stack, text_ids, longest if stack == 0 else None))
             for stack in self._tables
         }
 
     def read(self, positions: Mapping[int, Tensor], pinned: bool = False) -> Stacks:
         """Return the states at positions [batch, tokens] of each stack, [states, batch, tokens, width]."""
-        gathers = {stack: partial(_gather, where.to(self.device), pinned) for stack, where in positions.items()}
+        gathers = {stack: partial(_gather, to_device(where, self.device), pinned) for stack, where in positions.items()}
         return {stack: self._tables[stack].map(gather) for stack, gather in gathers.items()}
 
-    def fill(self, rows: Array, states: Stacks) -> None:
-        """Save the states of a batch, if they are not there yet.
+    def fill(self, text_ids: Array, states: Stacks) -> None:
+        """Save the states of a batch, if they are not there yet. The host waits only if they come from another device.
 
         Args:
-            rows: The rows of the batch's texts, of which some may be equal.
+            text_ids: The texts of the batch, of which some may be equal.
             states: Their states. Those of padding are not read.
         """
-        new_rows, places = np.unique(rows, return_index=True)
-        is_new = ~self._is_filled[new_rows]
-        new_rows, places = new_rows[is_new], places[is_new]
+        new_ids, rows = np.unique(text_ids, return_index=True)
+        is_new = ~self._is_filled[new_ids]
+        new_ids, rows = new_ids[is_new], rows[is_new]
         for stack, encoded in states.items():
             longest = encoded.numbers.shape[2]
-            positions = self.texts.positions(stack, new_rows, longest)
+            positions = self.texts.positions(stack, new_ids, longest)
             is_real = positions > 0
-            tokens = torch.from_numpy((places[:, None] * longest + np.arange(longest))[is_real])
-            for table, part in zip(self._tables[stack], encoded, strict=True):
-                if table is not None and part is not None:
-                    chosen = part.flatten(1, 2).index_select(1, tokens.to(part.device)).to(self.device)
-                    table.index_copy_(1, torch.from_numpy(positions[is_real]).to(self.device), chosen)
-        self._is_filled[new_rows] = True
+            targets = to_device(torch.from_numpy(positions[is_real]), self.device)
+            tokens = torch.from_numpy((rows[:, None] * longest + np.arange(longest))[is_real])
+            for table, computed in zip(self._tables[stack], encoded, strict=True):
+                if table is not None and computed is not None:
+                    chosen = computed.flatten(1, 2).index_select(1, to_device(tokens, computed.device))
+                    table.index_copy_(1, targets, to_device(chosen, self.device))
+        self._is_filled[new_ids] = True
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, without a wait from the host to CUDA."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _with_zero_state(table: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class GLUE(Checked, LightningDataModule):
         self.encoding: Encoding | None = None
         """Tokenizer and format of the examples; set it only if the model has no `encoding`."""
         self.transform_batches: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
-        """A function that the batches of all loaders pass. A method sets it to add cached hidden states to them."""
+        """Function that the batches of all loaders pass until the run ends. A method sets it to add cached states."""
         self._train_loader: Loader | None = None
         self._resume_state: dict[str, Any] = {}
         self._rows: dict[Portion, Parts] = {}
@@ -138,12 +138,9 @@ class GLUE(Checked, LightningDataModule):
         """
         return self._parts(portion)[part]
 
-    def texts(self) -> Iterator[Batch]:
-        """Yield every example of the current stage once, in batches, for example to fill an activation cache."""
-        for parts in self._examples.values():
-            for examples in parts:
-                for start in range(0, len(examples), 256):
-                    yield examples[range(start, min(start + 256, len(examples)))]
+    def texts(self) -> list[Iterator[Batch]]:
+        """Return for each data set of the current stage an iterator of all its examples, in batches."""
+        return [_in_batches(examples) for parts in self._examples.values() for examples in parts]
 
     def draw(self, count: int | None, batch_size: int = 1) -> Iterator[Batch]:
         """Yield training examples, drawn with `split_seed`, in batches of texts of similar lengths.
@@ -212,6 +209,12 @@ class GLUE(Checked, LightningDataModule):
         """Return the portions that a stage reads. A fit without validation batches reads no validation split."""
         no_validation = stage == "fit" and self.trainer is not None and not self.trainer.limit_val_batches
         return [portion for portion in _PORTIONS[stage] if not (portion == "validation" and no_validation)]
+
+    def teardown(self, stage: str) -> None:
+        self.transform_batches = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.transform_batches = None
 
     def train_dataloader(self) -> Loader:
         """Return the loader of shuffled training batches."""
@@ -350,6 +353,11 @@ class GLUE(Checked, LightningDataModule):
 
     def _transform(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         return self.transform_batches(batches) if self.transform_batches else batches
+
+
+def _in_batches(examples: Examples) -> Iterator[Batch]:
+    for start in range(0, len(examples), 256):
+        yield examples[range(start, min(start + 256, len(examples)))]
 
 
 def _warn_of_one_label(task: Task, rows: list[Row]) -> None:

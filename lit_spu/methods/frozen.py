@@ -84,6 +84,7 @@ class CachedBackbone(Method):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self.cache = None  # a run that failed had no teardown
         if stage == "fit" and self.activation_cache is not None and not self.count_frozen_blocks():
             fewer = ", or train fewer blocks, such as with --model.layers=2" if "layers" in self.hparams else ""
             raise UserError(
@@ -114,11 +115,12 @@ class CachedBackbone(Method):
         if not hasattr(data, "texts"):
             rank_zero_info(f"Cache in {self.cache.store}: its size is unknown for these data.")
             return
-        plan = self.cache.plan(data.texts(), self.trainer.num_devices, self._device_bytes())
+        plan = self.cache.plan(*data.texts(), num_processes=self.trainer.num_devices, device_bytes=self._device_bytes())
         data.transform_batches = self.cache.prepare
         rank_zero_info(
             f"Cache in {self.cache.store}: {plan.num_texts:,} texts, {plan.num_new:,} of them new, for which"
-            f" {plan.num_bytes / 2**20:,.0f} MiB ({self.cache_precision}) will be cached. {self.cache.describe_place()}"
+            f" {plan.num_bytes / 2**20:,.0f} MiB ({self.cache_precision}) will be cached."
+            f" {self.cache.describe_source()}"
         )
 
     def _device_bytes(self) -> int:
@@ -132,9 +134,6 @@ class CachedBackbone(Method):
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
-        trainer: Any = self.trainer
-        if self.cache is not None and hasattr(trainer.datamodule, "texts"):
-            trainer.datamodule.transform_batches = None
         self.cache = None
 
 

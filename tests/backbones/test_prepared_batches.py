@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_spu.backbones import Batch, HiddenStates, activation_cache, copy_ahead
 from lit_spu.backbones.activation_cache import ActivationCache
+from lit_spu.backbones.activation_store import MemoryStore
 from lit_spu.backbones.cached_texts import CachedTexts
 from lit_spu.errors import UserError
 from lit_spu.measure import Launches
@@ -75,6 +76,7 @@ def test_prepared_batches_have_the_same_states(
         assert cache.is_prepared(prepared)
         assert all(not t.is_floating_point() for name, t in prepared.items() if name not in batch)
         with no_host_reads(monkeypatch) as counted:
+            monkeypatch.setattr(cache.texts, "find", lambda _: ())  # on a device no tokens are compared
             found = cache(prepared)
         reversed_rows = {name: tensor.flip(0) for name, tensor in prepared.items()}
         for state, other in zip(all_states(cache(reversed_rows)), all_states(expected), strict=True):
@@ -86,6 +88,22 @@ def test_prepared_batches_have_the_same_states(
     assert counted.total == len(backbone.stacks) * (gathers + conversions)
     assert not counted.waits
     assert not counted.host_copies
+
+
+def test_the_first_step_waits_for_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes the states of a batch and fills the table on the device."""
+    backbone = frozen(tiny("t5"))
+    cache, batch = ActivationCache(backbone), encode(backbone)
+    cache.plan([batch], device_bytes=PLENTY)
+    with torch.no_grad():
+        expected = ActivationCache(backbone)(batch)
+        computed = backbone.hidden_states(batch)
+        monkeypatch.setattr(backbone, "hidden_states", lambda *_: computed)
+        first = prepare(cache, batch)
+        with no_host_reads(monkeypatch) as counted:
+            found = cache(first)
+    assert_equal(found, expected)
+    assert not counted.waits
 
 
 def test_states_of_a_stack_are_views_of_one_tensor(tiny: Tiny) -> None:
@@ -100,8 +118,8 @@ def test_an_index_of_another_data_set_is_not_trusted(tiny: Tiny) -> None:
     """Every data set numbers its examples from 0."""
     backbone = frozen(tiny("bert"))
     cache = ActivationCache(backbone)
-    train, validation = encode(backbone, SENTENCES[:2]), encode(backbone, SENTENCES[2:])
-    cache.plan([train, validation])
+    train, validation = encode(backbone, SENTENCES[:2]), encode(backbone, SENTENCES[1:])  # which has more texts
+    cache.plan([train], [validation])
     with torch.no_grad():
         for batch in (train, validation):
             expected = cache(batch)
@@ -122,6 +140,8 @@ def test_an_index_of_another_data_set_is_not_trusted(tiny: Tiny) -> None:
         for other in others:
             assert not cache.is_prepared(prepare(cache, other))
             assert_equal(cache(other), ActivationCache(backbone)(other))
+        changed = {**prepare(cache, train), "input_ids": word["input_ids"]}  # by a callback
+        assert_equal(cache(changed), ActivationCache(backbone)(word))
         padded = encode(backbone, SENTENCES[:2], pad_to=20)
         assert cache.is_prepared(prepare(cache, padded))
         repadded = {**prepare(cache, train), **padded}  # padded after it was prepared
@@ -215,8 +235,21 @@ def test_a_device_without_room_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(activation_cache, "StateTables", fail)
     cache = ActivationCache(frozen(tiny("bert")))
-    with pytest.raises(UserError, match=r"model.cache_device_mib: cpu has no room"):
-        cache.plan([encode(cache.backbone)])
+    cache.device = torch.device("cuda")
+    with pytest.raises(UserError, match=r"model.cache_device_mib: cuda has no room"):
+        cache.plan([encode(cache.backbone)], device_bytes=PLENTY)
+
+
+def test_tables_in_memory_need_room_there(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a cache in files may have them as well."""
+    cache = ActivationCache(frozen(tiny("bert")), tmp_path)
+    batch = encode(cache.backbone)
+    need = cache.plan([batch]).num_bytes_of_all
+    monkeypatch.setattr(MemoryStore, "free_bytes", lambda self: 2 * need)
+    cache.plan([batch], device_bytes=need, num_processes=2)
+    with pytest.raises(UserError, match=r"memory has room .* --model.cache_device_mib=0"):
+        cache.plan([batch], device_bytes=need, num_processes=3)
+    cache.plan([batch], num_processes=3)
 
 
 def test_texts_without_an_index_have_no_rows(tiny: Tiny) -> None:

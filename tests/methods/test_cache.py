@@ -95,12 +95,40 @@ def test_other_batches_change_the_last_bits_alone(data: Callable[..., GLUE], fit
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
 
 
-def test_after_the_run_and_without_a_trainer_nothing_is_kept(data: Callable[..., GLUE], fit: Run) -> None:
+class Fail(Callback):
+    """Fails in the first step of the second epoch, in which all batches are prepared."""
+
+    num_prepared = 0
+
+    def _count(self, cache: Any, batch: Any) -> None:
+        self.num_prepared += cache.is_prepared(batch)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        self._count(pl_module.cache, batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        self._count(pl_module.cache, batch)
+        if trainer.current_epoch == 1:
+            raise ArithmeticError
+
+
+def test_after_a_run_nothing_is_cached(data: Callable[..., GLUE], fit: Run) -> None:
     method, texts = LadderSideTuning(reduction=4, activation_cache="memory"), data(**WIDE)
     assert method.cache is None
     fit(method, texts)
     assert method.cache is None
     assert texts.transform_batches is None
+
+
+def test_after_a_failed_run_nothing_is_cached(data: Callable[..., GLUE], fit: Run) -> None:
+    method, fail = LadderSideTuning(reduction=4, activation_cache="memory"), Fail()
+    texts = data(limit_train=8, limit_validation=20)
+    with pytest.raises(ArithmeticError):
+        fit(method, texts, fail, max_epochs=2, num_sanity_val_steps=-1)
+    assert fail.num_prepared == 3 + 1  # of validation after the first epoch, of training in the second
+    assert texts.transform_batches is None
+    method.setup("test")
+    assert method.cache is None
 
 
 def test_what_has_no_room_is_refused_before_training(
