@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -29,7 +29,7 @@ from lit_spu.backbones.cached_texts import CachedTexts
 from lit_spu.backbones.copy_ahead import copy_ahead
 from lit_spu.backbones.precision import Precision
 from lit_spu.backbones.stacks import Batch, HiddenStates, StateIndices
-from lit_spu.backbones.state_tables import StateTables
+from lit_spu.backbones.state_tables import StateTables, to_device
 from lit_spu.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -49,8 +49,8 @@ class Plan:
 class ActivationCache:
     """A callable that returns what `Backbone.hidden_states` does, but computes no text twice.
 
-    A record that is damaged is computed again. Texts that were planned are read by their `index`: from a table on the
-    device if they have room there, else from the host, from where `prepare` copies them without a wait.
+    A record that is damaged is computed again. Planned texts are found by their `index`. Their states are read from a
+    table on the device if they have room there. Otherwise `prepare` copies them from the host without a wait.
 
     Args:
         backbone: A backbone whose blocks are frozen, at least those that the wanted states depend on.
@@ -71,15 +71,15 @@ class ActivationCache:
     ) -> None:
         self.backbone = backbone
         self.cached_dtype = _DTYPES[precision]
-        self.wanted = [sorted(numbers) for numbers in wanted or backbone.base_model.all_states()]
+        self.wanted = [sorted(indices) for indices in wanted or backbone.base_model.all_states()]
         parameter = next(backbone.base_model.embeddings[0].parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         name = f"{digest_backbone(backbone, self.wanted)}-{precision}"
         self.store: Store = MemoryStore() if folder is None else FileStore(folder / name)
         self.texts = CachedTexts(())
         self.tables: StateTables | None = None
-        self._stacks = [number for number, numbers in enumerate(self.wanted) if numbers]
-        self._key = _new_key()
+        self._stacks = [stack for stack, indices in enumerate(self.wanted) if indices]
+        self._prefix = _new_prefix()
 
     def __call__(self, batch: Batch) -> tuple[HiddenStates, ...]:
         """Return the hidden states of all stacks, zero where a text is padded.
@@ -132,42 +132,42 @@ class ActivationCache:
         return any(self._name(name, stack) in batch for name in ("positions", "numbers") for stack in self._stacks)
 
     def _find_texts(self, batch: Batch) -> Array | None:
-        """Return the ids of a batch's texts. Return None if one is not planned, or if the batch is on a device."""
-        return self.texts.find(batch) if batch["input_ids"].device.type == "cpu" else None
+        """Return the ids of a batch's texts, on a device those that `prepare` has found, or None if one is unknown."""
+        if _is_on_host(batch):
+            return self.texts.find(batch)
+        return cast("Array | None", batch.get(self._name("text_ids")))
 
     def _find_states(self, batch: Batch, text_ids: Array | None) -> dict[str, Tensor]:
-        """Return the entries of a prepared batch: the positions of its states, or they themselves; {} if unknown."""
+        """Return the positions of a batch's states, or the states, as entries of a batch; {} if one is not cached."""
         if text_ids is None:
             return {}
         longest = batch["input_ids"].shape[1]
-        states: Stacks | None
         if self.tables is None:
-            states = self._read_records(*self._describe(text_ids), longest)
+            states = self._read_records(*self._describe(text_ids), longest) or {}
         elif not self.tables.are_filled(text_ids):
-            states = None
+            return {}
         else:
             positions = self.tables.positions(text_ids, longest)
             if self._is_resident:
-                pin = Tensor.pin_memory if self.device.type == "cuda" else Tensor.contiguous
-                return {self._name("positions", stack): pin(tensor) for stack, tensor in positions.items()}
+                return {self._name("positions", stack): to_device(p, self.device) for stack, p in positions.items()}
             states = self.tables.read(positions, self._copies_pinned)
         return {
             self._name(name, stack): _pack(tensor)
-            for stack, encoded in (states or {}).items()
+            for stack, encoded in states.items()
             for name, tensor in encoded._asdict().items()
             if tensor is not None
         }
 
     def _name(self, entry: str, stack: int = 0) -> str:
-        return f"{self._key}_{entry}_{stack}"
+        return f"{self._prefix}_{entry}_{stack}"
 
     def _read_prepared(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks | None:
         """Return the states of a prepared batch.
 
-        Return None if it is not prepared, or was padded to another length since. On a CPU also if its tokens have
-        changed since; on a device this check would wait.
+        Return None if it is not prepared, or was padded to another length since. On the host, also if its tokens were
+        changed since. On a device that check would wait.
         """
-        if inputs["input_ids"].device.type == "cpu" and self.is_prepared(batch) and self.texts.find(batch) is None:
+        if self.is_prepared(batch) and _is_on_host(batch) and self._find_texts(batch) is None:
             return None
         positions, states = {}, {}
         for stack, ids in enumerate(_input_ids(inputs)):
@@ -189,7 +189,7 @@ class ActivationCache:
 
     def _find_or_compute(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Stacks:
         """Return the states of a batch, which are computed and cached where they are not."""
-        text_ids: Any = batch.get(self._name("text_ids"))
+        text_ids = self._find_texts(batch)
         if text_ids is not None:
             keys, counts = self._describe(text_ids)
         else:
@@ -295,7 +295,7 @@ class ActivationCache:
         """
         self.texts = CachedTexts(map(self._with_keys, data_sets))
         self.tables = None
-        self._key = _new_key()
+        self._prefix = _new_prefix()
         sizes = sum(
             (
                 num_bytes(len(wanted), 1, width, self.cached_dtype) * counts
@@ -359,7 +359,7 @@ class ActivationCache:
         )
 
 
-def _new_key() -> str:
+def _new_prefix() -> str:
     """Return a prefix of names in batches. No other cache, and no other plan, may read what was prepared for one."""
     return f"cached_{uuid4().hex[:8]}"
 
@@ -372,6 +372,10 @@ def _pack(tensor: Tensor) -> Tensor:
 def _unpack(entry: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the tensor [states, batch, …] of a packed entry."""
     return entry.transpose(0, 1).view(dtype)
+
+
+def _is_on_host(batch: Batch) -> bool:
+    return batch["input_ids"].device.type == "cpu"
 
 
 def _input_ids(inputs: Mapping[str, Tensor]) -> list[Tensor]:

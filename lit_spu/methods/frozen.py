@@ -29,9 +29,9 @@ class CachedBackbone(Method):
         activation_cache: Run the frozen blocks below the lowest trained one once for each text, and cache the hidden
             states that the rest reads, while training: in `memory`, or in files in this folder, which all runs share.
             From the second epoch on a step costs the other blocks alone. The memory that the cache needs is logged
-            before training. No callback may change the tokens of a batch. With batches of the same texts in each epoch,
-            losses are equal to the bit to those without a cache. If no block is trained, they are equal up to rounding:
-            without a cache, an encoder's last block runs at the answer's position alone.
+            before training. On an accelerator no callback may change the tokens of a batch. With batches of the same
+            texts in each epoch, losses are equal to the bit to those without a cache. If no block is trained, they are
+            equal up to rounding: without a cache, an encoder's last block runs at the answer's position alone.
         cache_precision: Format of the cache: fp32, or bf16 or int8 for a half or a quarter of the memory.
         cache_device_mib: Memory of the device that cached states may take. If the states of all texts of the data
             module fit in it, a step reads them there. Otherwise they stay in files or in the host's memory, and are
@@ -75,6 +75,10 @@ class CachedBackbone(Method):
             return FrozenStates(self._num_cached_blocks, self.cache(batch))
 
     def is_capturable(self, batch: Batch) -> bool:
+        """Return whether a step on this batch computes or reads its hidden states in the same operators as a replay.
+
+        A step that adds states to a cache does not.
+        """
         return self.cache is None or self.cache.is_prepared(batch)
 
     def make_cache(self, folder: Path | None = None) -> ActivationCache:

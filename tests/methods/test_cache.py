@@ -144,12 +144,12 @@ def test_the_size_is_told_before(
     data: Callable[..., GLUE], fit: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(tmp_path / "taps")
-    for new, mib, place in (("60", 0, folder), ("0", 100, "the memory of this process")):
+    for new, mib, source in (("60", 0, folder), ("0", 100, "the memory of this process")):
         caplog.clear()
         with caplog.at_level("INFO"):
             fit(LadderSideTuning(reduction=4, activation_cache=folder, cache_device_mib=mib), data(**WIDE))
         assert f"60 texts, {new} of them new" in caplog.text
-        assert f"A step reads them from {place}" in caplog.text
+        assert f"A step reads them from {source}" in caplog.text
 
 
 @pytest.mark.xdist_group("two processes")  # two such tests at once may pick the same port

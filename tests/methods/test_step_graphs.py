@@ -143,7 +143,7 @@ def test_clipped_gradients_and_a_weight_without_gradient(tmp_path: Path) -> None
     compare("lst", "mini-bert", tmp_path, trainer={"gradient_clip_val": 0.01})
 
 
-def test_steps_are_captured_once_their_states_are_cached(tmp_path: Path) -> None:
+def test_steps_on_cached_states_are_captured(tmp_path: Path) -> None:
     graphs = compare("lst", "mini-bert", tmp_path, activation_cache="memory")
     assert graphs.obstacle is None
     assert graphs.num_replays == 9  # of 12 steps after the first epoch, of three lengths
