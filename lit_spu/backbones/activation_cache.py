@@ -110,7 +110,7 @@ class ActivationCache:
         Args:
             batches: Batches in the memory of the host.
         """
-        originals, copies = tee((batch, self._find_texts(batch)) for batch in batches)
+        originals, copies = tee((batch, self.texts.find(batch)) for batch in batches)
         found = (self._find_states(batch, text_ids) for batch, text_ids in copies)
         ahead = copy_ahead(found, self.device) if self._copies_pinned else found
         for (batch, text_ids), states in zip(originals, ahead, strict=True):
@@ -133,9 +133,7 @@ class ActivationCache:
 
     def _find_texts(self, batch: Batch) -> Array | None:
         """Return the ids of a batch's texts, on a device those that `prepare` has found, or None if one is unknown."""
-        if _is_on_host(batch):
-            return self.texts.find(batch)
-        return cast("Array | None", batch.get(self._name("text_ids")))
+        return self.texts.find(batch) if _is_on_host(batch) else cast("Array | None", batch.get(self._name("text_ids")))
 
     def _find_states(self, batch: Batch, text_ids: Array | None) -> dict[str, Tensor]:
         """Return the positions of a batch's states, or the states, as entries of a batch; {} if one is not cached."""
@@ -232,7 +230,7 @@ class ActivationCache:
         if states is None:
             computed = {stack: encoded.map(Tensor.cpu) for stack, encoded in self._compute(batch).items()}
             with record_function("cache"):
-                self._add_records({key: to_record(computed, row, counts) for row, key in enumerate(keys)})
+                self._add_records({key: to_record(computed, keys.index(key), counts) for key in dict.fromkeys(keys)})
             states = self._read_records(keys, counts, longest)
         if states is None:
             raise UserError(

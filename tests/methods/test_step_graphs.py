@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 
+from lit_spu.backbones import activation_cache
 from lit_spu.callbacks.latency import Latency
 from lit_spu.callbacks.memory import Memory
 from lit_spu.callbacks.policies import LossEMA
@@ -63,7 +64,8 @@ class FreezeLater(Callback):
 
 @pytest.fixture(autouse=True)
 def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers not look at the values of a mask, as under capture, and pad batches as on CUDA."""
+    """Let nothing look at the values of a mask or at tokens, as under capture, and pad batches as on CUDA."""
+    monkeypatch.setattr(activation_cache, "_is_on_host", lambda _: False)
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
     monkeypatch.setattr(CapturedSteps, "length_multiple", 8)
 
