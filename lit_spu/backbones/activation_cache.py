@@ -101,11 +101,11 @@ class ActivationCache:
     # -- batches of planned texts -------------------------------------------------------------------------------------
 
     def prepare(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches with what `__call__` needs to read their states without a wait.
+        """Yield batches with added entries, so that `__call__` reads or saves their states without a wait.
 
-        If all texts of a batch are cached, it is given the positions of their states in the tables on the device, or
-        else a copy of the states, which reaches the device one batch ahead. If all are planned, it is given their ids.
-        All other batches are yielded unchanged.
+        If all texts of a batch are cached, the entries are the positions of their states in tables on the device. If
+        there are no such tables, they are the states, which are copied to the device one batch ahead. If all texts are
+        planned but not all are cached, the entry is their text ids. A batch with other texts gets no entry.
 
         Args:
             batches: Batches in the memory of the host.
@@ -114,7 +114,7 @@ class ActivationCache:
         found = (self._find_states(batch, text_ids) for batch, text_ids in copies)
         ahead = copy_ahead(found, self.device) if self._copies_pinned else found
         for (batch, text_ids), states in zip(originals, ahead, strict=True):
-            # an array, which the Trainer leaves on the host
+            # the ids are an array, which the Trainer leaves on the host
             ids: dict[str, Any] = {} if text_ids is None or states else {self._name("text_ids"): text_ids}
             yield {**batch, **states, **ids}
 

@@ -75,10 +75,7 @@ class CachedBackbone(Method):
             return FrozenStates(self._num_cached_blocks, self.cache(batch))
 
     def is_capturable(self, batch: Batch) -> bool:
-        """Return whether a step on this batch computes or reads its hidden states in the same operators as a replay.
-
-        A step that adds states to a cache does not.
-        """
+        """Return whether a step on this batch can be replayed. One that adds states to the cache cannot."""
         return self.cache is None or self.cache.is_prepared(batch)
 
     def make_cache(self, folder: Path | None = None) -> ActivationCache:
