@@ -233,7 +233,7 @@ class CapturedSteps(FiniteLosses):
         return loss.detach(), graphs.keep_gradients()
 
     def is_capturable(self, batch: Batch) -> bool:
-        """Return whether a step on this batch is like those that follow: no cache has to be filled, for example."""
+        """Return whether a step on this batch can be replayed: it saves nothing for later steps."""
         return True
 
     def set_captured_gradients(self) -> bool:
