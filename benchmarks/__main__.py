@@ -52,6 +52,8 @@ def main() -> None:
         ranges.check(RANGES, vars(options), "--")
     except UserError as error:
         parser.error(str(error))
+    if options.device != "cpu" and not torch.accelerator.is_available():
+        parser.error(f"--device={options.device}: this machine has no accelerator that torch can use. Leave it out.")
     rounds, lengths = (2, [32]) if options.quick else (options.rounds, options.lengths)
     console, task = Console(), TASKS["sst2"]
     if options.launches:
