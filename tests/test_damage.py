@@ -21,7 +21,8 @@ from lit_spu.export import writers
 from lit_spu.files import CHECKSUMS, write_checksums
 from lit_spu.methods.head import HeadOnly
 from lit_spu.methods.lora import LoRA
-from lit_spu.optim.trajectory import VERSION, Trajectory
+from lit_spu.optim.noise import VERSION
+from lit_spu.optim.trajectory import Trajectory
 from lit_spu.tasks import TASKS
 
 Tiny = Callable[[str], str]
@@ -168,7 +169,7 @@ def test_a_trajectory_of_an_older_version_is_refused(tmp_path: Path) -> None:
     """Those of the first version have no entry for it."""
     file = tmp_path / "trajectory.mezo"
     file.write_bytes(json.dumps({key: value for key, value in HEADER.items() if key != "version"}).encode() + b"\n")
-    with pytest.raises(UserError, match="has version 1, and this lit_spu replays version 2 alone"):
+    with pytest.raises(UserError, match=f"has version 1, and this lit_spu replays version {VERSION} alone"):
         lit_spu.replay(file)
 
 

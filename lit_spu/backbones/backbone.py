@@ -327,18 +327,21 @@ class Backbone(nn.Module, Architecture, ABC):
     def table_readers(self) -> list[tuple[nn.Module, nn.Parameter]]:
         """The modules that read rows of a matrix over the vocabulary, and these matrices.
 
-        The modules are called with the row indices first. Nothing else reads the matrices in a forward pass.
+        The modules are called with the row indices first. Nothing else reads the matrices in a forward pass: a matrix
+        that another module has too, such as an embedding of another class, is left out.
         """
-        tables = {self.model.get_input_embeddings().weight}
+        linear = None if self.has_classifier else self.model.get_submodule(self.base_model.family.vocabulary[-1])
         readers: list[tuple[nn.Module, nn.Parameter]] = []
-        if not self.has_classifier and self.label_weight is None:
-            linear = self.model.get_submodule(self.base_model.family.vocabulary[-1])
+        if linear is not None and self.label_weight is None:
             readers.append((self.select_rows, linear.weight))
-            tables.add(linear.weight)
+        tables = {self.model.get_input_embeddings().weight, *(weight for _, weight in readers)}
         for module in self.model.modules():
-            if type(module) is nn.Embedding and (weight := module.get_parameter("weight")) in tables:
-                readers.append((module, weight))
-        return readers
+            for weight in tables.intersection(module.parameters(recurse=False)):
+                if type(module) is nn.Embedding:
+                    readers.append((module, weight))
+                elif module is not linear:  # which is not called: its rows are selected
+                    tables.remove(weight)
+        return [(module, weight) for module, weight in readers if weight in tables]
 
     def label_word_candidates(self) -> Sequence[Sequence[str]]:
         """Return lists of label words, the preferred list first."""

@@ -15,7 +15,7 @@ from lit_spu.optim.trajectory import Recorder
 class TrajectoryRecorder(FirstStep):
     """Callback that writes `trajectory.mezo` into the run directory.
 
-    Steps are written every `log_every_n_steps` batches, with each checkpoint and at the end. Nothing is written if the
+    Steps are written every `log_every_n_steps` steps, with each checkpoint and at the end. Nothing is written if the
     Trainer has neither a logger nor checkpoints.
     """
 
@@ -37,7 +37,7 @@ class TrajectoryRecorder(FirstStep):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if (batch_idx + 1) % (getattr(trainer, "log_every_n_steps", 0) or 50) == 0:
+        if trainer.global_step % (getattr(trainer, "log_every_n_steps", 0) or 50) == 0:
             self._append()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

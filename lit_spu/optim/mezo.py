@@ -7,9 +7,13 @@ key.
 
 from __future__ import annotations
 
+import signal
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_spu.checkpoints.fingerprint import fingerprint
+from lit_spu.errors import UserError
 from lit_spu.optim.keyed_random import KeyedGenerators, key_of
-from lit_spu.optim.noise import GaussianNoise, LowRankNoise, Noise, RademacherNoise
+from lit_spu.optim.noise import VERSION, GaussianNoise, LowRankNoise, Noise, RademacherNoise
 from lit_spu.optim.perturbed import Perturbed
 from lit_spu.optim.rounding import Rounding, is_half, round_stochastically
 from lit_spu.optim.units import Unit, is_same_memory, make_layout
@@ -194,6 +199,7 @@ class MeZOOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         extra = {
+            "noise_version": VERSION,
             "seed": self.seed,
             "initial_fingerprint": self.initial_fingerprint,
             "history": torch.tensor(self.history, dtype=torch.float32),
@@ -201,6 +207,12 @@ class MeZOOptimizer(Optimizer):
         return super().state_dict() | extra
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (version := state_dict.get("noise_version", "1 or 2")) != VERSION:
+            raise UserError(
+                f"The checkpoint's run by MeZO has noise of version {version}, and this lit_spu draws version {VERSION}"
+                " alone. Resume the run with the lit_spu that wrote it, or start a new run from its weights:"
+                " --model.weights instead of --ckpt_path."
+            )
         super().load_state_dict(state_dict)
         self.seed, self.initial_fingerprint = state_dict["seed"], state_dict["initial_fingerprint"]
         self._history[:] = array("f", state_dict["history"].tolist())
@@ -224,8 +236,10 @@ class MeZOOptimizer(Optimizer):
         for direction in self.rank_directions:
             for sign in (1, -1):
                 self.noise.begin([self._key(direction)], self._fixed("scale", 1, 1).fill_(sign * self.epsilon))
+                with delay_sigint():
+                    loss = run("evaluation", evaluate, self.noise.generators)
                 # a copy, because the next replay of a graph overwrites its output
-                found.append(run("evaluation", evaluate, self.noise.generators).to(torch.float64, copy=True))
+                found.append(loss.to(torch.float64, copy=True))
         losses = torch.stack(found).view(-1, 2)
         if self.reduce is None:
             return losses
@@ -243,7 +257,6 @@ class MeZOOptimizer(Optimizer):
         """Update the weights by a row of a history, and append it."""
         if len(self._new_rows) == 256:  # bounds the memory of what has not been read
             _ = self.history
-        self._new_rows.append(row)
         learning_rates, slopes = row[: len(self.param_groups)], row[len(self.param_groups) :]
         steps = self._fixed("steps", len(learning_rates), len(slopes))
         torch.mul(learning_rates[:, None], slopes.nan_to_num(0.0, 0.0, 0.0) / -len(slopes), out=steps)
@@ -257,9 +270,11 @@ class MeZOOptimizer(Optimizer):
             for unit in self._active_units():
                 self._update(unit, decays[unit.group] if weight_decays[unit.group] else None)
 
-        run("update", update, self.noise.generators)
-        for group in self.param_groups:
-            group["step"] += 1
+        with delay_sigint():
+            self._new_rows.append(row)
+            run("update", update, self.noise.generators)
+            for group in self.param_groups:
+                group["step"] += 1
 
     def _update(self, unit: Unit, decay: Tensor | None) -> None:
         """Multiply a unit's weights by 1 − decay and add their steps along the directions chosen by `noise.begin`."""
@@ -331,3 +346,28 @@ class MeZOOptimizer(Optimizer):
                     view.copy_(own["rounding_residual"])
                 own["rounding_residual"] = view
         return residual
+
+
+@contextmanager
+def delay_sigint() -> Iterator[None]:
+    """Delay SIGINT, so that it interrupts neither the restoring of weights nor an update.
+
+    A second SIGINT is not delayed. Outside the main thread, where Python handles no signals, this does nothing.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    delayed: list[tuple[int, FrameType | None]] = []
+
+    def delay(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, handler)
+        delayed.append((number, frame))
+
+    signal.signal(signal.SIGINT, delay)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    for number, frame in delayed:
+        handler(number, frame)

@@ -18,6 +18,10 @@ from torch import Tensor
 from lit_spu.optim.keyed_random import KeyedGenerators, key_of
 from lit_spu.optim.units import Stack, Unit, is_same_memory
 
+VERSION = 3
+"""Version of the noise, which trajectories and checkpoints record. Version 1 had a key for each weight, and its files
+had no entry for the version. Units had other names in version 2."""
+
 PART_NUMEL = 2**23
 """Largest number of elements that are drawn at a time, except for a single row."""
 

@@ -66,8 +66,8 @@ class Perturbed:
         """Context manager in which the active units are perturbed."""
         restores: list[Callable[[], None]] = []
         cached_casts = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # the cache knows a weight by its identity
         try:
+            torch.set_autocast_cache_enabled(False)  # the cache knows a weight by its identity
             for unit in self.layout.others:
                 if unit in active:
                     self._swap(unit)

@@ -11,7 +11,8 @@ from lit_spu.checkpoints.fingerprint import fingerprint
 from lit_spu.errors import UserError, describe_changes
 from lit_spu.optim.keyed_random import key_of
 from lit_spu.optim.mezo import MeZOOptimizer
-from lit_spu.optim.trajectory import VERSION, Trajectory
+from lit_spu.optim.noise import VERSION
+from lit_spu.optim.trajectory import Trajectory
 from lit_spu.optim.units import Unit
 
 

@@ -18,12 +18,10 @@ from lit_spu.checkpoints.run_dir import checkpoint_config
 from lit_spu.errors import UserError
 from lit_spu.files import replace_path
 from lit_spu.optim.mezo import MeZOOptimizer
+from lit_spu.optim.noise import VERSION
 from lit_spu.safe_yaml import parse_json
 
 NAME = "trajectory.mezo"
-
-VERSION = 2
-"""Version of the noise and of the file. Files of version 1 had no entry for it, and a key for each weight."""
 
 _TYPES = {
     **dict.fromkeys(("version", "groups", "directions", "seed"), int),

@@ -153,24 +153,27 @@ def make_layout(
     block_of = {parameter: number for number, block in enumerate(blocks) for parameter in block.parameters()}
     num_uses = Counter(parameter for block in blocks for parameter in block.parameters())
     table_set = set(tables)
-    members: dict[tuple[int | str, int, torch.dtype], list[nn.Parameter]] = {}
+    members: dict[tuple[str, int, torch.dtype], list[nn.Parameter]] = {}
     for group, name, weight in weights:
-        place: int | str = name if one_by_one or weight in table_set else "rest"
         if num_uses[weight] == 1:
-            place = block_of[weight]
-        members.setdefault((place, group, weight.dtype), []).append(weight)
-    layout = Layout([(block, []) for block in blocks], [], [])
-    num_dtypes: Counter[tuple[int | str, int]] = Counter()
-    for (place, group, _), found in members.items():
-        name = f"{place}, group {group}, part {num_dtypes[place, group]}"  # the noise is the same in every dtype
-        num_dtypes[place, group] += 1
-        unit = Unit(name, group, found, is_table=found[0] in table_set)
-        if isinstance(place, int):
-            layout.blocks[place][1].append(unit)
-        elif unit.is_table:
-            layout.tables.append(unit)
+            owner = f"block {block_of[weight]}"
+        elif weight in table_set:
+            owner = f"table {name}"
         else:
-            layout.others.append(unit)
+            owner = f"weight {name}" if one_by_one else "others"
+        members.setdefault((owner, group, weight.dtype), []).append(weight)
+    layout = Layout([(block, []) for block in blocks], [], [])
+    num_dtypes: Counter[tuple[str, int]] = Counter()
+    for (owner, group, _), found in members.items():
+        name = f"{owner}, group {group}, part {num_dtypes[owner, group]}"  # the noise is the same in every dtype
+        num_dtypes[owner, group] += 1
+        if num_uses[found[0]] == 1:
+            layout.blocks[block_of[found[0]]][1].append(Unit(name, group, found))
+        elif found[0] in table_set:
+            layout.tables.append(Unit(name, group, found, is_table=True))
+        else:
+            layout.others.append(Unit(name, group, found))
+    assert len({unit.name for unit in layout.units}) == len(members), "units of one name would have the same noise"
     return layout
 
 

@@ -299,6 +299,19 @@ def test_a_resumed_run_writes_all_of_its_trajectory(fit: Run, data: Callable[...
     assert Trajectory.read(tmp_path / "more").header["seed"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_steps_are_written_in_epochs_of_fewer_steps(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
+    """Epochs of 4 steps, written every 5 steps."""
+    written: list[int] = []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            written.append(len(Trajectory.read(tmp_path / "run").rows))
+
+    fit(MeZO(lr=1e-3), data(), Watch(), max_epochs=3, **into(tmp_path / "run") | {"log_every_n_steps": 5})
+    assert written == [1, 5, 10]
+
+
 def test_a_row_that_was_cut_short_is_none(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
     trained_by(fit, data, tmp_path / "run")
     file = tmp_path / "run" / "trajectory.mezo"

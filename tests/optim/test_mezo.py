@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_spu.backbones.backbone import SelectRows
+from lit_spu.errors import UserError
 from lit_spu.measure import LiveBytes
-from lit_spu.optim.mezo import NOISES, MeZOOptimizer
+from lit_spu.optim.mezo import NOISES, MeZOOptimizer, delay_sigint
+from lit_spu.optim.noise import VERSION
 
 noises = pytest.mark.parametrize("noise", NOISES)
 
@@ -144,6 +148,50 @@ def test_other_weights_and_global_generators_stay(error: bool) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_sigint_is_delayed_to_the_end_of_an_evaluation() -> None:
+    """The KeyboardInterrupt follows the evaluation. Weights, forwards and autocast's cache are as before."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+    losses: list[Tensor] = []
+    before, handler = copy.deepcopy(model.state_dict()), signal.getsignal(signal.SIGINT)
+
+    def loss() -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        losses.append(model(x).square().mean())
+        return losses[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        MeZOOptimizer(model.named_parameters(), lr=0.1, blocks=[model[0]]).step(loss)
+    assert len(losses) == 1
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model)
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_a_second_sigint_is_not_delayed() -> None:
+    signals = iter([signal.SIGINT] * 3)
+    with pytest.raises(KeyboardInterrupt), delay_sigint():
+        list(map(signal.raise_signal, signals))
+    assert len(list(signals)) == 1
+
+
+def test_sigint_during_an_update_leaves_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are those that the history leads to."""
+    ends = []
+    for interrupts in (False, True):
+        weights = [("a", nn.Parameter(torch.ones(4))), ("b", nn.Parameter(torch.ones(4)))]
+        optimizer = MeZOOptimizer(weights, lr=0.1, share=0.99)  # two units
+        if interrupts:
+            update, signals = optimizer._update, iter([signal.SIGINT])
+            interrupted = lambda *args: (update(*args), *map(signal.raise_signal, signals))  # noqa: B023, E731
+            monkeypatch.setattr(optimizer, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt) if interrupts else nullcontext():
+            optimizer.apply_slopes([1.0])
+        ends.append(torch.cat([weight.detach() for _, weight in weights]))
+        assert optimizer.param_groups[0]["step"] == 1
+    assert torch.equal(*ends)
+
+
 def test_the_mean_of_equal_directions_is_that_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MeZOOptimizer, "_key", lambda optimizer, direction: optimizer.param_groups[0]["step"])
     weight, loss = bowl()
@@ -199,6 +247,29 @@ def test_training_resumes_from_the_state_dict(rounding: Any) -> None:
             optimizer.step(loss)
         ends.append(linear.state_dict())
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+@pytest.mark.parametrize("version", [None, VERSION - 1])
+def test_a_state_of_other_noise_is_refused(version: int | None) -> None:
+    """Its next steps would have other directions, and its trajectory would lead elsewhere."""
+    optimizer = MeZOOptimizer([nn.Parameter(torch.ones(3))], lr=0.1)
+    state = optimizer.state_dict()
+    del state["noise_version"]
+    if version is not None:
+        state["noise_version"] = version
+    with pytest.raises(UserError, match=rf"version {version or '1 or 2'}.* --model\.weights"):
+        optimizer.load_state_dict(state)
+    assert optimizer.seed == 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.99])
+def test_units_have_names_of_their_own(share: float) -> None:
+    """Also those of weights without a name: equal names would have equal noise."""
+    table, block, last = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    weights, readers = nn.ModuleList([table, block, last]).parameters(), [(table, table.get_parameter("weight"))]
+    optimizer = MeZOOptimizer(weights, share=share, blocks=[block], table_readers=readers)
+    names = [unit.name for unit in optimizer.layout.units]
+    assert len(set(names)) == len(names) == (3 if share == 1 else 4)
 
 
 @noises

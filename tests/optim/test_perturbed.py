@@ -77,6 +77,21 @@ def test_a_backbone_reads_perturbed_weights(tiny: Callable[[str], str], family: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 
 
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 2 * super().forward(ids)
+
+
+def test_an_embedding_of_another_class_reads_perturbed_weights(tiny: Callable[[str], str]) -> None:
+    """Also if a prompt's head selects rows of the same matrix."""
+    backbone = load_backbone(tiny("bert"), TASKS["sst2"], "prompt").double().eval()
+    backbone.model.get_input_embeddings().__class__ = ScaledEmbedding
+    batch, optimizer = encode(backbone), make_optimizer(backbone, backbone, noise="rademacher")
+    found = perturbed_values(optimizer, lambda: backbone(batch))[0]
+    optimizer.param_groups[0]["step"] = 0
+    torch.testing.assert_close(found, with_perturbed_weights(backbone, optimizer)(batch), atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 def test_a_method_reads_perturbed_weights(tiny: Callable[[str], str], family: str, name: str) -> None:
