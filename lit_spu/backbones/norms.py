@@ -45,6 +45,8 @@ def _computes_rms_norm(norm: Any) -> bool:
     if is_fake(norm.weight) or norm.weight.is_meta:  # the shapes alone matter
         return True
     norm = copy.deepcopy(norm).float()
-    x = torch.linspace(-1, 2, 2 * len(norm.weight)).view(2, -1)
-    norm.weight.copy_(torch.linspace(0.5, 2, len(norm.weight)))
+    # in the weight's data type, whatever the default is: or else `_rms_norm` would run the module's own forward
+    linspace = partial(torch.linspace, dtype=norm.weight.dtype, device=norm.weight.device)
+    x = linspace(-1, 2, 2 * len(norm.weight)).view(2, -1)
+    norm.weight.copy_(linspace(0.5, 2, len(norm.weight)))
     return torch.allclose(_rms_norm(norm, norm, x), norm(x), atol=1e-6)

@@ -26,7 +26,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the data type in which a linear layer computes on x: its own, or that of autocast."""
     device = x.device.type
-    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):  # autocast leaves fp64 alone
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype is torch.float64 or not is_autocast:  # autocast leaves fp64 alone
         return x.dtype
     return torch.get_autocast_dtype(device)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lit_spu.backbones.hooks import is_class_forward
 from lit_spu.backbones.precision import is_quantized
@@ -17,8 +18,8 @@ Role = Literal["query", "key", "value", "output", "up", "down"]
 class TargetLinear(NamedTuple):
     """A linear layer of a block, or one part of a fused layer.
 
-    A fused layer computes `num_parts` equal parts side by side (GPT-2: queries, keys and values). Adapters on it are
-    attached by hooks and forward overrides, so the Hugging Face module tree is unchanged.
+    A fused layer computes `num_parts` equal parts side by side (GPT-2: queries, keys and values). Adapters are attached
+    by hooks or forward overrides; the Hugging Face module tree is unchanged.
     """
 
     path: str  # in the base model
@@ -59,8 +60,8 @@ class TargetLinear(NamedTuple):
 
     def is_plain(self, forward: Callable[..., Any]) -> bool:
         """Return whether an inner forward of the layer computes Wx + b from plain tensors."""
-        has_class = self.is_transposed or type(self.linear).forward is nn.Linear.forward
-        return has_class and is_class_forward(forward) and not is_quantized(self.linear.weight)
+        is_product = type(self.linear).forward in (nn.Linear.forward, Conv1D.forward)
+        return is_product and is_class_forward(forward) and not is_quantized(self.linear.weight)
 
     def __str__(self) -> str:
         return self.path if self.num_parts == 1 else f"{self.path}.{self.role}"

@@ -17,7 +17,7 @@ from lit_spu.errors import UserError
 class Adapter(nn.Module, ABC):
     """Base class of adapters on one linear layer.
 
-    Adapters are attached by hooks; the Hugging Face module tree is unchanged.
+    Adapters are attached by hooks or forward overrides; the Hugging Face module tree is unchanged.
     """
 
     def __init__(self, target: TargetLinear) -> None:
@@ -32,7 +32,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def attach(self) -> Self:
-        """Set the hooks on the linear layer."""
+        """Attach the adapter to the linear layer, by a hook or a forward override, and return the adapter."""
 
     @abstractmethod
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

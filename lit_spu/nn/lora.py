@@ -46,6 +46,7 @@ class LowRank(Adapter):
         """The initial A and B that `init_from_svd` has subtracted from W."""
 
     def attach(self) -> Self:
+        """Override the linear layer's forward. Forward hooks of the layer receive the sum, whenever they were set."""
         override_forward(self.target.linear, self._forward)
         return self
 
@@ -56,8 +57,9 @@ class LowRank(Adapter):
         if self.target.is_plain(forward):
             return self._add(x, None)
         output = forward(x)  # of a quantised layer, or of one that computes more than Wx + b
-        # a linear layer's output is a view, and autograd copies the gradient of a view that is changed in place
-        return self._add(x, output.clone() if output.requires_grad and output._is_view() else output)
+        # another layer may save or reuse its output; an inner pair, on another part of a fused layer, does not
+        inner = getattr(getattr(forward, "func", None), "__self__", None)
+        return self._add(x, output if isinstance(inner, LowRank) else output.clone())
 
     def add_to(self, output: Tensor, x: Tensor) -> Tensor:
         """Add s·B(A x) to a layer's `output` [..., outputs] in place, from its input x [..., inputs], and return it."""
@@ -113,8 +115,8 @@ class LowRank(Adapter):
 class AddLowRank(torch.autograd.Function):
     """Compute Wx + b + s·B(A x) as one node of autograd's graph.
 
-    With an `output`, it adds s·B(A x) to this tensor in place: Wx + b is known, or another module has computed it. The
-    change is safe if this module does not save its output, as linear layers do not.
+    With an `output`, it adds s·B(A x) to this tensor, in place if it is contiguous: Wx + b is known, or another module
+    has computed it. The change is safe if this module does not save its output, as linear layers do not.
 
     Args:
         x: The input of the linear layer, [..., inputs].
@@ -149,12 +151,15 @@ class AddLowRank(torch.autograd.Function):
             torch.mm(flat, weight.T, out=rows) if bias is None else torch.addmm(bias, flat, weight.T, out=rows)
         else:
             assert output is not None
-            ctx.mark_dirty(output)
+            if output.is_contiguous():
+                ctx.mark_dirty(output)
+            output = output.contiguous()
             rows = output.flatten(0, -2)
         low = torch.mm(flat if low_input is None else low_input.flatten(0, -2), a.T)
         rows[:, columns].addmm_(low, b.T, alpha=scale)
-        _, _, _, _, _, trains_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if low_input is None or trains_weight else None, low_input, low, a, b, weight)
+        needs_x, _, _, _, _, needs_weight, *_ = ctx.needs_input_grad
+        saved_x = x if low_input is None or needs_weight else None
+        ctx.save_for_backward(saved_x, low_input, low, a, b, weight if needs_x else None)
         ctx.columns, ctx.scale, ctx.input_shape = columns, scale, x.shape
         return output
 
@@ -165,6 +170,8 @@ class AddLowRank(torch.autograd.Function):
         needs_x, needs_low_input, needs_a, needs_b, needs_output, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad = grad_output.flatten(0, -2)
         part = grad[:, ctx.columns]
+        if torch.is_grad_enabled():  # for second derivatives, which pass through A x
+            low = (x if low_input is None else low_input).flatten(0, -2) @ a.T
         grad_x = grad_low_input = grad_a = grad_b = None
         # Bᵀgᵀ: MKL is 3 to 10 times as fast with the few vectors of a thin matrix as contiguous rows
         grad_low = grad.new_empty(b.shape[1], len(grad)).addmm_(b.T, part.T, beta=0, alpha=ctx.scale)

@@ -67,9 +67,15 @@ def test_half_precision_is_as_exact_as_before(tiny: Tiny, family: str) -> None:
     assert torch.equal(norm(x), plain.float()(x))
 
 
-def test_a_norm_that_computes_something_else_is_left_alone() -> None:
-    """Gemma's multiplies by 1 + weight."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_computes_something_else_is_left_alone(dtype: torch.dtype) -> None:
+    """Gemma's multiplies by 1 + weight. Models are loaded with their data type as the default."""
     norm: Any = Gemma2RMSNorm(8)
     norm.variance_epsilon = norm.eps
-    norms.install(norm)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        norms.install(norm)
+    finally:
+        torch.set_default_dtype(default)
     assert has_default_forward(norm)

@@ -59,8 +59,32 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class DoubledConv1D(Conv1D):
+    """A transposed layer that computes more than its product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = 2 * super().forward(x)
+        return out
+
+
+class TanhLayer(nn.Module):
+    """A layer of its own class that saves its output, with a weight [inputs, outputs]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight)
+
+
 def overridden(linear: nn.Module) -> nn.Module:
     override_forward(linear, lambda forward, x: forward(x))
+    return linear
+
+
+def swapped(linear: nn.Module) -> nn.Module:
+    override_forward(linear, lambda forward, x: forward(x.transpose(0, 1)).transpose(0, 1))
     return linear
 
 
@@ -69,7 +93,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "without bias": lambda: nn.Linear(6, 9, bias=False),
     "transposed": lambda: Conv1D(9, 6),
     "of another class": lambda: Doubled(6, 9),
+    "transposed, of another class": lambda: DoubledConv1D(9, 6),
+    "no subclass": TanhLayer,
     "overridden": lambda: overridden(nn.Linear(6, 9)),
+    "not contiguous": lambda: swapped(nn.Linear(6, 9)),
 }
 
 
@@ -197,6 +224,45 @@ def test_gradients_with_dropout_are_those_of_its_formula() -> None:
     assert torch.autograd.gradcheck(run, (x, pair.a, pair.b, *where.linear.parameters()))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_second_derivatives_are_those_of_its_formula(dropout: float) -> None:
+    where = target("linear")
+    pair = trained(where, dropout=dropout).attach()
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        out: Tensor = where.linear(x)
+        return out
+
+    assert torch.autograd.gradgradcheck(run, (x, pair.a, pair.b, *where.linear.parameters()))
+
+
+def test_a_hook_sees_the_product_whenever_it_was_set() -> None:
+    where, seen = target("linear"), list[Tensor]()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    where.linear.register_forward_hook(lambda _, args, output: seen.append(output))
+    pair = trained(where)
+    wanted = expected(where, pair, x)
+    pair.attach()
+    where.linear.register_forward_hook(lambda _, args, output: seen.append(output))
+    where.linear(x)
+    for output in seen[1:]:  # `expected` has run the layer without its pair
+        torch.testing.assert_close(output, wanted, atol=1e-12, rtol=0)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_on_meta_tensors_has_shapes_alone(kind: str) -> None:
+    where = target(kind)
+    pair = trained(where).attach().to("meta", torch.float32)
+    where.linear.to("meta", torch.float32)
+    out = where.linear(torch.empty(4, 5, 6, device="meta"))
+    out.sum().backward()
+    assert out.shape == (4, 5, 9)
+    assert pair.a.grad is not None
+
+
 def test_a_layer_in_bf16_has_pairs_in_fp32() -> None:
     linear = nn.Linear(6, 9).bfloat16().requires_grad_(False)
     pair = LowRank(TargetLinear("linear", linear, "up"), 2, 2.0).attach()
@@ -218,9 +284,11 @@ def test_under_autocast_it_joins_what_the_linear_puts_out() -> None:
     x = torch.randn(4, 6)
     plain = linear(x)
     pair.attach()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), SavedForBackward([*linear.parameters(), *pair.parameters()]) as saved:
         out = linear(x)
     assert out.dtype is torch.bfloat16
+    # x, A x, A and B; W is needed for the gradient of x alone
+    assert saved.nbytes == 2 * (4 * (6 + 2) + 2 * (6 + 9))
     torch.testing.assert_close(out.float(), plain + x @ pair.a.T @ pair.b.T, atol=0.1, rtol=0.05)
     out.float().sum().backward()
     assert pair.a.grad is not None
