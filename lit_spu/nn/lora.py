@@ -57,9 +57,10 @@ class LowRank(Adapter):
         if self.target.is_plain(forward):
             return self._add(x, None)
         output = forward(x)  # of a quantised layer, or of one that computes more than Wx + b
-        # another layer may save or reuse its output; an inner pair, on another part of a fused layer, does not
+        # an output may be a view, or saved by its layer, unless another pair on a part of a fused layer has made it
         inner = getattr(getattr(forward, "func", None), "__self__", None)
-        return self._add(x, output if isinstance(inner, LowRank) else output.clone())
+        is_from_pair = isinstance(inner, LowRank) and not inner.is_merged
+        return self._add(x, output if is_from_pair else output.clone())
 
     def add_to(self, output: Tensor, x: Tensor) -> Tensor:
         """Add s·B(A x) to a layer's `output` [..., outputs] in place, from its input x [..., inputs], and return it."""

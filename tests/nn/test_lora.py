@@ -63,7 +63,7 @@ class DoubledConv1D(Conv1D):
     """A transposed layer that computes more than its product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = 2 * super().forward(x)
+        out: Tensor = 2 * super().forward(x)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -93,7 +93,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "without bias": lambda: nn.Linear(6, 9, bias=False),
     "transposed": lambda: Conv1D(9, 6),
     "of another class": lambda: Doubled(6, 9),
-    "transposed, of another class": lambda: DoubledConv1D(9, 6),
+    "transposed, of another class": lambda: DoubledConv1D(9, 6),  # type: ignore[no-untyped-call]
     "no subclass": TanhLayer,
     "overridden": lambda: overridden(nn.Linear(6, 9)),
     "not contiguous": lambda: swapped(nn.Linear(6, 9)),
@@ -147,6 +147,16 @@ def test_merged_it_puts_out_the_same_and_unmerged_it_is_what_it_was(kind: str) -
     pair.unmerge()
     assert torch.equal(where.linear.weight, weights)
     assert torch.equal(where.linear(x), before)
+
+
+def test_one_merged_part_changes_no_gradient_of_the_others() -> None:
+    linear = nn.Linear(6, 9).double()
+    first, second = (trained(TargetLinear("linear", linear, "key", part, 3)).attach() for part in range(2))
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    before = torch.autograd.grad(linear(x).sin().sum(), (x, second.a, second.b))
+    first.merge()
+    for found, wanted in zip(torch.autograd.grad(linear(x).sin().sum(), (x, second.a, second.b)), before, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(8, 8), (12, 5), (5, 12)])
