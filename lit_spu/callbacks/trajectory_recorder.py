@@ -47,7 +47,10 @@ class TrajectoryRecorder(FirstStep):
         self._append()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._append()
+        try:
+            self._append()
+        except Exception as error:  # such as that of a device that has failed, which is the exception already
+            exception.add_note(f"The last steps are missing in the trajectory: {error!r}")
 
     def _append(self) -> None:
         """Append the steps since the last call. Their slopes are read from the device, which waits for it."""

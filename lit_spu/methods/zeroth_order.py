@@ -155,6 +155,12 @@ class ZerothOrder(Method):
                 trained_weights.restore_weights(self, file)
             self.total_steps = None  # the checkpoint's number is that of the other run
 
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, MeZOOptimizer):
+                optimizer.release()
+
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: the losses of a step must differ by the weights alone."""
         super().train(False)
@@ -280,10 +286,14 @@ class ZerothOrder(Method):
         rows, header = trajectory.first(step), trajectory.header
         self._load_initial_weights()
         self.to(header["device"] if header["device"] != "cuda" or torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, header["dtype"])
+        if self.perturbed_parameters()[0][1].dtype is not dtype:
+            self.to(dtype)  # as the Trainer does in half precision
         optimizer = self.make_optimizer(directions=header["directions"])
         check_replayable(trajectory, self.checkpoint_dict(), optimizer)
         optimizer.seed = header["seed"]
         for row in rows:
             optimizer.replay_step(row)
+        optimizer.release()
         self.is_trained = True
         self.cpu()

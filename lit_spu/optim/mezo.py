@@ -36,6 +36,12 @@ Rows = Literal["all", "seen"]
 Run = Callable[[str, Callable[[], Any], Iterable[torch.Generator]], Any]
 """Runs a function by its name, eagerly or as a graph that draws from these generators, and returns its output."""
 
+
+def run_eagerly(name: str, function: Callable[[], Any], generators: Iterable[torch.Generator]) -> Any:
+    """Run a function at once."""
+    return function()
+
+
 NOISES: dict[str, type[Noise]] = {"gaussian": GaussianNoise, "rademacher": RademacherNoise, "low_rank": LowRankNoise}
 
 
@@ -68,7 +74,8 @@ class MeZOOptimizer(Optimizer):
         seed: Random seed of all directions, the same on all ranks.
         reduce: Function that returns the sum of a tensor over all ranks; None for one rank.
         shard: This rank and the number of ranks, if every rank evaluates n directions of its own.
-        blocks: Modules that run one after the other, in every forward pass or not at all.
+        blocks: Modules that run one after the other, in every forward pass or not at all. Only the block itself reads
+            the weights inside it.
         table_readers: Modules that read rows of a matrix, called with the row indices first, and the matrices. Nothing
             else reads these matrices.
 
@@ -120,18 +127,21 @@ class MeZOOptimizer(Optimizer):
         layout = make_layout(self._all_weights(), blocks, [weight for _, weight in table_readers], one_by_one=share < 1)
         self.layout, self.noise = layout, NOISES[noise](layout.units)
         self.perturbed = Perturbed(layout, self.noise, table_readers)
-        self._prepare()
+        self.perturbed.flatten()
 
     @property
     def history(self) -> array[float]:
         """One row per step, in fp32: the learning rate of every group and the slope along every direction.
 
-        Reading it waits for the device.
+        Reading it waits for the device, and returns a copy.
         """
+        self._read_new_rows()
+        return self._history[:]
+
+    def _read_new_rows(self) -> None:
         if self._new_rows:
             self._history.extend(torch.stack(self._new_rows).flatten().tolist())
             self._new_rows.clear()
-        return self._history
 
     @property
     def num_skipped_directions(self) -> int:
@@ -143,7 +153,7 @@ class MeZOOptimizer(Optimizer):
         self,
         closure: Callable[[], Tensor],
         num_examples: int = 1,
-        run: Run = lambda name, function, generators: function(),
+        run: Run = run_eagerly,
     ) -> Tensor | None:
         """Evaluate the loss twice per direction, and update the weights.
 
@@ -163,7 +173,7 @@ class MeZOOptimizer(Optimizer):
         if (step := self.param_groups[0]["step"]) < len(self.replay_rows):
             self.replay_step(self.replay_rows[step])
             return None
-        self._prepare()
+        self.perturbed.flatten()
         try:
             losses = self._evaluate(closure, num_examples, run)
             slopes = (losses[:, 0] - losses[:, 1]) / (2 * self.epsilon)
@@ -180,7 +190,7 @@ class MeZOOptimizer(Optimizer):
     @torch.no_grad()
     def replay_step(self, row: Sequence[float]) -> None:
         """Take a recorded step again, from its row of a history."""
-        self._prepare()
+        self.perturbed.flatten()
         self._apply_row(torch.tensor(row, dtype=torch.float32, device=self.layout.units[0].device))
 
     def apply_slopes(self, slopes: Sequence[float]) -> None:
@@ -196,6 +206,16 @@ class MeZOOptimizer(Optimizer):
             for unit in self.layout.units
             for weight, z in zip(unit.weights, self.noise.sample(unit, key), strict=True)
         }
+
+    def release(self) -> None:
+        """Give each weight memory of its own, and drop all buffers. The next step makes new ones.
+
+        While the weights are views of a unit's buffer, one of them alone is saved with the whole buffer.
+        """
+        for unit in self.layout.units:
+            unit.release()
+        self.noise.release()
+        self._residuals.clear()  # the state has them
 
     def state_dict(self) -> dict[str, Any]:
         extra = {
@@ -218,8 +238,10 @@ class MeZOOptimizer(Optimizer):
         self._history[:] = array("f", state_dict["history"].tolist())
         self._new_rows.clear()
 
-    def _prepare(self) -> None:
-        self.perturbed.flatten()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "layout"):
+            raise UserError("add_param_group: MeZO divides its weights into units. Give all groups to its constructor.")
+        super().add_param_group(param_group)
 
     def _evaluate(self, closure: Callable[[], Tensor], num_examples: int, run: Run) -> Tensor:
         """Return the losses at θ + εz and at θ − εz for all directions of all ranks, [directions, 2], in fp64."""
@@ -253,10 +275,10 @@ class MeZOOptimizer(Optimizer):
                 table.marks = self.reduce(table.marks).clamp_(max=1)
         return sums[:, :2] / sums[:, 2:]
 
-    def _apply_row(self, row: Tensor, run: Run = lambda name, function, generators: function()) -> None:
+    def _apply_row(self, row: Tensor, run: Run = run_eagerly) -> None:
         """Update the weights by a row of a history, and append it."""
         if len(self._new_rows) == 256:  # bounds the memory of what has not been read
-            _ = self.history
+            self._read_new_rows()
         learning_rates, slopes = row[: len(self.param_groups)], row[len(self.param_groups) :]
         steps = self._fixed("steps", len(learning_rates), len(slopes))
         torch.mul(learning_rates[:, None], slopes.nan_to_num(0.0, 0.0, 0.0) / -len(slopes), out=steps)
@@ -337,12 +359,11 @@ class MeZOOptimizer(Optimizer):
         if self.rounding != "residual" or not is_half(unit.dtype):
             return None
         state = [self.state[weight] for weight in unit.weights]
-        known = state[0].get("rounding_residual")
-        residual = self._residuals.get(unit)
-        if known is None or residual is None or not is_same_memory(known, residual):
+        first, residual = state[0].get("rounding_residual"), self._residuals.get(unit)
+        if first is None or residual is None or not is_same_memory(first, residual):
             residual = self._residuals[unit] = torch.zeros_like(unit.flat)
             for own, view in zip(state, unit.views(residual), strict=True):
-                if known is not None:  # from a loaded state
+                if "rounding_residual" in own:  # from a loaded state
                     view.copy_(own["rounding_residual"])
                 own["rounding_residual"] = view
         return residual

@@ -101,6 +101,10 @@ class Noise(ABC):
             self._buffers[device] = torch.empty(max(numel, self.buffer_numel), dtype=torch.float32, device=device)
         return self._buffers[device][:numel]
 
+    def release(self) -> None:
+        """Drop all memory that depends on the weights' sizes."""
+        self._buffers.clear()
+
     def __repr__(self) -> str:
         return type(self).__name__
 
@@ -216,7 +220,7 @@ class DenseNoise(Noise):
 
 
 class GaussianNoise(DenseNoise):
-    """Normal noise, as in the MeZO paper. It is the same on all CPUs, and on all GPUs of one model."""
+    """Normal noise, as in the MeZO paper. It is the same on CPUs of one instruction set, and on GPUs of one model."""
 
     def draw(self, out: Tensor, generator: torch.Generator) -> None:
         out.normal_(generator=generator)
@@ -276,6 +280,11 @@ class LowRankNoise(Noise):
             torch.mul(factors[:, begin:end], scale[:, None], out=scaled[:, begin:end])
             begin = end
         self._left, self._right = scaled, factors[:, self._num_left :]
+
+    def release(self) -> None:
+        super().release()
+        self._memory.clear()
+        self._left = self._right = torch.empty(0)
 
     def _get_memory(self, directions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return memory for the factors, and for those that are scaled, of a number of directions."""

@@ -23,10 +23,12 @@ def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -
         checkpoint: The method's part of a checkpoint (`Method.checkpoint_dict`).
         optimizer: The optimizer before its first step.
     """
-    device = optimizer.param_groups[0]["params"][0].device
+    weight = optimizer.param_groups[0]["params"][0]
+    device, name = weight.device, _describe_device(weight.device)
     unit = Unit("header", 0, [torch.nn.Parameter(torch.empty(shape, device=device)) for shape in ((64, 64), (64,))])
     noise = type(optimizer.noise)([unit]).sample(unit, key_of("header"))
     units = [(unit.name, unit.numel) for unit in optimizer.layout.units]
+    described = f"{optimizer.noise} {optimizer.share} {optimizer.rounding} {name} {units}"
     settings = {name: value for name, value in checkpoint.items() if name != "state_dict"}
     return settings | {
         "version": VERSION,
@@ -34,8 +36,10 @@ def trajectory_header(checkpoint: Mapping[str, Any], optimizer: MeZOOptimizer) -
         "directions": optimizer.directions,
         "seed": optimizer.seed,
         "initial_fingerprint": optimizer.initial_fingerprint,
-        "noise": fingerprint((f"{optimizer.noise} {optimizer.share} {optimizer.rounding} {units}", z) for z in noise),
+        "noise": fingerprint((described, z) for z in noise),
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "device": device.type,
+        "device_name": name,
         "torch": str(torch.__version__),
     }
 
@@ -58,6 +62,11 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
             f" {recorded['backbone']['fingerprint']}), not from {own['backbone']['name']!r}"
             f" ({own['backbone']['fingerprint']})."
         )
+    if own["dtype"] != recorded["dtype"]:
+        raise UserError(
+            f"{file} was recorded with weights in {recorded['dtype']}, and here they are in {own['dtype']}: use the"
+            " run's own --trainer.precision."
+        )
     if any(own[name] != recorded[name] for name in ("method", "groups", "directions", "initial_fingerprint")):
         raise UserError(
             f"{file} starts from other weights than these ({recorded['method']}, fingerprint"
@@ -72,6 +81,14 @@ def check_replayable(trajectory: Trajectory, checkpoint: Mapping[str, Any], opti
     if own["noise"] != recorded["noise"]:
         raise UserError(
             f"{file}: the noise differs here. It depends on model.noise, model.share, model.rounding and"
-            f" model.weight_decay, on the device ({recorded['device']}; here {own['device']}) and on the version of"
-            f" torch ({recorded['torch']}; here {own['torch']})."
+            f" model.weight_decay, on the device ({recorded['device_name']}; here {own['device_name']}) and on the"
+            f" version of torch ({recorded['torch']}; here {own['torch']})."
         )
+
+
+def _describe_device(device: torch.device) -> str:
+    """Return what the noise of a device depends on: its model, or the instructions that torch uses on a CPU."""
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    get_name = getattr(torch.get_device_module(device), "get_device_name", lambda _: device.type)
+    return str(get_name(device))

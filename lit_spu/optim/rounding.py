@@ -22,9 +22,10 @@ def is_half(dtype: torch.dtype) -> bool:
 def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round fp32 numbers up or down to half precision, so that their mean stays.
 
-    A random number is added to the bits that are cut off then. NaN and infinity stay.
+    A random number is added to the bits that are cut off then. NaN and infinity stay, and finite numbers stay finite.
     """
     num_bits, factor = _SPARE_BITS[dtype]
     bits = (exact * factor).view(torch.int32)
     bits.add_(torch.empty_like(bits).random_(0, 2**num_bits, generator=generator)).bitwise_and_(-(2**num_bits))
-    return (bits.view(torch.float32) / factor).where(exact.isfinite(), exact).to(dtype)
+    limit = torch.finfo(dtype).max
+    return (bits.view(torch.float32) / factor).clamp_(-limit, limit).where(exact.isfinite(), exact).to(dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from lit_spu.checkpoints.run_dir import checkpoint_config
 from lit_spu.errors import UserError
@@ -25,7 +26,7 @@ NAME = "trajectory.mezo"
 
 _TYPES = {
     **dict.fromkeys(("version", "groups", "directions", "seed"), int),
-    **dict.fromkeys(("method", "noise", "initial_fingerprint", "device", "torch"), str),
+    **dict.fromkeys(("method", "noise", "initial_fingerprint", "dtype", "device", "device_name", "torch"), str),
     **dict.fromkeys(("backbone", "hyper_parameters", "data"), dict),
 }
 """Entries of the header that a replay reads, and their types."""
@@ -52,9 +53,12 @@ class Trajectory:
         line, _, data = file.read_bytes().partition(b"\n")
         try:
             header = {"data": {}, "version": 1} | parse_json(line)
+            if header["version"] != VERSION:  # older ones have neither
+                header = {"dtype": "float32", "device_name": ""} | header
             if wrong := [name for name, kind in _TYPES.items() if type(header[name]) is not kind]:
                 raise TypeError(", ".join(wrong))
             _ = checkpoint_config(header), header["backbone"]["fingerprint"], header["backbone"]["name"]  # are there
+            _ = torch.finfo(getattr(torch, header["dtype"]))  # is one of real numbers
             width = header["groups"] + header["directions"]
             rows = np.frombuffer(data[: len(data) // (4 * width) * (4 * width)], "<f4").reshape(-1, width)
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:

@@ -7,12 +7,14 @@ many weights it has.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lit_spu.errors import UserError
 
 ALIGNMENT = 64
 """Each weight begins at a multiple of this many elements, where the kernels of matrix products are fast."""
@@ -47,6 +49,7 @@ class Unit:
         name: Name that decides the unit's noise.
         group: Number of the parameter group.
         weights: The weights. Matrices of one shape are put next to each other, before all other weights.
+        weight_names: Names of the weights in messages.
         is_table: Whether the unit is one matrix of which evaluations read rows alone.
 
     Attributes:
@@ -55,8 +58,15 @@ class Unit:
         marks: For each row of a table, 1 if the step's batch reads it, else 0. None if all rows are updated.
     """
 
-    def __init__(self, name: str, group: int, weights: Sequence[nn.Parameter], is_table: bool = False) -> None:
-        self.name, self.group, self.is_table = name, group, is_table
+    def __init__(
+        self,
+        name: str,
+        group: int,
+        weights: Sequence[nn.Parameter],
+        weight_names: Mapping[nn.Parameter, str] | None = None,
+        is_table: bool = False,
+    ) -> None:
+        self.name, self.group, self.weight_names, self.is_table = name, group, weight_names or {}, is_table
         self.weights = sorted(weights, key=lambda weight: (not has_rows(weight), tuple(weight.shape)))
         self.begins, end = [], 0
         for weight in self.weights:
@@ -93,9 +103,14 @@ class Unit:
         ]
 
     def flatten(self) -> bool:
-        """Move the weights into one buffer. Return False if they are there already."""
+        """Move the weights into one buffer. Return False if they are there already.
+
+        Raises:
+            UserError: If they have several dtypes or devices.
+        """
         if self._own and all(map(is_same_memory, self.weights, self._own)):
             return False
+        self._check_equal()
         first = self.weights[0].data
         if len(self.weights) == 1 and first.is_contiguous():
             self.flat = first.view(-1)
@@ -105,6 +120,25 @@ class Unit:
         self._own = self.views(self.flat)
         self.restore()
         return True
+
+    def _check_equal(self) -> None:
+        first = self.weights[0]
+        for weight in self.weights:
+            if (weight.dtype, weight.device) != (first.dtype, first.device):
+                name, other = (self.weight_names.get(w, tuple(w.shape)) for w in (weight, first))
+                raise UserError(
+                    f"{name} is {weight.dtype} on {weight.device}, and {other} {first.dtype} on {first.device}. MeZO"
+                    f" updates both together ({self.name}): convert or move both, or make a new optimizer."
+                )
+
+    def release(self) -> None:
+        """Give each weight memory of its own, and drop the buffer and the scratch memory."""
+        if len(self.weights) > 1:
+            for weight, own in zip(self.weights, self._own, strict=False):
+                if is_same_memory(weight, own):
+                    weight.data = own.clone()
+        self.flat = self.scratch = torch.empty(0)
+        self._own, self._perturbed = [], []
 
     def set_scratch(self, scratch: Tensor) -> None:
         self.scratch, self._perturbed = scratch, self.views(scratch)
@@ -154,7 +188,9 @@ def make_layout(
     num_uses = Counter(parameter for block in blocks for parameter in block.parameters())
     table_set = set(tables)
     members: dict[tuple[str, int, torch.dtype], list[nn.Parameter]] = {}
+    names: dict[nn.Parameter, str] = {}
     for group, name, weight in weights:
+        names[weight] = name
         if num_uses[weight] == 1:
             owner = f"block {block_of[weight]}"
         elif weight in table_set:
@@ -168,11 +204,11 @@ def make_layout(
         name = f"{owner}, group {group}, part {num_dtypes[owner, group]}"  # the noise is the same in every dtype
         num_dtypes[owner, group] += 1
         if num_uses[found[0]] == 1:
-            layout.blocks[block_of[found[0]]][1].append(Unit(name, group, found))
+            layout.blocks[block_of[found[0]]][1].append(Unit(name, group, found, names))
         elif found[0] in table_set:
-            layout.tables.append(Unit(name, group, found, is_table=True))
+            layout.tables.append(Unit(name, group, found, names, is_table=True))
         else:
-            layout.others.append(Unit(name, group, found))
+            layout.others.append(Unit(name, group, found, names))
     assert len({unit.name for unit in layout.units}) == len(members), "units of one name would have the same noise"
     return layout
 

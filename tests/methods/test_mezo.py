@@ -244,6 +244,46 @@ def test_a_trajectory_leads_to_the_weights(
     assert same(weights(lit_spu.replay(file, step=0)), weights(MeZO()))
 
 
+@pytest.mark.parametrize("rounding", ["residual", "stochastic"])
+def test_a_trajectory_leads_to_weights_in_half_precision(
+    fit: Run, data: Callable[..., GLUE], tmp_path: Path, rounding: str
+) -> None:
+    """Bitwise, from a backbone that is loaded in fp32. Training in another precision does not continue it."""
+    torch.manual_seed(3)
+    method = MeZO(lr=1e-3, rounding=rounding)
+    fit(method, data(), precision="bf16-true", **into(tmp_path / "run"))
+    replayed = lit_spu.replay(tmp_path / "run")
+    assert {p.dtype for p in replayed.parameters()} == {torch.bfloat16}
+    assert same(weights(replayed), weights(method))
+    with pytest.raises(UserError, match=r"weights in bfloat16, and here they are in float32.*--trainer\.precision"):
+        fit(MeZO(lr=1e-3, rounding=rounding, trajectory=str(tmp_path / "run")), data())
+
+
+def test_trained_weights_have_memory_of_their_own(fit: Run, data: Callable[..., GLUE]) -> None:
+    """Views of a common buffer are saved with all of it."""
+    method = MeZO(lr=1e-3)
+    fit(method, data())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in method.parameters())
+
+
+def test_an_error_is_not_hidden_by_one_in_writing_the_trajectory(
+    fit: Run, data: Callable[..., GLUE], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has failed gives no slopes."""
+
+    def unreadable(recorder: object) -> None:
+        raise OSError("no slopes")
+
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
+            if index == 2:
+                monkeypatch.setattr("lit_spu.optim.trajectory.Recorder.append", unreadable)
+                raise RuntimeError("the device failed")
+
+    with pytest.raises(RuntimeError, match="the device failed"):
+        fit(MeZO(lr=1e-3), data(), Fails(), **into(tmp_path / "run"))
+
+
 def test_training_goes_on_from_a_trajectory(fit: Run, data: Callable[..., GLUE], tmp_path: Path) -> None:
     """As if it had not stopped, to the bit, and writes all of its own; the loss is not looked at before."""
     whole, _ = trained_by(fit, data, tmp_path / "whole")

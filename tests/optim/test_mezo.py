@@ -262,6 +262,31 @@ def test_a_state_of_other_noise_is_refused(version: int | None) -> None:
     assert optimizer.seed == 0
 
 
+def test_a_later_parameter_group_is_refused() -> None:
+    optimizer = MeZOOptimizer([nn.Parameter(torch.ones(3))], lr=0.1)
+    with pytest.raises(UserError, match=r"add_param_group: .* Give all groups to its constructor"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+
+
+def test_a_state_without_the_residuals_of_some_weights_is_continued() -> None:
+    """Theirs are zeros, as those of weights in fp32 that are in half precision now."""
+    weights = [(name, nn.Parameter(torch.ones(8).bfloat16())) for name in "ab"]
+    optimizer = MeZOOptimizer(weights, lr=0.1)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: {"rounding_residual": torch.full((8,), 1e-3)}}})
+    optimizer.apply_slopes([0.0])
+    residuals = [optimizer.state[weight]["rounding_residual"] for _, weight in weights]
+    torch.testing.assert_close(torch.stack(residuals), torch.tensor([[1e-3], [0.0]]).bfloat16().expand(2, 8))
+
+
+def test_a_history_that_a_caller_keeps_does_not_grow() -> None:
+    optimizer = MeZOOptimizer([nn.Parameter(torch.ones(3))], lr=0.5)
+    optimizer.apply_slopes([1.0])
+    kept = np.asarray(optimizer.history)
+    optimizer.apply_slopes([2.0])
+    assert kept.tolist() == [0.5, 1.0]
+    assert optimizer.history.tolist() == [0.5, 1.0, 0.5, 2.0]
+
+
 @pytest.mark.parametrize("share", [1.0, 0.99])
 def test_units_have_names_of_their_own(share: float) -> None:
     """Also those of weights without a name: equal names would have equal noise."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from lit_spu.backbones import load_backbone
+from lit_spu.errors import UserError
 from lit_spu.methods.base import Method
 from lit_spu.methods.bitfit import BitFit
 from lit_spu.methods.ia3 import IA3
@@ -208,6 +209,35 @@ def test_evaluations_and_updates_can_be_captured(
             noise.begin([replayed._key(0)], steps.copy_(torch.tensor(lr) * slope / -1))
             update.replay()
     assert all(map(torch.equal, backbones[0].parameters(), backbones[1].parameters()))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "low_rank"])
+def test_released_weights_have_memory_of_their_own(tiny: Callable[[str], str], kind: str) -> None:
+    """A later step flattens them again, to the bit. Rounding errors are kept."""
+    ends = []
+    for releases in (False, True):
+        torch.manual_seed(0)
+        backbone = load_backbone(tiny("bert"), TASKS["sst2"], "prompt").bfloat16().eval()
+        batch, optimizer = encode(backbone), make_optimizer(backbone, backbone, lr=1e-2, noise=kind)
+        for _ in range(3):
+            if releases:
+                optimizer.release()
+                assert all(p.untyped_storage().nbytes() == p.nbytes for p in backbone.parameters())
+                assert not sum(unit.flat.numel() + unit.scratch.numel() for unit in optimizer.layout.units)
+                assert not optimizer.noise._buffers
+            optimizer.step(lambda: backbone.loss(backbone(batch), batch))  # noqa: B023
+        ends.append(backbone.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_weights_of_a_unit_that_differ_are_refused() -> None:
+    """Before anything is moved: a copy into one buffer would cast them all."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = MeZOOptimizer(model.named_parameters(), lr=0.1)
+    model[1].bfloat16()
+    with pytest.raises(UserError, match=r"1\.weight is torch.bfloat16 on cpu, and 0\.weight torch.float32 on cpu"):
+        optimizer.step(lambda: model(torch.ones(1, 4)).sum())
+    assert [p.dtype for p in model.parameters()] == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
 def stop(*_: Any) -> None:

@@ -27,6 +27,15 @@ def test_numbers_are_rounded_to_a_neighbour_and_keep_their_mean(dtype: torch.dty
 
 
 @halves
+def test_finite_numbers_stay_finite(dtype: torch.dtype) -> None:
+    """Also those that the nearest half precision number is infinity of."""
+    largest = torch.finfo(dtype).max
+    exact = torch.tensor([1.0, -1.0]).repeat(500) * largest * (1 + 2**-12)
+    rounded = round_stochastically(exact, dtype, torch.Generator())
+    assert torch.equal(rounded, exact.sign().to(dtype) * largest)
+
+
+@halves
 def test_exact_numbers_stay(dtype: torch.dtype) -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 6e-8, -6e-5, 1e4, float("inf"), float("nan")]).to(dtype)
     rounded = round_stochastically(exact.float(), dtype, torch.Generator())
