@@ -119,7 +119,7 @@ class MeZOOptimizer(Optimizer):
         self._history = array("f")
         self._new_rows: list[Tensor] = []
         self._constants: dict[str, tuple[Sequence[float], Tensor]] = {}
-        self._memory: dict[str, Tensor] = {}  # what evaluations and updates read, at fixed places
+        self._memory: dict[str, Tensor] = {}  # what evaluations and updates read, at fixed addresses
         self._residuals: dict[Unit, Tensor] = {}
         self._generators = KeyedGenerators()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
@@ -306,18 +306,17 @@ class MeZOOptimizer(Optimizer):
         if decay is not None:
             factor = 1 - (decay if unit.marks is None else decay * unit.marks[:, None])
         for part in self.noise.parts(unit):
-            place = slice(part.begin, part.end)
-            weights = unit.flat[place]
+            weights = unit.flat[part.span]
             exact = weights.float() if is_half(unit.dtype) else weights
             if residual is not None:
-                exact += residual[place]
+                exact += residual[part.span]
             if factor is not None:
                 rows = slice(part.begin // width, part.end // width)
                 exact.view(-1, width).mul_(factor if unit.marks is None else factor[rows])
             self.noise.add(unit, part, exact, exact)
             if residual is not None:
                 weights.copy_(exact)
-                torch.sub(exact, weights, out=residual[place])
+                torch.sub(exact, weights, out=residual[part.span])
             elif exact is not weights:
                 if self.rounding == "stochastic":
                     key = key_of(self._key(-2), unit.name) + part.begin

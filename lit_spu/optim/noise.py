@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_spu.optim.keyed_random import KeyedGenerators, key_of
-from lit_spu.optim.units import Stack, Unit, is_same_memory
+from lit_spu.optim.units import MatrixGroup, Unit, is_same_memory, is_same_storage
 
 VERSION = 3
 """Version of the noise, which trajectories and checkpoints record. Version 1 had a key for each weight, and its files
@@ -28,8 +28,9 @@ PART_NUMEL = 2**23
 SMALL_PART_NUMEL = 2**13
 
 SMALL_DRAWS = {"cpu"}
-"""Types of devices where a draw costs its elements alone. There a table is drawn in small parts of rows, and only those
-that are needed. Elsewhere each draw is a kernel launch, and the host does not wait to know which rows are needed."""
+"""Device types where a draw costs no more than its elements. There a table's noise has small parts with a key each, and
+only the parts with a row that is read are drawn. On other devices each draw is a kernel launch, so there are few,
+large parts, and all are drawn: the host would have to wait for the device to know which of them are needed."""
 
 
 class Part(NamedTuple):
@@ -37,7 +38,11 @@ class Part(NamedTuple):
 
     begin: int
     end: int
-    stack: Stack | None = None  # for noise of low rank: the matrices of this part
+    matrices: MatrixGroup | None = None  # of a part whose noise has rank one; None for independent elements
+
+    @property
+    def span(self) -> slice:
+        return slice(self.begin, self.end)
 
 
 class Noise(ABC):
@@ -74,7 +79,7 @@ class Noise(ABC):
 
     @abstractmethod
     def add_rows(self, table: Unit, row_indices: Tensor, rows: Tensor) -> None:
-        """Add Σ scale·z to rows [count, width] of a table in place. `row_indices` [count] are their places."""
+        """Add Σ scale·z to rows [count, width] of a table in place. `row_indices` [count] are their numbers."""
 
     def sample(self, unit: Unit, key: int) -> list[Tensor]:
         """Return z in fp32 for each weight of a unit."""
@@ -143,14 +148,16 @@ class DenseNoise(Noise):
         numel = self._part_numel(unit)
         begins: Sequence[int] = range(0, unit.numel, numel)
         if unit.marks is not None and _draws_small(unit):
-            places = unit.marks.nonzero().flatten() // (numel // _width(unit))
-            begins = [place * numel for place in sorted(set(places.tolist()))]
+            part_numbers = unit.marks.nonzero().flatten() // (numel // _width(unit))
+            begins = [number * numel for number in sorted(set(part_numbers.tolist()))]
         return [Part(begin, min(begin + numel, unit.numel)) for begin in begins]
 
     def add(self, unit: Unit, part: Part, source: Tensor, out: Tensor) -> None:
         is_free = out.dtype is torch.float32 and not is_same_memory(source, out)
         for number, scale in self._directions(unit):
-            z = self._draw_part(unit, part, number, out if is_free else self.buffer(len(out), out.device))
+            memory = out if is_free else self.buffer(len(out), out.device)
+            assert memory is out or not is_same_storage(memory, out), "scratch memory holds one direction alone"
+            z = self._draw_part(unit, part, number, memory)
             if unit.marks is not None:
                 width = _width(unit)
                 z.view(-1, width).mul_(unit.marks[part.begin // width : part.end // width, None])
@@ -174,10 +181,10 @@ class DenseNoise(Noise):
             self.draw(out, self._generators.seed(out.device, key))
             return out
         self._passes[unit.name, number] += part.begin == 0
-        place = unit.name, number, self._passes[unit.name, number]
-        if place not in self._seeded or self._seeded[place].device != out.device:
-            self._seeded[place] = torch.Generator(out.device).manual_seed(key_of(self._keys[number], unit.name))
-        self.draw(out, self._seeded[place])
+        drawn = unit.name, number, self._passes[unit.name, number]
+        if drawn not in self._seeded or self._seeded[drawn].device != out.device:
+            self._seeded[drawn] = torch.Generator(out.device).manual_seed(key_of(self._keys[number], unit.name))
+        self.draw(out, self._seeded[drawn])
         return out
 
     def _rows_of_few_parts(self, table: Unit, number: int, row_indices: Tensor) -> Iterator[Tensor]:
@@ -185,10 +192,10 @@ class DenseNoise(Noise):
         width, numel = _width(table), self._part_numel(table)
         z = torch.empty(len(row_indices), width, dtype=torch.float32, device=row_indices.device)
         ordered, order = row_indices.sort()
-        places, counts = (ordered // (numel // width)).unique_consecutive(return_counts=True)
+        part_numbers, counts = (ordered // (numel // width)).unique_consecutive(return_counts=True)
         first = 0
-        for place, count in zip(places.tolist(), counts.tolist(), strict=True):
-            part = Part(place * numel, min((place + 1) * numel, table.numel))
+        for part_number, count in zip(part_numbers.tolist(), counts.tolist(), strict=True):
+            part = Part(part_number * numel, min((part_number + 1) * numel, table.numel))
             drawn = self._draw_part(table, part, number, self.buffer(part.end - part.begin, z.device))
             found = slice(first, first + count)
             z[order[found]] = drawn.view(-1, width)[ordered[found] - part.begin // width]
@@ -207,11 +214,11 @@ class DenseNoise(Noise):
         buffer.view(-1, width)[:: num_rows + 1].zero_()  # a row before the part, and one after it
         begins = self._begins.get(table)
         if begins is None or begins.device != row_indices.device:
-            places = [[part.begin // width - 1] for part in parts]
-            begins = self._begins[table] = torch.tensor(places, device=row_indices.device)
-        for part, places in zip(parts, (row_indices - begins).clamp_(0, num_rows + 1), strict=True):
+            rows_before = [[part.begin // width - 1] for part in parts]
+            begins = self._begins[table] = torch.tensor(rows_before, device=row_indices.device)
+        for part, buffer_rows in zip(parts, (row_indices - begins).clamp_(0, num_rows + 1), strict=True):
             self._draw_part(table, part, number, buffer[width:][: part.end - part.begin])
-            yield buffer.view(-1, width)[places]
+            yield buffer.view(-1, width)[buffer_rows]
 
     def _part_numel(self, unit: Unit) -> int:
         """Return the number of elements of a part, in whole rows of a table."""
@@ -254,16 +261,16 @@ class LowRankNoise(Noise):
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of directions
         self._drawn_keys: dict[int, Sequence[int]] = {}  # of the factors in this memory
         self._left = self._right = torch.empty(0)  # of the chosen directions: scaled u and normal noise; v
-        self._places: dict[tuple[str, int], tuple[int, int]] = {}  # in `_left` and `_right`, by unit and part
+        self._factor_begins: dict[tuple[str, int], tuple[int, int]] = {}  # in `_left` and `_right`, by unit and part
         self._group_ends: list[int] = []
         left = right = 0
         for unit in self.units:
             self._group_ends += [left] * (unit.group - len(self._group_ends))  # of the groups before
             for part in self.parts(unit):
-                self._places[unit.name, part.begin] = left, right
-                if part.stack:
-                    left += part.stack.num_matrices * part.stack.rows
-                    right += part.stack.num_matrices * part.stack.columns
+                self._factor_begins[unit.name, part.begin] = left, right
+                if part.matrices:
+                    left += part.matrices.num_matrices * part.matrices.rows
+                    right += part.matrices.num_matrices * part.matrices.columns
                 else:
                     left += part.end - part.begin
         self._group_ends.append(left)
@@ -296,33 +303,34 @@ class LowRankNoise(Noise):
         return known
 
     def parts(self, unit: Unit) -> Sequence[Part]:
-        parts = [Part(stack.begin, stack.end, stack) for stack in unit.stacks]
+        parts = [Part(group.begin, group.end, group) for group in unit.matrix_groups]
         return parts if unit.rest_begin == unit.numel else [*parts, Part(unit.rest_begin, unit.numel)]
 
     def add(self, unit: Unit, part: Part, source: Tensor, out: Tensor) -> None:
-        left, right = self._places[unit.name, part.begin]
-        if part.stack is None:
+        left, right = self._factor_begins[unit.name, part.begin]
+        if part.matrices is None:
             for z in self._left[:, left : left + len(out)]:
                 torch.add(source, z, out=out)
                 source = out
             return
-        factors = self._stack_factors(part.stack, left, right)
-        source, out = part.stack.view(source), part.stack.view(out)
+        factors = self._matrix_factors(part.matrices, left, right)
+        source, out = part.matrices.view(source), part.matrices.view(out)
         for u, v in zip(*factors, strict=True):
             # no matrix product, which a replay might compute in another precision
             torch.addcmul(source, (u if unit.marks is None else u * unit.marks)[:, :, None], v[:, None], out=out)
             source = out
 
     def add_rows(self, table: Unit, row_indices: Tensor, rows: Tensor) -> None:
-        (stack,) = table.stacks
-        u, v = self._stack_factors(stack, *self._places[table.name, stack.begin])
+        (matrices,) = table.matrix_groups
+        u, v = self._matrix_factors(matrices, *self._factor_begins[table.name, matrices.begin])
         for left, right in zip(u[:, 0], v[:, 0], strict=True):
             rows.addcmul_(left[row_indices, None], right)
 
-    def _stack_factors(self, stack: Stack, left: int, right: int) -> tuple[Tensor, Tensor]:
+    def _matrix_factors(self, matrices: MatrixGroup, left: int, right: int) -> tuple[Tensor, Tensor]:
         """Return scaled u [directions, matrices, rows] and v [directions, matrices, columns]."""
-        u = self._left[:, left : left + stack.num_matrices * stack.rows].unflatten(1, (stack.num_matrices, -1))
-        v = self._right[:, right : right + stack.num_matrices * stack.columns].unflatten(1, (stack.num_matrices, -1))
+        count, rows, columns = matrices.num_matrices, matrices.rows, matrices.columns
+        u = self._left[:, left : left + count * rows].unflatten(1, (count, rows))
+        v = self._right[:, right : right + count * columns].unflatten(1, (count, columns))
         return u, v
 
 

@@ -32,22 +32,22 @@ class Perturbed:
 
     def __init__(self, layout: Layout, noise: Noise, readers: Sequence[tuple[nn.Module, nn.Parameter]]) -> None:
         self.layout, self.noise = layout, noise
-        # units in fp32 are formed last: their scratch memory is where noise for other dtypes is drawn
+        # fp32 units are perturbed last: noise for units of other dtypes is drawn in their scratch memory before
         self.blocks = [(b, sorted(units, key=lambda unit: unit.dtype is torch.float32)) for b, units in layout.blocks]
         tables = {table.weights[0]: table for table in layout.tables}
         self.readers = [(module, tables[weight]) for module, weight in readers if weight in tables]
 
     def flatten(self) -> None:
-        """Let all units have their buffers and scratch memory."""
+        """Allocate the buffers and the scratch memory of all units whose weights are not in a buffer."""
         num_moved = sum(unit.flatten() for unit in self.layout.units)
         if not num_moved:
             return
         sizes: dict[tuple[torch.device, torch.dtype], int] = defaultdict(int)
-        places = []
+        scratch_begins = []
         for _, units in self.blocks:  # one block runs at a time: they share their memory
             ends: dict[torch.dtype, int] = defaultdict(int)
             for unit in units:
-                places.append((unit, ends[unit.dtype]))
+                scratch_begins.append((unit, ends[unit.dtype]))
                 ends[unit.dtype] += -(-unit.numel // ALIGNMENT) * ALIGNMENT
                 sizes[unit.device, unit.dtype] = max(sizes[unit.device, unit.dtype], ends[unit.dtype])
         memory = {
@@ -56,7 +56,7 @@ class Perturbed:
             else torch.empty(size, dtype=dtype, device=device)
             for (device, dtype), size in sizes.items()
         }
-        for unit, begin in places:
+        for unit, begin in scratch_begins:
             unit.set_scratch(memory[unit.device, unit.dtype][begin : begin + unit.numel])
         for unit in self.layout.others:
             unit.set_scratch(torch.empty_like(unit.flat))
@@ -87,8 +87,7 @@ class Perturbed:
 
     def _swap(self, unit: Unit) -> None:
         for part in self.noise.parts(unit):
-            place = slice(part.begin, part.end)
-            self.noise.add(unit, part, unit.flat[place], unit.scratch[place])
+            self.noise.add(unit, part, unit.flat[part.span], unit.scratch[part.span])
         unit.swap()
 
     @position_wise
@@ -103,10 +102,10 @@ class Perturbed:
 
     @position_wise
     def _read_rows(self, table: Unit, forward: Callable[..., Any], row_indices: Tensor, *_: Any) -> Tensor:
-        weight, places = table.weights[0], row_indices.flatten()
-        rows = F.embedding(places, weight)
+        weight, flat_indices = table.weights[0], row_indices.flatten()
+        rows = F.embedding(flat_indices, weight)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.noise.add_rows(table, places, rows)
+        self.noise.add_rows(table, flat_indices, rows)
         if table.marks is not None:
-            table.marks.index_fill_(0, places, 1.0)
+            table.marks.index_fill_(0, flat_indices, 1.0)
         return rows.to(weight.dtype).view(*row_indices.shape, -1)

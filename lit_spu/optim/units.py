@@ -20,7 +20,7 @@ ALIGNMENT = 64
 """Each weight begins at a multiple of this many elements, where the kernels of matrix products are fast."""
 
 
-class Stack(NamedTuple):
+class MatrixGroup(NamedTuple):
     """Matrices of one shape that are adjacent in a unit's buffer."""
 
     begin: int
@@ -42,8 +42,8 @@ class Stack(NamedTuple):
 class Unit:
     """Weights of one parameter group and one dtype. Their data are views of one buffer.
 
-    The buffer is made by `flatten`. A weight that has got other data since (on another device, for example) is moved
-    into a new buffer by the next call.
+    `flatten` makes the buffer. If a weight's data are replaced afterwards, as by a move to another device, the next
+    call of `flatten` makes a new buffer.
 
     Args:
         name: Name that decides the unit's noise.
@@ -67,19 +67,19 @@ class Unit:
         is_table: bool = False,
     ) -> None:
         self.name, self.group, self.weight_names, self.is_table = name, group, weight_names or {}, is_table
-        self.weights = sorted(weights, key=lambda weight: (not has_rows(weight), tuple(weight.shape)))
+        self.weights = sorted(weights, key=lambda weight: (not is_matrix(weight), tuple(weight.shape)))
         self.begins, end = [], 0
         for weight in self.weights:
             begin = -(-end // ALIGNMENT) * ALIGNMENT
             self.begins.append(begin)
             end = begin + weight.numel()
         self.numel = end
-        matrices = [(b, w) for b, w in zip(self.begins, self.weights, strict=True) if has_rows(w)]
-        self.stacks = []
+        matrices = [(b, w) for b, w in zip(self.begins, self.weights, strict=True) if is_matrix(w)]
+        self.matrix_groups = []
         for (rows, columns), found in groupby(matrices, key=lambda pair: tuple(pair[1].shape)):
             begins = [begin for begin, _ in found]
             stride = -(-rows * columns // ALIGNMENT) * ALIGNMENT
-            self.stacks.append(Stack(begins[0], len(begins), rows, columns, stride))
+            self.matrix_groups.append(MatrixGroup(begins[0], len(begins), rows, columns, stride))
         self.rest_begin = self.begins[len(matrices)] if len(matrices) < len(self.weights) else self.numel
         self.flat = self.scratch = torch.empty(0)
         self.marks: Tensor | None = None
@@ -144,12 +144,12 @@ class Unit:
         self.scratch, self._perturbed = scratch, self.views(scratch)
 
     def swap(self) -> None:
-        """Let the weights be those in the scratch memory, until `restore`."""
+        """Point the weights at the scratch memory, until `restore`."""
         self._is_swapped = True
         _set_data(self.weights, self._perturbed)
 
     def restore(self) -> None:
-        """Let the weights be those in the buffer."""
+        """Point the weights at the buffer."""
         _set_data(self.weights, self._own)
         self._is_swapped = False
 
@@ -213,7 +213,7 @@ def make_layout(
     return layout
 
 
-def has_rows(weight: Tensor) -> bool:
+def is_matrix(weight: Tensor) -> bool:
     """Return whether a weight is a matrix of at least two rows."""
     return weight.dim() == 2 and weight.shape[0] > 1
 
@@ -223,6 +223,11 @@ def _set_data(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None
         weight.data = value
 
 
+def is_same_storage(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are views of the same memory."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
 def is_same_memory(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors begin at the same place of the same memory."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    """Return whether two tensors begin at the same address."""
+    return is_same_storage(a, b) and a.storage_offset() == b.storage_offset()

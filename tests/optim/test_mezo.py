@@ -298,6 +298,20 @@ def test_units_have_names_of_their_own(share: float) -> None:
 
 
 @noises
+def test_units_directions_and_steps_have_noise_of_their_own(noise: Any) -> None:
+    """Weights of one shape are uncorrelated, also those of a unit and those without a name."""
+    table, linears = nn.Embedding(50, 50), [nn.Linear(50, 50, bias=False) for _ in range(4)]
+    weights, readers = nn.ModuleList([table, *linears]).parameters(), [(table, table.get_parameter("weight"))]
+    blocks = [nn.Sequential(*linears[:2]), linears[2]]
+    optimizer = MeZOOptimizer(weights, noise=noise, directions=2, share=0.99, blocks=blocks, table_readers=readers)
+    z = [*optimizer.sample(0).values(), *optimizer.sample(1).values()]
+    optimizer.param_groups[0]["step"] = 1
+    z += optimizer.sample(0).values()
+    correlations = torch.corrcoef(torch.stack([values.flatten() for values in z])) - torch.eye(15)
+    assert float(correlations.abs().max()) < 6 / 2500**0.5
+
+
+@noises
 def test_a_step_takes_the_memory_of_the_largest_unit(noise: Any) -> None:
     """Once more, beside inference: also where a part of the noise is as large as a unit."""
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
