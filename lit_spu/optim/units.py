@@ -108,6 +108,7 @@ class Unit:
         Raises:
             UserError: If they have several dtypes or devices.
         """
+        self.restore_if_swapped()
         if self._own and all(map(is_same_memory, self.weights, self._own)):
             return False
         self._check_equal()
@@ -133,6 +134,7 @@ class Unit:
 
     def release(self) -> None:
         """Give each weight memory of its own, and drop the buffer and the scratch memory."""
+        self.restore_if_swapped()
         if len(self.weights) > 1:
             for weight, own in zip(self.weights, self._own, strict=False):
                 if is_same_memory(weight, own):

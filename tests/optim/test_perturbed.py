@@ -230,6 +230,18 @@ def test_released_weights_have_memory_of_their_own(tiny: Callable[[str], str], k
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
+@pytest.mark.parametrize("then", [MeZOOptimizer.release, lambda optimizer: optimizer.apply_slopes([0.0])])
+def test_weights_left_in_scratch_memory_are_restored(then: Callable[[MeZOOptimizer], None]) -> None:
+    """As by a second Ctrl-C in an evaluation, which is not delayed."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer, before = MeZOOptimizer(model.named_parameters(), lr=0.1), copy.deepcopy(model.state_dict())
+    for unit in optimizer.layout.units:
+        unit.scratch.zero_()
+        unit.swap()
+    then(optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_weights_of_a_unit_that_differ_are_refused() -> None:
     """Before anything is moved: a copy into one buffer would cast them all."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
