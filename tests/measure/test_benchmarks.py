@@ -16,6 +16,7 @@ from lit_spu.study.steps import batch_of
 from lit_spu.tasks import TASKS
 
 
+@pytest.mark.slow
 def test_every_config_of_a_method_has_a_row(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     from transformers import DistilBertConfig

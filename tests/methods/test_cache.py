@@ -59,7 +59,12 @@ METHODS: dict[str, Callable[..., HiddenStateReader]] = {
 
 @pytest.mark.parametrize(
     ("backbone", "kind"),
-    [("mini-bert", "lst"), ("mini-t5", "lst"), ("mini-bert", "windows"), ("mini-t5", "attention")],
+    [
+        ("mini-bert", "lst"),
+        pytest.param("mini-t5", "lst", marks=pytest.mark.slow),
+        ("mini-bert", "windows"),
+        pytest.param("mini-t5", "attention", marks=pytest.mark.slow),
+    ],
 )
 def test_the_losses_are_equal_to_the_bit(
     data: Callable[..., GLUE], fit: Run, tmp_path: Path, backbone: str, kind: str
