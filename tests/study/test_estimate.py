@@ -51,6 +51,7 @@ def test_an_estimate_equals_a_real_step(config: str, backbone: str) -> None:
     assert sum(found.by_kind.values()) == found.peak
 
 
+@pytest.mark.slow
 def test_a_gpu_recomputes_no_blocks_of_a_ladder() -> None:
     def peaks(config: str) -> list[int]:
         return [estimate(config, "mini-bert", 8, 32, on_gpu=on_gpu).peak for on_gpu in (False, True)]
