@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lit_spu.measure.launches import HOST_READS, needs_value
+from lit_spu.measure.launches import HOST_READS, computes, needs_value
 
 
 class RefuseHostReads(TorchFunctionMode):
@@ -37,22 +37,18 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
+        name = func._schema.name.removeprefix("aten::")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if needs_value(func, name.removeprefix("aten::"), tensors):
+        if needs_value(func, name, tensors):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        if name == "aten::lift_fresh":
+        if name == "lift_fresh":
             raise RuntimeError("a copy from the host's memory, which changes until the replay")
         self._written += [(tensor, tensor.clone()) for tensor in _written(func, args, kwargs)]
         outputs = func(*args, **kwargs)
-        inputs = {tensor.untyped_storage()._cdata for tensor in tensors}
-        fresh = [
-            (leaf.detach(), number)
-            for number, leaf in enumerate(tree_leaves(outputs))
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs
-        ]
-        is_empty = name.rpartition("::")[2].removeprefix("new_").startswith("empty")
-        if (fresh or func._schema.is_mutable) and not is_empty:
+        leaves = [(leaf, number) for number, leaf in enumerate(tree_leaves(outputs)) if isinstance(leaf, Tensor)]
+        if computes(func, name, tensors, [leaf for leaf, _ in leaves]):
+            inputs = {tensor.untyped_storage()._cdata for tensor in tensors}
+            fresh = [(leaf.detach(), n) for leaf, n in leaves if leaf.untyped_storage()._cdata not in inputs]
             # detached: the memory, as a graph holds it, not the autograd graph
             self.operators.append((func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs)), fresh))
         return outputs

@@ -168,7 +168,7 @@ def test_a_trajectory_whose_header_lacks_an_entry_is_refused(name: str, tmp_path
 
 
 def test_a_trajectory_of_an_older_version_is_refused(tmp_path: Path) -> None:
-    """Those of the first version have no entry for it."""
+    """Files of the first version have no entry for it."""
     file = tmp_path / "trajectory.mezo"
     newer = ("version", "dtype", "device_name")
     file.write_bytes(json.dumps({key: value for key, value in HEADER.items() if key not in newer}).encode() + b"\n")

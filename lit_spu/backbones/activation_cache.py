@@ -124,7 +124,7 @@ class ActivationCache:
 
     @property
     def _copies_pinned(self) -> bool:
-        """Whether states are copied from pinned memory, while the device computes."""
+        """True if states are copied from pinned memory, while the device computes."""
         return self.device.type == "cuda" and not self._is_resident
 
     def is_prepared(self, batch: Batch) -> bool:

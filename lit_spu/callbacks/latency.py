@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_spu.callbacks.output import is_step_logged, log_figures, log_now
+from lit_spu.callbacks.output import has_replayed, is_step_logged, log_figures, log_now
 from lit_spu.errors import UserError, did_you_mean
 from lit_spu.measure import Clock, Durations
 from lit_spu.measure.clocks import Instant
@@ -122,8 +122,7 @@ class Latency(Checked, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches.append((self._batch_start, self._clock.now()))
-        graphs = getattr(pl_module, "graphs", None)
-        if graphs and graphs.has_replayed:  # calls while a graph was captured took no time on the device
+        if has_replayed(pl_module):  # calls while a graph was captured took no time on the device
             self._discard_calls()
             self._passes["passes/forward"] += 1
         self._note_calls("forward")

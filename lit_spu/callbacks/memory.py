@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves  # torch has no public name for it
 
-from lit_spu.callbacks.output import is_step_logged, log_figures, log_now, run_directory
+from lit_spu.callbacks.output import has_replayed, is_step_logged, log_figures, log_now, run_directory
 from lit_spu.errors import UserError
 from lit_spu.measure import MIB, AcceleratorPeak, Kind, LiveBytes, ResidentPeak
 from lit_spu.ranges import Checked
@@ -107,8 +107,7 @@ class Memory(Checked, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         figures = self._read_peak()
-        graphs = getattr(pl_module, "graphs", None)
-        if graphs and graphs.has_replayed:  # a replay allocates nothing: its activations lie in the graph's memory
+        if has_replayed(pl_module):  # a replay allocates nothing: its activations lie in the graph's memory
             figures.pop("memory/peak_mib", None)
         self._update_summary(figures)
         if (peak := figures.get("memory/peak_mib")) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -31,6 +32,17 @@ def is_step_logged(trainer: Trainer) -> bool:
         or trainer.global_step == trainer.max_steps
         or trainer.fast_dev_run  # type: ignore[attr-defined]
     )
+
+
+def read_interval(trainer: Any) -> int:
+    """Return the number of batches between two reads of values that stay on the device."""
+    return getattr(trainer, "log_every_n_steps", 0) or 50  # 0 logs nothing; 50 is the Trainer's default
+
+
+def has_replayed(pl_module: Any) -> bool:
+    """Return whether the last step of a module was replayed as a CUDA graph."""
+    graphs = getattr(pl_module, "graphs", None)
+    return graphs is not None and graphs.has_replayed
 
 
 def monitored_names(trainer: Trainer) -> set[str]:

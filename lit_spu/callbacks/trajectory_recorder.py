@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lit_spu.callbacks.first_step import FirstStep
-from lit_spu.callbacks.output import run_directory
+from lit_spu.callbacks.output import read_interval, run_directory
 from lit_spu.optim.replay import trajectory_header
 from lit_spu.optim.trajectory import Recorder
 
@@ -37,7 +37,7 @@ class TrajectoryRecorder(FirstStep):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step % (getattr(trainer, "log_every_n_steps", 0) or 50) == 0:
+        if trainer.global_step % read_interval(trainer) == 0:
             self._append()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

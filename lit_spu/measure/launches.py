@@ -125,7 +125,7 @@ class Launches(TorchDispatchMode):
         elif needs_value(func, name, inputs):
             self.waits[_find_place()] += 1
             self.count(name, len(_tensors(result)))
-        elif _launches(func, name, inputs, _tensors(result)):
+        elif computes(func, name, inputs, _tensors(result)):
             self.count(name)
         return result
 
@@ -188,7 +188,7 @@ def needs_value(func: Any, name: str, inputs: list[Tensor]) -> bool:
     return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
 
 
-def _launches(func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def computes(func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     """Return whether an operator computes something: whether it writes to a tensor, or to new memory."""
     if name.removeprefix("new_").startswith("empty"):
         return False
@@ -199,16 +199,13 @@ def _launches(func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor])
 
 
 def _find_place() -> str:
-    """Return the innermost line of this package that is running, or else of the transformers package."""
+    """Return the innermost running line of this package or of transformers."""
     frame: FrameType | None = sys._getframe(2)
-    outer = "elsewhere"
     while frame:
         file = frame.f_code.co_filename
         if file.startswith(PROJECT) and file != __file__:
-            if outer == "elsewhere":
-                return f"lit_spu/{Path(file).relative_to(PROJECT)}:{frame.f_lineno}"
-            return outer
-        if outer == "elsewhere" and "/transformers/" in file:
-            outer = f"transformers/{file.rpartition('/transformers/')[2]}:{frame.f_lineno}"
+            return f"lit_spu/{Path(file).relative_to(PROJECT)}:{frame.f_lineno}"
+        if "/transformers/" in file:
+            return f"transformers/{file.rpartition('/transformers/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
-    return outer
+    return "elsewhere"

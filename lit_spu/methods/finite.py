@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_spu.backbones import Batch
-from lit_spu.callbacks.output import is_step_logged, monitored_names, on_host
+from lit_spu.callbacks.output import is_step_logged, monitored_names, on_host, read_interval
 from lit_spu.errors import NonFiniteError
 
 
@@ -118,7 +118,7 @@ class FiniteLosses(LightningModule):
         trainer: Any = self.trainer
         if trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._hand_over()
-        if (batch_idx + 1) % (trainer.log_every_n_steps or 50) == 0:  # 0 logs nothing; 50 is the Trainer's default
+        if (batch_idx + 1) % read_interval(trainer) == 0:
             self.check_losses()
 
     # -- checks -------------------------------------------------------------------------------------------------------

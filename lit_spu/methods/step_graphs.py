@@ -80,7 +80,7 @@ class Graphs:
         self.num_replays = 0
         self.obstacle: str | None = None
         self.has_replayed = False
-        """Whether the last step replayed a graph."""
+        """True if the last step replayed a graph."""
         self.is_capturing = False
         self._has_failed = False
         self._module, self._record = module, record
